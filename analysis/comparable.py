@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_exp.errors import AnalysisError
-from qlora_exp.records.types import Data, RunRecord, Scores, Status
+from qlora_exp.records.types import Forgetting, RunRecord, Scores, Status
 
 MAX_VALUES_NAMED = 4
 """How many values of a setting a message names."""
@@ -52,6 +53,75 @@ def base_model_scores(record: RunRecord) -> Scores | None:
     return record.scores.test_before if record.scores.test is not None else record.scores.before
 
 
+def finite_score(scores: Scores | Forgetting | None, name: str) -> float | None:
+    """Return the score, e.g. ``accuracy``; ``None`` if it is unknown or not finite."""
+    value = getattr(scores, name) if scores is not None else None
+    return value if value is not None and math.isfinite(value) else None
+
+
+def cell_of(run: RunRecord) -> tuple[str, str]:
+    """Return (variant, format), e.g. ``("instruct", "chat")``."""
+    variant = str((run.config.get("model") or {}).get("variant"))
+    return variant, run.plan.format if run.plan is not None else "plain"
+
+
+def is_pilot(record: RunRecord) -> bool:
+    """Return whether a ladder ran it only to choose a learning rate; such a run is scored on validation."""
+    return record.trial is not None and record.trial.params.get("evaluation.split") == "validation"
+
+
+def finished_runs(records: Iterable[RunRecord]) -> list[RunRecord]:
+    """Return the completed runs whose scores, plan and data are known."""
+    return [
+        record
+        for record in records
+        if record.status is Status.COMPLETED and None not in (answering_scores(record), record.plan, record.data)
+    ]
+
+
+def groups_of(records: Sequence[RunRecord]) -> list[Group]:
+    """Group the finished runs by protocol, the largest group first."""
+    finished = finished_runs(records)
+    versions = _data_versions(finished)
+    by_protocol: dict[Protocol, list[RunRecord]] = defaultdict(list)
+    for record in finished:
+        scores, plan, data, training = answering_scores(record), record.plan, record.data, record.training
+        assert scores is not None
+        assert plan is not None
+        assert data is not None
+        protocol = Protocol(
+            task=data.task,
+            split=scores.split,
+            scored_items=scores.items,
+            train_items=data.train_items,
+            labels=data.labels,
+            max_steps=plan.max_steps if training is None or training.ended_by_budget is None else training.steps,
+            max_tokens=(record.config.get("training") or {}).get("max_tokens"),
+            batch_size=plan.batch_size,
+            adapter_dtype=plan.adapter_dtype,
+            data_version=versions[record.run_id],
+        )
+        by_protocol[protocol].append(record)
+    groups = [Group(protocol, tuple(group)) for protocol, group in by_protocol.items()]
+    return sorted(groups, key=lambda group: -len(group.records))
+
+
+def split_budgeted(groups: Sequence[Group]) -> tuple[list[Group], list[RunRecord]]:
+    """Return the groups to compare within, and the runs that repeat the first group with a token budget.
+
+    Those runs differ from the first group only in their training's end: ``training.max_tokens`` instead of steps.
+    """
+    if not groups or groups[0].protocol.max_tokens is not None:
+        return list(groups), []
+    repeats = [
+        group
+        for group in groups[1:]
+        if group.protocol.max_tokens is not None
+        and replace(group.protocol, max_tokens=None, max_steps=groups[0].protocol.max_steps) == groups[0].protocol
+    ]
+    return [g for g in groups if g not in repeats], [record for g in repeats for record in g.records]
+
+
 def refuse_synthetic(records: Sequence[RunRecord]) -> None:
     """Check that no run is SYNTHETIC.
 
@@ -66,34 +136,6 @@ def refuse_synthetic(records: Sequence[RunRecord]) -> None:
             f"run {synthetic[0]}" + (f" and {len(synthetic) - 1} more" if len(synthetic) > 1 else ""),
             "sweep without training.engine=sleep",
         )
-
-
-def is_pilot(record: RunRecord) -> bool:
-    """Return whether a ladder ran it only to choose a learning rate; such a run is scored on validation."""
-    return record.trial is not None and record.trial.params.get("evaluation.split") == "validation"
-
-
-def finished_runs(records: Iterable[RunRecord]) -> list[RunRecord]:
-    """Return the completed runs whose scores, plan and data are known."""
-    return [
-        record
-        for record in records
-        if record.status is Status.COMPLETED
-        and answering_scores(record) is not None
-        and record.plan is not None
-        and record.data is not None
-    ]
-
-
-def groups_of(records: Sequence[RunRecord]) -> list[Group]:
-    """Group the finished runs by protocol, the largest group first."""
-    finished = finished_runs(records)
-    versions = _data_versions(finished)
-    by_protocol: dict[Protocol, list[RunRecord]] = defaultdict(list)
-    for record in finished:
-        by_protocol[_protocol(record, versions)].append(record)
-    groups = [Group(protocol, tuple(group)) for protocol, group in by_protocol.items()]
-    return sorted(groups, key=lambda group: -len(group.records))
 
 
 def require_comparable(records: Sequence[RunRecord]) -> Group:
@@ -117,71 +159,41 @@ def require_comparable(records: Sequence[RunRecord]) -> Group:
 
 def setting_differences(groups: Sequence[Group]) -> list[str]:
     """Return what differs between the groups, e.g. ``max_steps: 200 in 28 runs, 100 in 4 runs``."""
+
+    def text(value: Any) -> str:
+        return f"{len(value)} labels" if isinstance(value, tuple) else "unset" if value is None else str(value)
+
     differences = []
     for field in dataclasses.fields(Protocol):
         runs: Counter[Any] = Counter()
         for group in groups:
             runs[getattr(group.protocol, field.name)] += len(group.records)
         if len(runs) > 1:
-            values = [f"{_plain(value)} in {count} runs" for value, count in runs.most_common(MAX_VALUES_NAMED)]
+            values = [f"{text(value)} in {count} runs" for value, count in runs.most_common(MAX_VALUES_NAMED)]
             differences.append(f"{field.name}: {', '.join(values)}" + (", …" if len(runs) > MAX_VALUES_NAMED else ""))
     return differences
 
 
-def _protocol(record: RunRecord, versions: dict[str, int]) -> Protocol:
-    scores, plan, data = answering_scores(record), record.plan, record.data
-    assert scores is not None
-    assert plan is not None
-    assert data is not None
-    training = record.config.get("training") or {}
-    return Protocol(
-        task=data.task,
-        split=scores.split,
-        scored_items=scores.items,
-        train_items=data.train_items,
-        labels=data.labels,
-        max_steps=_steps(record, plan.max_steps),
-        max_tokens=training.get("max_tokens"),
-        batch_size=plan.batch_size,
-        adapter_dtype=plan.adapter_dtype,
-        data_version=versions[record.run_id],
-    )
-
-
-def _steps(record: RunRecord, planned: int) -> int:
-    training = record.training
-    return planned if training is None or training.ended_by_budget is None else training.steps
-
-
 def _data_versions(records: Sequence[RunRecord]) -> dict[str, int]:
-    """Return run id → version of its rows."""
-    all_have_rows_fingerprint = all(
-        record.data is None or record.data.rows_fingerprint is not None for record in records
-    )
-    rows_of_run = {
-        record.run_id: ("", record.data.rows_fingerprint or "")
-        if all_have_rows_fingerprint
-        else _rows(record, record.data)
-        for record in records
-        if record.data is not None
+    """Return run id → version of its rows, the most common version of a checkpoint and format first."""
+    by_rows = all(record.data is not None and record.data.rows_fingerprint is not None for record in records)
+    rows: dict[str, tuple[str, str | None]] = {}
+    counts: dict[str, Counter[str | None]] = defaultdict(Counter)
+    for record in records:
+        assert record.data is not None
+        if by_rows:
+            rows[record.run_id] = ("", record.data.rows_fingerprint)
+        else:
+            # This fingerprint depends on the rows, and on the checkpoint and format that they were read for.
+            model = record.config.get("model") or {}
+            prompt_format = record.plan.format if record.plan is not None else None
+            read_for = f"{model.get('family')} {model.get('path')} {model.get('variant')} {prompt_format}"
+            rows[record.run_id] = (read_for, record.data.fingerprint)
+        read_for, fingerprint = rows[record.run_id]
+        counts[read_for][fingerprint] += 1
+    version = {
+        (read_for, fingerprint): number
+        for read_for, counted in counts.items()
+        for number, (fingerprint, _) in enumerate(counted.most_common(), start=1)
     }
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for read_as, fingerprint in rows_of_run.values():
-        counts[read_as][fingerprint] += 1
-    versions = {
-        (read_as, fingerprint): version
-        for read_as, counts_of_rows in counts.items()
-        for version, (fingerprint, _) in enumerate(counts_of_rows.most_common(), start=1)
-    }
-    return {run: versions[rows] for run, rows in rows_of_run.items()}
-
-
-def _rows(record: RunRecord, data: Data) -> tuple[str, str]:
-    """Return the checkpoint with the format, and the fingerprint: it depends on both, and on the rows."""
-    model = record.config.get("model") or {}
-    prompt_format = record.plan.format if record.plan is not None else None
-    return f"{model.get('family')} {model.get('path')} {model.get('variant')} {prompt_format}", data.fingerprint
-
-
-def _plain(value: Any) -> str:
-    return f"{len(value)} labels" if isinstance(value, tuple) else "unset" if value is None else str(value)
+    return {run_id: version[key] for run_id, key in rows.items()}

@@ -1,41 +1,45 @@
-"""A configuration over its seeds: its settings, its score with an interval, and its cost."""
+"""A configuration over its seeds: its settings, its score with an interval, its cost, and what uses its memory."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from qlora_exp.analysis.comparable import answering_scores
-from qlora_exp.records.types import RunRecord, Scores
+from qlora_exp.analysis.comparable import answering_scores, finite_score
+from qlora_exp.formatting import flatten
+from qlora_exp.records.types import Memory, RunRecord, Scores
 
 INTERVAL_CONFIDENCE = 0.95
 """Level of the two-sided intervals over seeds."""
 
-IGNORED_KEYS = (
-    *("seed", "name", "output_root", "tracking", "evaluation", "budget", "task", "workers", "sweep"),
-    *("training.resume", "training.threads", "training.logging_steps", "training.save_every_steps"),
+IGNORED_KEYS = frozenset(
+    (
+        *("seed", "name", "output_root", "tracking", "evaluation", "budget", "task", "workers", "sweep"),
+        *("training.resume", "training.threads", "training.logging_steps", "training.save_every_steps"),
+    )
 )
 """Keys in which two runs of one configuration may differ. The task is one: the protocol holds it equal."""
 
-LABEL_KEYS = ("model.variant", "quantization.mode", "lora.r", "targets.set", "training.learning_rate")
-"""Keys that every label shows (the learning rate only where it differs)."""
+LABEL_KEYS = ("model.variant", "format", "quantization.mode", "lora.r", "targets.set")
+"""Keys that every label shows (the format only where it differs)."""
 
-MEASURES = (
-    *(
-        ("loss_per_item", False),
-        ("bits_per_byte", False),
-        ("accuracy", True),
-        ("exact_match", True),
-        ("rouge_l", True),
-        ("loss", False),
-    ),
-)
+MEASURES = {
+    "loss_per_item": False,
+    "bits_per_byte": False,
+    "accuracy": True,
+    "exact_match": True,
+    "rouge_l": True,
+    "loss": False,
+}
+"""Score → whether higher is better, the most telling first."""
+
+PEAK_PARTS = ("weights", "quantization state", "adapters", "gradients", "optimizer", "activations")
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,13 @@ class Measure:
     higher_is_better: bool
 
     @property
+    def words(self) -> str:
+        return self.name.replace("_", " ")
+
+    @property
     def label(self) -> str:
-        unit = {"loss_per_item": "nats per item", "loss": "nats per token", "bits_per_byte": "of the answer"}.get(
-            self.name
-        )
-        return self.name.replace("_", " ") if unit is None else f"{self.name.replace('_', ' ')}, {unit}"
+        units = {"loss_per_item": "nats per item", "loss": "nats per token", "bits_per_byte": "of the answer"}
+        return f"{self.words}, {units[self.name]}" if self.name in units else self.words
 
     @property
     def sign(self) -> float:
@@ -58,8 +64,14 @@ class Measure:
         return 1.0 if self.higher_is_better else -1.0
 
     def of(self, scores: Scores | None) -> float | None:
-        value = getattr(scores, self.name) if scores is not None else None
-        return value if value is not None and math.isfinite(value) else None
+        return finite_score(scores, self.name)
+
+    def shows_better(self, first: Estimate, second: Estimate | None) -> bool:
+        """Return whether ``first`` is shown (95 %, over seeds) to be better than ``second``."""
+        half, other_half = first.half_width(), second.half_width() if second is not None else None
+        if second is None or half is None or other_half is None:
+            return False
+        return self.sign * (first.mean - second.mean) > math.hypot(half, other_half)
 
 
 @dataclass(frozen=True)
@@ -71,10 +83,10 @@ class Estimate:
     se: float | None
     df: float | None
 
-    def half_width(self, confidence: float = INTERVAL_CONFIDENCE) -> float | None:
+    def half_width(self) -> float | None:
         if self.se is None or self.df is None:
             return None
-        return float(stats.t.ppf((1 + confidence) / 2, self.df)) * self.se
+        return float(stats.t.ppf((1 + INTERVAL_CONFIDENCE) / 2, self.df)) * self.se
 
     @property
     def low(self) -> float | None:
@@ -107,6 +119,10 @@ class Configuration:
     def first(self) -> RunRecord:
         return self.runs[0]
 
+    @property
+    def rank(self) -> int:
+        return int(self.first.config["lora"]["r"])
+
 
 def measure_of(records: Sequence[RunRecord]) -> Measure | None:
     """Return the first score that every run has, else the first that any run has; ``None`` if there is none.
@@ -114,18 +130,17 @@ def measure_of(records: Sequence[RunRecord]) -> Measure | None:
     The order is that of :data:`MEASURES`. Loss per item is skipped if the runs differ in format or model family: it
     counts end tokens, which depend on both.
     """
-    qualities = MEASURES[1:] if len({_format_and_family(record) for record in records}) > 1 else MEASURES
+    kinds = {
+        (record.plan.format if record.plan is not None else None, (record.config.get("model") or {}).get("family"))
+        for record in records
+    }
+    comparable = [name for name in MEASURES if name != "loss_per_item" or len(kinds) < 2]
+    measures = [Measure(name, MEASURES[name]) for name in comparable]
     for enough in (all, any):
-        for name, higher in qualities:
-            measure = Measure(name, higher)
+        for measure in measures:
             if records and enough(measure.of(answering_scores(record)) is not None for record in records):
                 return measure
     return None
-
-
-def _format_and_family(record: RunRecord) -> tuple[str, ...]:
-    model = record.config.get("model") or {}
-    return (str(record.plan.format if record.plan is not None else None), str(model.get("family")))
 
 
 def configurations(records: Sequence[RunRecord], measure: Measure) -> list[Configuration]:
@@ -135,102 +150,62 @@ def configurations(records: Sequence[RunRecord], measure: Measure) -> list[Confi
     its last run counts.
     """
     settings = [configuration_settings(record) for record in records]
-    varying = varying_keys(settings)
-    by_key: dict[tuple[Any, ...], dict[int | None, RunRecord]] = defaultdict(dict)
+    keys = dict.fromkeys(key for flat in settings for key in flat)
+    varying = [key for key in keys if len({str(flat.get(key)) for flat in settings}) > 1]
+    groups: dict[tuple[str, ...], dict[int | None, RunRecord]] = defaultdict(dict)
+    settings_of: dict[tuple[str, ...], dict[str, Any]] = {}
     for record, flat in zip(records, settings, strict=True):
-        by_key[tuple(str(flat.get(key)) for key in varying)][record.seed] = record
+        group = tuple(str(flat.get(key)) for key in varying)
+        groups[group][record.seed] = record
+        settings_of.setdefault(group, flat)
     values = {
-        key: [value for run in runs.values() if (value := measure.of(answering_scores(run))) is not None]
-        for key, runs in by_key.items()
+        group: [value for run in runs.values() if (value := measure.of(answering_scores(run))) is not None]
+        for group, runs in groups.items()
     }
     sd, df = pooled_sd(values.values())
-    source = _memory_source(records)
-    return [_configuration(tuple(runs.values()), varying, values[key], sd, df, source) for key, runs in by_key.items()]
+    peak_is_known = all(
+        record.memory.source == "cuda_allocated" and record.memory.peak_train_bytes is not None for record in records
+    )
+    made = []
+    for group, by_seed in groups.items():
+        runs, flat, scores = tuple(by_seed.values()), settings_of[group], values[group]
+        quality = None
+        if scores:
+            se = None if sd is None else sd / math.sqrt(len(scores))
+            quality = Estimate(float(np.mean(scores)), len(scores), se, df or None)
+        memory = [run.memory.peak_train_bytes if peak_is_known else run.memory.model_state_bytes for run in runs]
+        configuration = Configuration(
+            label=_label(flat, varying),
+            settings={key: flat.get(key) for key in varying},
+            runs=runs,
+            quality=quality,
+            memory_bytes=mean(memory),
+            tokens_per_second=mean(run.speed.train_tokens_per_second for run in runs),
+            train_seconds=mean(run.speed.train_seconds for run in runs),
+            cost_usd=mean(run.speed.cost_usd for run in runs),
+        )
+        made.append(configuration)
+    return made
 
 
 def best_on_validation(candidates: Sequence[Configuration], measure: Measure) -> Configuration | None:
     """Return the configuration that is best on validation, to be scored on test; ``None`` if none has a score."""
 
     def on_validation(configuration: Configuration) -> float:
-        known = [value for run in configuration.runs if (value := measure.of(run.scores.after)) is not None]
-        return measure.sign * float(np.mean(known)) if known else -math.inf
+        value = known_mean(measure.of(run.scores.after) for run in configuration.runs)
+        return -math.inf if value is None else measure.sign * value
 
     return max((c for c in candidates if c.quality is not None), key=on_validation, default=None)
 
 
 def configuration_settings(record: RunRecord) -> dict[str, Any]:
     """Return dotted key → value of the settings that define a configuration; ``format`` as it was resolved."""
-    return {**dict(_flat(record.config, "")), "format": record.plan.format if record.plan is not None else None}
-
-
-def varying_keys(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the keys whose values differ."""
-    keys = dict.fromkeys(key for flat in settings for key in flat)
-    return [key for key in keys if len({str(flat.get(key)) for flat in settings}) > 1]
-
-
-def model_state_bytes(record: RunRecord) -> float | None:
-    """Return weights + quantization state + adapter + gradients + optimizer; ``None`` if one is unknown."""
-    memory = record.memory
-    parts = (
-        *(memory.base_weight_bytes, memory.quantization_state_bytes, memory.adapter_bytes),
-        *(memory.gradient_bytes, memory.optimizer_bytes),
-    )
-    return None if None in parts else float(sum(part for part in parts if part is not None))
-
-
-def mean(values: Iterable[float | None]) -> float | None:
-    """Return the mean; ``None`` if any value is unknown, or there is none."""
-    known = list(values)
-    present = [value for value in known if value is not None]
-    return float(np.mean(present)) if present and len(present) == len(known) else None
-
-
-def display_settings(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:g}"
-    return "+".join(map(str, value)) if isinstance(value, list) else "unset" if value is None else str(value)
-
-
-def _configuration(
-    runs: tuple[RunRecord, ...],
-    varying: Sequence[str],
-    values: Sequence[float],
-    sd: float | None,
-    df: int,
-    source: str,
-) -> Configuration:
-    flat = configuration_settings(runs[0])
-    known = len(values) > 0
-    quality = Estimate(
-        float(np.mean(values)), len(values), None if sd is None else sd / math.sqrt(len(values)), df or None
-    ) if known else None  # fmt: skip
-    return Configuration(
-        label=_label(flat, varying),
-        settings={key: flat.get(key) for key in varying},
-        runs=runs,
-        quality=quality,
-        memory_bytes=mean(_memory(run, source) for run in runs),
-        tokens_per_second=mean(run.speed.train_tokens_per_second for run in runs),
-        train_seconds=mean(run.speed.train_seconds for run in runs),
-        cost_usd=mean(run.speed.cost_usd for run in runs),
-    )
-
-
-def _label(flat: Mapping[str, Any], varying: Sequence[str]) -> str:
-    format_part = [str(flat.get("format"))] if "format" in varying else []
-    parts = [
-        str(flat.get("model.variant")),
-        *format_part,
-        str(flat.get("quantization.mode")),
-        f"r {flat.get('lora.r')}",
-        display_settings(flat.get("targets.modules") or flat.get("targets.set")),
-    ]
-    implied = ("model.template_tokens_trained", "quantization.", "targets.")
-    others = [key for key in varying if key not in (*LABEL_KEYS[:4], "format") and not key.startswith(implied)]
-    names = {"training.learning_rate": "lr", "lora.alpha": "alpha"}
-    parts += [f"{names.get(key, key.rsplit('.', 1)[-1])} {display_settings(flat.get(key))}" for key in others]
-    return " · ".join(parts)
+    settings = {
+        key: value
+        for key, value in flatten(record.config)
+        if key not in IGNORED_KEYS and key.partition(".")[0] not in IGNORED_KEYS and value != {}
+    }
+    return {**settings, "format": record.plan.format if record.plan is not None else None}
 
 
 def pooled_sd(samples: Iterable[Sequence[float]]) -> tuple[float | None, int]:
@@ -238,31 +213,87 @@ def pooled_sd(samples: Iterable[Sequence[float]]) -> tuple[float | None, int]:
 
     ``(None, 0)`` without a second seed.
     """
-    squares, df = 0.0, 0
-    for sample in samples:
-        if len(sample) > 1:
-            squares += float(np.var(sample) * len(sample))
-            df += len(sample) - 1
-    return (math.sqrt(squares / df), df) if df else (None, 0)
+    several = [sample for sample in samples if len(sample) > 1]
+    df = sum(len(sample) - 1 for sample in several)
+    return (math.sqrt(sum(float(np.var(s) * len(s)) for s in several) / df), df) if df else (None, 0)
 
 
-def _memory_source(records: Sequence[RunRecord]) -> str:
-    measured = all(
-        record.memory.source == "cuda_allocated" and record.memory.peak_train_bytes is not None for record in records
-    )
-    return "peak" if measured else "state"
+def mean(values: Iterable[float | None]) -> float | None:
+    """Return the mean; ``None`` if any value is unknown, or there is none."""
+    listed = list(values)
+    return None if None in listed else known_mean(listed)
 
 
-def _memory(record: RunRecord, source: str) -> float | None:
-    return record.memory.peak_train_bytes if source == "peak" else model_state_bytes(record)
+def known_mean(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the known values; ``None`` if there is none."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
-def _flat(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, entry in value.items():
-        name = f"{prefix}{key}"
-        if name in IGNORED_KEYS:
-            continue
-        if isinstance(entry, Mapping):
-            yield from _flat(entry, f"{name}.")
-        else:
-            yield name, entry
+def mode_of(record: RunRecord) -> str:
+    """Return the quantization mode, e.g. ``nf4``."""
+    return str((record.config.get("quantization") or {}).get("mode"))
+
+
+def targets_of(record: RunRecord) -> str:
+    """Return the names of the target modules joined by ``+``, or the target set's name."""
+    targets = record.config.get("targets") or {}
+    modules = targets.get("modules")
+    return "+".join(map(str, modules)) if modules else str(targets.get("set"))
+
+
+def display_setting(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "+".join(map(str, value)) if isinstance(value, list) else "unset" if value is None else str(value)
+
+
+def memory_by_part(configurations: Sequence[Configuration]) -> dict[str, dict[str, float | None]]:
+    """Return label → part (:data:`PEAK_PARTS`) → bytes, for each quantization, rank and target set.
+
+    Bytes are means over the runs that know the part; ``None`` if none does.
+    """
+    parts: dict[str, list[dict[str, float | None]]] = defaultdict(list)
+    for configuration in configurations:
+        for run in configuration.runs:
+            label = f"{mode_of(run)} · r {run.config['lora']['r']} · {targets_of(run)}"
+            parts[label].append(_parts(run.memory))
+    return {
+        label: {part: known_mean(of_run[part] for of_run in runs) for part in PEAK_PARTS}
+        for label, runs in parts.items()
+    }
+
+
+def _parts(memory: Memory) -> dict[str, float | None]:
+    """Return bytes by part; activations are the peak of training minus the other parts that it counts.
+
+    A GPU's peak counts all parts. A CPU's peak is what training adds to the weights and adapters held at its start.
+    """
+    held = {
+        "weights": memory.base_weight_bytes,
+        "quantization state": memory.quantization_state_bytes,
+        "adapters": memory.adapter_bytes,
+        "gradients": memory.gradient_bytes,
+        "optimizer": memory.optimizer_bytes,
+    }
+    counted = list(held.values()) if memory.source == "cuda_allocated" else [held["gradients"], held["optimizer"]]
+    activations = None
+    if memory.peak_train_bytes is not None and None not in counted:
+        activations = max(0, memory.peak_train_bytes - sum(part for part in counted if part is not None))
+    return {**held, "activations": activations}
+
+
+def _label(flat: Mapping[str, Any], varying: Sequence[str]) -> str:
+    parts = [
+        str(flat.get("model.variant")),
+        *([str(flat.get("format"))] if "format" in varying else []),
+        str(flat.get("quantization.mode")),
+        f"r {flat.get('lora.r')}",
+        display_setting(flat.get("targets.modules") or flat.get("targets.set")),
+    ]
+    implied = ("model.template_tokens_trained", "quantization.", "targets.")
+    names = {"training.learning_rate": "lr", "lora.alpha": "alpha"}
+    for key in varying:
+        if key not in LABEL_KEYS and not key.startswith(implied):
+            parts.append(f"{names.get(key, key.rsplit('.', 1)[-1])} {display_setting(flat.get(key))}")
+    return " · ".join(parts)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import stats
 
-from qlora_exp.analysis.comparable import answering_scores, base_model_scores
+from qlora_exp.analysis.comparable import answering_scores, base_model_scores, finite_score
 from qlora_exp.analysis.variance import Array, split_variance
 from qlora_exp.records.types import RunRecord, Scores
 
@@ -46,22 +46,31 @@ class Difference:
     p: float | None = None
     """Two-sided p-value of no difference."""
 
+    def __str__(self) -> str:
+        """Return e.g. ``+0.21 (90 % CI +0.18 to +0.24, 3 seeds and 300 items)``."""
+        if self.low is None or self.high is None:
+            return f"{self.value:+.3g} (no interval: {self.over})"
+        return f"{self.value:+.3g} (90 % CI {self.low:+.3g} to {self.high:+.3g}, {self.over})"
+
 
 def difference(first: Side, second: Side, score: str, items: ItemScores | None) -> Difference | None:
     """Return the difference over the shared seeds with finite scores; ``None`` if there is no such seed.
 
     The interval is over seeds and items, or over seeds alone if per-item values are missing or belong to other items.
     """
-    pairs = scored_pairs(first, second, score)
+    pairs = _scored_pairs(first, second, score)
     if not pairs:
         return None
-    trained = "after" in (first.moment, second.moment)
-    cells = _items(pairs, score, items)
-    if cells is not None:
-        return interval(cells, f"{_count(len(pairs), _rows(first, second))} and {cells.shape[1]} items", trained)
-    values = [(_value(a, score), _value(b, score)) for a, b in pairs]
-    known = [_minus(score, a, b) for a, b in values if a is not None and b is not None]
-    return interval(np.array(known)[:, None], _count(len(known), _rows(first, second)), trained)
+    moments = {first.moment, second.moment}
+    unit = "seed" if "after" in moments else "draw" if "few_shot" in moments else "model"
+    over = f"{len(pairs)} {unit}" + ("" if len(pairs) == 1 else "s")
+    gains = _item_gains(pairs, score, items)
+    if gains is not None:
+        over += f" and {gains.shape[1]} items"
+    else:
+        values = np.array([[_value(row, score) for row in pair] for pair in pairs], dtype=float)
+        gains = _sign(score) * (values[:, :1] - values[:, 1:])
+    return interval(gains, over, trained="after" in moments)
 
 
 def gain_difference(
@@ -72,10 +81,10 @@ def gain_difference(
     before, after = (difference(a, b, score, items) for a, b in sides)
     if before is None or after is None:
         return None
-    shared = [scored_pairs(a, b, score) for a, b in sides]
-    cells = _items([*shared[0], *shared[1]], score, items)
-    if cells is not None:
-        return interval(cells[len(shared[0]) :] - cells[: len(shared[0])], after.over, trained=True)
+    pairs = [_scored_pairs(a, b, score) for a, b in sides]
+    gains = _item_gains([*pairs[0], *pairs[1]], score, items)
+    if gains is not None:
+        return interval(gains[len(pairs[0]) :] - gains[: len(pairs[0])], after.over, trained=True)
     low, high = (None if bound is None else bound - before.value for bound in (after.low, after.high))
     # The difference before tuning counts as exact: its uncertainty is over items, whose values are missing here.
     return replace(after, value=after.value - before.value, low=low, high=high, p=None)
@@ -99,7 +108,12 @@ def interval(values: Array, over: str, trained: bool) -> Difference:
     else:
         return Difference(value, None, None, rows, over)
     half = float(stats.t.ppf((1 + INTERVAL) / 2, df)) * se
-    p = None if trained and rows < MIN_SEEDS else _two_sided(value, se, df)
+    if trained and rows < MIN_SEEDS:
+        p = None
+    elif se == 0:
+        p = 1.0 if value == 0 else 0.0
+    else:
+        p = float(2 * stats.t.sf(abs(value) / se, df))
     return Difference(value, value - half, value + half, rows, over, p)
 
 
@@ -118,82 +132,6 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
-def contrast_sentence(contrast: Difference | None) -> str:
-    """Return e.g. ``+0.21 (90 % CI +0.18 to +0.24, 3 seeds and 300 items)``."""
-    if contrast is None:
-        return "unknown"
-    if contrast.low is None or contrast.high is None:
-        return f"{contrast.value:+.3g} (no interval: {contrast.over})"
-    return f"{contrast.value:+.3g} (90 % CI {contrast.low:+.3g} to {contrast.high:+.3g}, {contrast.over})"
-
-
-def finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
-
-
-_Row = tuple[RunRecord, str]
-
-
-def scored_pairs(first: Side, second: Side, score: str) -> list[tuple[_Row, _Row]]:
-    """Return the pairs in which both sides have a finite score."""
-    return [pair for pair in _pairs(first, second) if None not in (_value(pair[0], score), _value(pair[1], score))]
-
-
-def _pairs(first: Side, second: Side) -> list[tuple[_Row, _Row]]:
-    """Pair rows of the same seed or draw; a side with neither is paired with every row of the other side."""
-    rows = [_by_key(side) for side in (first, second)]
-    alone = [by_key.get(None) for by_key in rows]
-    if alone[0] is not None and alone[1] is not None:
-        return [(alone[0], alone[1])]
-    if alone[1] is not None:
-        return [(row, alone[1]) for row in rows[0].values()]
-    if alone[0] is not None:
-        return [(alone[0], row) for row in rows[1].values()]
-    return [(row, rows[1][key]) for key, row in rows[0].items() if key in rows[1]]
-
-
-def _by_key(side: Side) -> dict[int | None, _Row]:
-    if side.moment == "after":
-        # -1 for a tuned run without a seed: None stands for the base model.
-        return {-1 if run.seed is None else run.seed: (run, "after") for run in side.runs}
-    run = side.runs[0]
-    if side.moment == "before":
-        return {None: (run, "before")}
-    return {few_shot.draw: (run, f"few_shot_{few_shot.draw}") for few_shot in run.scores.few_shot}
-
-
-def _rows(first: Side, second: Side) -> str:
-    moments = {first.moment, second.moment}
-    return "seed" if "after" in moments else "draw" if "few_shot" in moments else "model"
-
-
-def _items(pairs: Sequence[tuple[_Row, _Row]], score: str, items: ItemScores | None) -> Array | None:
-    """Return how much better the first side is, (rows, items); ``None`` if values are missing or of other items."""
-    if items is None or not pairs:
-        return None
-    sides = [[items(*row, score) for row in pair] for pair in pairs]
-    names = sides[0][0]
-    rows = []
-    for first_items, second_items in sides:
-        if (
-            not names
-            or not first_items
-            or not second_items
-            or not first_items.keys() == second_items.keys() == names.keys()
-        ):
-            return None
-        rows.append([_minus(score, first_items[item], second_items[item]) for item in names])
-    differences = np.array(rows, dtype=float)
-    return differences if np.isfinite(differences).all() else None
-
-
-def _value(row: _Row, score: str) -> float | None:
-    run, moment = row
-    if score == "forgetting":
-        return finite(run.scores.forgetting.difference) if run.scores.forgetting else None
-    return finite(getattr(scores, score)) if (scores := scores_at(run, moment)) is not None else None
-
-
 def scores_at(run: RunRecord, moment: str) -> Scores | None:
     """Return the run's scores at ``moment``, on the test split if the run was scored on it."""
     if moment == "after":
@@ -204,15 +142,56 @@ def scores_at(run: RunRecord, moment: str) -> Scores | None:
     return few_shot.test if run.scores.test is not None else few_shot.validation
 
 
-def _minus(score: str, first: float, second: float) -> float:
-    return second - first if score in LOWER_BETTER_METRICS else first - second
+_Row = tuple[RunRecord, str]
+"""A run and its moment, as in :func:`scores_at`."""
 
 
-def _two_sided(value: float, se: float, df: float) -> float:
-    if se == 0:
-        return 1.0 if value == 0 else 0.0
-    return float(2 * stats.t.sf(abs(value) / se, df))
+def _scored_pairs(first: Side, second: Side, score: str) -> list[tuple[_Row, _Row]]:
+    """Pair rows of the same seed or draw, if both have a finite score.
+
+    A side with neither seed nor draw is paired with every row of the other side.
+    """
+    a, b = _rows(first), _rows(second)
+    if None in a and None in b:
+        pairs = [(a[None], b[None])]
+    elif None in b:
+        pairs = [(row, b[None]) for row in a.values()]
+    elif None in a:
+        pairs = [(a[None], row) for row in b.values()]
+    else:
+        pairs = [(row, b[key]) for key, row in a.items() if key in b]
+    return [pair for pair in pairs if all(_value(row, score) is not None for row in pair)]
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")
+def _rows(side: Side) -> dict[int | None, _Row]:
+    if side.moment == "after":
+        # -1 for a tuned run without a seed: None stands for the base model.
+        return {-1 if run.seed is None else run.seed: (run, "after") for run in side.runs}
+    run = side.runs[0]
+    if side.moment == "before":
+        return {None: (run, "before")}
+    return {few_shot.draw: (run, f"few_shot_{few_shot.draw}") for few_shot in run.scores.few_shot}
+
+
+def _value(row: _Row, score: str) -> float | None:
+    run, moment = row
+    if score == "forgetting":
+        return finite_score(run.scores.forgetting, "difference")
+    return finite_score(scores_at(run, moment), score)
+
+
+def _item_gains(pairs: Sequence[tuple[_Row, _Row]], score: str, items: ItemScores | None) -> Array | None:
+    """Return how much better the first side is, (rows, items); ``None`` if values are missing or of other items."""
+    if items is None:
+        return None
+    values = [[items(*row, score) or {} for row in pair] for pair in pairs]
+    names = values[0][0].keys()
+    if not names or any(side.keys() != names for pair in values for side in pair):
+        return None
+    gains = _sign(score) * np.array([[a[name] - b[name] for name in names] for a, b in values], dtype=float)
+    return gains if np.isfinite(gains).all() else None
+
+
+def _sign(score: str) -> float:
+    """Return the factor after which a higher value is better."""
+    return -1.0 if score in LOWER_BETTER_METRICS else 1.0

@@ -8,9 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from qlora_exp.analysis.configurations import Configuration, Measure, display_settings
-from qlora_exp.analysis.memory import PEAK_PARTS, Breakdown
-from qlora_exp.analysis.tradeoffs import PRECISION_ORDER, Front, ParetoStatus, mode_of
+from qlora_exp.analysis.configurations import PEAK_PARTS, Configuration, Measure, display_setting, mode_of
+from qlora_exp.analysis.tradeoffs import PRECISION_ORDER, Front, ParetoStatus
 
 Figure = dict[str, Any]
 
@@ -40,27 +39,53 @@ def lines(named: Mapping[str, tuple[Sequence[float], Sequence[float]]], axes: tu
         | {"line": {"color": PALETTE[number % len(PALETTE)]}}
         for number, (name, (x, y)) in enumerate(named.items())
     ]
-    dashed = {"color": PALETTE[-2], "dash": "dash", "width": 2}
-    shape = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": goal, "y1": goal, "line": dashed}
-    return {"data": traces, "layout": _layout(*axes) | {"shapes": [shape]}}
+    return {"data": traces, "layout": _layout(*axes) | {"shapes": [_dashed_line(goal, PALETTE[-2])]}}
 
 
 def pareto(front: Front, measure: Measure, horizontal: str) -> Figure:
     """Plot quality against ``memory`` or ``speed``, one trace per quantization; points on the front are larger."""
-    drawn = _thinned(front)
+    pairs: list[tuple[Configuration, ParetoStatus | None]] = [(c, None) for c in front.configurations]
+    if front.statuses:
+        pairs = list(zip(front.configurations, front.statuses, strict=True))
+    rest = [pair for pair in pairs if pair[1] is not ParetoStatus.FRONT]
+    step = max(1, -(-len(rest) // MAX_DOMINATED_POINTS))
     by_mode: dict[str, list[tuple[Configuration, ParetoStatus | None]]] = defaultdict(list)
-    for configuration, status in drawn:
-        by_mode[mode_of(configuration)].append((configuration, status))
+    for configuration, status in (*rest[::step], *(pair for pair in pairs if pair[1] is ParetoStatus.FRONT)):
+        by_mode[mode_of(configuration.first)].append((configuration, status))
+    known = [mode for mode in PRECISION_ORDER if mode in by_mode]
     traces = [
-        _cloud(mode, by_mode[mode], horizontal, PALETTE[number % len(PALETTE)])
-        for number, mode in enumerate(sorted(by_mode, key=_by_precision))
+        _points(mode, by_mode[mode], horizontal, PALETTE[number % len(PALETTE)])
+        for number, mode in enumerate([*known, *sorted(by_mode.keys() - set(known))])
     ]
     titles = {"memory": "memory, MB", "speed": "training speed, tokens/s"}
     best = "higher is better" if measure.higher_is_better else "lower is better"
+    layout = _layout(titles[horizontal], f"{measure.words} ({best})")
+    return {"data": traces, "layout": layout | {"hovermode": "closest", "showlegend": True}}
+
+
+def _points(
+    mode: str, points: Sequence[tuple[Configuration, ParetoStatus | None]], horizontal: str, colour: str
+) -> Figure:
+    scored = [(c, c.quality, status) for c, status in points if c.quality is not None]
+    on_front = [status is ParetoStatus.FRONT for *_, status in scored]
+    values = [c.memory_bytes if horizontal == "memory" else c.tokens_per_second for c, *_ in scored]
+    halves = [quality.half_width() if status is ParetoStatus.FRONT else None for _, quality, status in scored]
     return {
-        "data": traces,
-        "layout": _layout(titles[horizontal], f"{measure.name.replace('_', ' ')} ({best})")
-        | {"hovermode": "closest", "showlegend": True},
+        "type": "scatter",
+        "mode": "markers",
+        "name": escape(mode),
+        "x": [None if v is None else v / 1e6 if horizontal == "memory" else v for v in values],
+        "y": [quality.mean for _, quality, _ in scored],
+        "error_y": _error(halves),
+        "text": [escape(c.label) + (f"<br>{status}" if status is not None else "") for c, _, status in scored],
+        "customdata": [c.first.run_id for c, *_ in scored],
+        "hovertemplate": "%{text}<br>%{y:.4g} at %{x:.4g}<extra></extra>",
+        "marker": {
+            "color": colour,
+            "symbol": SYMBOLS.get(mode, "circle"),
+            "size": [13 if front else 8 for front in on_front],
+            "opacity": [1.0 if status in (ParetoStatus.FRONT, None) else 0.45 for *_, status in scored],
+        },
     }
 
 
@@ -73,43 +98,47 @@ def rank_curve(configurations: Sequence[Configuration], measure: Measure) -> Fig
     lines = _lines(scored, ("lora.r", "lora.alpha", RATE))
     if any(len({c.settings.get("lora.r") for c in line}) < len(line) for line in lines.values()):
         lines = _lines(scored, ("lora.r", "lora.alpha"))
-    drawn_lines = sorted((line for line in lines.items() if len(line[1]) > 1), key=lambda line: -len(line[1]))
-    if not drawn_lines:
+    drawn = sorted((line for line in lines.items() if len(line[1]) > 1), key=lambda line: -len(line[1]))[:MAX_LINES]
+    if not drawn:
         return None
     traces: list[Figure] = []
-    ranks: set[int] = set()
-    for number, (name, points) in enumerate(drawn_lines[:MAX_LINES]):
-        ordered = sorted(points, key=lambda c: int(c.first.config["lora"]["r"]))
+    for number, (name, points) in enumerate(drawn):
+        ordered = sorted(points, key=lambda c: c.rank)
         estimates = [c.quality for c in ordered if c.quality is not None]
-        ranks.update(int(c.first.config["lora"]["r"]) for c in ordered)
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "lines+markers",
-                "name": escape(" · ".join(part for part in name if part) or measure.name.replace("_", " ")),
-                "x": [int(c.first.config["lora"]["r"]) for c in ordered],
-                "y": [e.mean for e in estimates],
-                "error_y": _error([e.half_width() for e in estimates]),
-                "customdata": [c.first.run_id for c in ordered],
-                "text": [escape(c.label) for c in ordered],
-                "hovertemplate": "%{text}<br>%{y:.4g}<extra></extra>",
-                "line": {"color": PALETTE[number], "width": 2},
-                "marker": {"size": 8},
-            }
-        )
+        trace = {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "name": escape(" · ".join(name) or measure.words),
+            "x": [c.rank for c in ordered],
+            "y": [e.mean for e in estimates],
+            "error_y": _error([e.half_width() for e in estimates]),
+            "customdata": [c.first.run_id for c in ordered],
+            "text": [escape(c.label) for c in ordered],
+            "hovertemplate": "%{text}<br>%{y:.4g}<extra></extra>",
+            "line": {"color": PALETTE[number], "width": 2},
+            "marker": {"size": 8},
+        }
+        traces.append(trace)
     layout = _layout("rank r", measure.label)
-    layout["xaxis"] |= {"type": "log", "tickvals": sorted(ranks), "ticktext": [str(rank) for rank in sorted(ranks)]}
+    ranks = sorted({rank for trace in traces for rank in trace["x"]})
+    layout["xaxis"] |= {"type": "log", "tickvals": ranks, "ticktext": [str(rank) for rank in ranks]}
     return {"data": traces, "layout": layout}
 
 
 def _lines(
     configurations: Sequence[Configuration], of_a_line: Sequence[str]
 ) -> dict[tuple[str, ...], list[Configuration]]:
-    """Group the configurations by all settings except ``of_a_line``, which change along a line."""
+    """Group the configurations by all settings except ``of_a_line``, which change along a line, and those that the
+    quantization mode implies. A key has a short text for each setting."""
+    implied = ("quantization.double_quantization", "quantization.compute_dtype", "quantization.int8_threshold")
     lines: dict[tuple[str, ...], list[Configuration]] = defaultdict(list)
     for configuration in configurations:
-        others = [(key, value) for key, value in configuration.settings.items() if key not in of_a_line]
-        lines[tuple(_named(key, value) for key, value in others)].append(configuration)
+        name = tuple(
+            value if isinstance(value, str) else f"{key.rsplit('.', 1)[-1].replace('_', ' ')} {display_setting(value)}"
+            for key, value in configuration.settings.items()
+            if key not in of_a_line and key not in implied
+        )
+        lines[name].append(configuration)
     return lines
 
 
@@ -120,46 +149,24 @@ def ladder(answer: Mapping[str, Any]) -> Figure | None:
     if not steps or margin is None:
         return None
     zone = answer.get("half_zone") or margin / 2
-    layout = _layout("doubling", "gain, nats per item")
-    layout["shapes"] = [
-        {
-            "type": "rect",
-            "xref": "paper",
-            "x0": 0,
-            "x1": 1,
-            "y0": margin - zone,
-            "y1": margin + zone,
-            "fillcolor": PALETTE[4],
-            "opacity": 0.15,
-            "line": {"width": 0},
-        },
-        {
-            "type": "line",
-            "xref": "paper",
-            "x0": 0,
-            "x1": 1,
-            "y0": margin,
-            "y1": margin,
-            "line": {"color": PALETTE[4], "dash": "dash", "width": 2},
-        },
-    ]
     gains = [step["gain"] for step in steps]
     error = _error([None if step.get("high") is None else step["high"] - step["gain"] for step in steps])
-    error |= {
-        "symmetric": False,
-        "arrayminus": [0 if step.get("low") is None else step["gain"] - step["low"] for step in steps],
-    }
+    below = [0 if step.get("low") is None else step["gain"] - step["low"] for step in steps]
     trace = {
         "type": "scatter",
         "mode": "markers",
         "x": [f"{step['from_rank']} → {step['to_rank']}" for step in steps],
         "y": gains,
-        "error_y": error,
+        "error_y": error | {"symmetric": False, "arrayminus": below},
         "text": [escape(str(step.get("decision"))) for step in steps],
         "hovertemplate": "%{x}: %{y:.4g}<br>%{text}<extra></extra>",
         "marker": {"size": 11, "color": PALETTE[0]},
         "showlegend": False,
     }
+    layout = _layout("doubling", "gain, nats per item")
+    band = {"type": "rect", "xref": "paper", "x0": 0, "x1": 1, "y0": margin - zone, "y1": margin + zone}
+    band |= {"fillcolor": PALETTE[4], "opacity": 0.15, "line": {"width": 0}}
+    layout["shapes"] = [band, _dashed_line(margin, PALETTE[4])]
     layout["xaxis"]["type"] = "category"
     y_values = [0.0, margin + zone, *gains, *(step[end] for step in steps for end in ("low", "high") if step.get(end))]
     padding = 0.06 * (max(y_values) - min(y_values))
@@ -168,63 +175,49 @@ def ladder(answer: Mapping[str, Any]) -> Figure | None:
 
 
 def accuracy_by_cell(
-    cells: Sequence[tuple[str, float | None, float | None, float | None]], lines: Sequence[tuple[str, float]]
+    cells: Sequence[tuple[str, float | None, float | None, float | None]], baselines: Sequence[tuple[str, float]]
 ) -> Figure | None:
-    """Plot each cell's accuracy: base model, with worked examples, tuned. ``lines``: the baselines to beat."""
+    """Plot each cell's accuracy: base model, with worked examples, tuned; and lines at the baselines to beat."""
     names = [escape(name) for name, *_ in cells]
     traces: list[Figure] = []
     for number, label in enumerate(("before tuning", "with examples", "after tuning")):
         values = [cell[number + 1] for cell in cells]
         if any(value is not None for value in values):
-            traces.append(
-                {
-                    "type": "bar",
-                    "name": label,
-                    "x": names,
-                    "y": values,
-                    "marker": {"color": PALETTE[number]},
-                    "hovertemplate": "%{x}, " + label + ": %{y:.3f}<extra></extra>",
-                }
-            )
+            trace = {"type": "bar", "name": label, "x": names, "y": values, "marker": {"color": PALETTE[number]}}
+            traces.append(trace | {"hovertemplate": "%{x}, " + label + ": %{y:.3f}<extra></extra>"})
     if not traces:
         return None
     layout = _layout("", "accuracy, by likelihood") | {"barmode": "group"}
     layout["shapes"] = [
-        {
-            "type": "line",
-            "xref": "paper",
-            "x0": 0,
-            "x1": 1,
-            "y0": value,
-            "y1": value,
-            "name": f"{escape(label)}, {value:.3f}",
-            "showlegend": True,
-            "line": {"color": PALETTE[6 + number], "dash": "dash", "width": 2},
-        }
-        for number, (label, value) in enumerate(lines)
+        _dashed_line(value, PALETTE[6 + number]) | {"name": f"{escape(label)}, {value:.3f}", "showlegend": True}
+        for number, (label, value) in enumerate(baselines)
     ]
     return {"data": traces, "layout": layout}
 
 
-def memory_bars(breakdowns: Sequence[Breakdown]) -> Figure | None:
-    """Plot memory by part, stacked, for the largest configurations; ``None`` if nothing is known."""
-    known = [b for b in breakdowns if any(b.parts.values())]
-    largest = sorted(known, key=lambda b: -sum(part or 0 for part in b.parts.values()))[:MAX_BARS]
+def memory_bars(parts_of: Mapping[str, Mapping[str, float | None]]) -> Figure | None:
+    """Plot memory by part, stacked, for the largest configurations; ``None`` if nothing is known.
+
+    Args:
+        parts_of: label → part → bytes.
+    """
+    known = [(label, parts) for label, parts in parts_of.items() if any(parts.values())]
+    largest = sorted(known, key=lambda item: -sum(size or 0 for size in item[1].values()))[:MAX_BARS][::-1]
     if not largest:
         return None
-    names = [escape(b.label) for b in reversed(largest)]
+    names = [escape(label) for label, _ in largest]
     traces = [
         {
             "type": "bar",
             "orientation": "h",
             "name": part,
             "y": names,
-            "x": [None if (size := b.parts[part]) is None else size / 1e6 for b in reversed(largest)],
+            "x": [None if (size := parts[part]) is None else size / 1e6 for _, parts in largest],
             "marker": {"color": PART_COLOURS[number]},
             "hovertemplate": "%{y}<br>" + part + " %{x:.3g} MB<extra></extra>",
         }
         for number, part in enumerate(PEAK_PARTS)
-        if any(b.parts[part] is not None for b in largest)
+        if any(parts[part] is not None for _, parts in largest)
     ]
     layout = _layout("memory, MB", "") | {"barmode": "stack", "height": 130 + 34 * len(names)}
     layout["legend"] |= {"traceorder": "normal"}
@@ -244,66 +237,15 @@ def importance_bars(shares: Mapping[str, float]) -> Figure:
     return {"data": [trace], "layout": _layout("share of the variance", "") | {"height": 130 + 32 * len(ordered)}}
 
 
-def _cloud(
-    mode: str, points: Sequence[tuple[Configuration, ParetoStatus | None]], horizontal: str, colour: str
-) -> Figure:
-    scored = [(c, s) for c, s in points if c.quality is not None]
-    estimates = [c.quality for c, _ in scored if c.quality is not None]
-    on_front = [status is ParetoStatus.FRONT for _, status in scored]
-    values = [c.memory_bytes if horizontal == "memory" else c.tokens_per_second for c, _ in scored]
-    halves = [e.half_width() if front else None for e, front in zip(estimates, on_front, strict=True)]
-    return {
-        "type": "scatter",
-        "mode": "markers",
-        "name": escape(mode),
-        "x": [None if v is None else v / 1e6 if horizontal == "memory" else v for v in values],
-        "y": [e.mean for e in estimates],
-        "error_y": _error(halves),
-        "text": [escape(c.label) + (f"<br>{s}" if s is not None else "") for c, s in scored],
-        "customdata": [c.first.run_id for c, _ in scored],
-        "hovertemplate": "%{text}<br>%{y:.4g} at %{x:.4g}<extra></extra>",
-        "marker": {
-            "color": colour,
-            "symbol": SYMBOLS.get(mode, "circle"),
-            "size": [13 if front else 8 for front in on_front],
-            "opacity": [1.0 if front or s is None else 0.45 for front, (_, s) in zip(on_front, scored, strict=True)],
-        },
-    }
-
-
-def _thinned(front: Front) -> list[tuple[Configuration, ParetoStatus | None]]:
-    """Return the whole front, and every k-th of the other points."""
-    if not front.statuses:
-        return [(c, None) for c in _every(front.configurations, MAX_DOMINATED_POINTS)]
-    pairs = list(zip(front.configurations, front.statuses, strict=True))
-    rest = [pair for pair in pairs if pair[1] is not ParetoStatus.FRONT]
-    return [*_every(rest, MAX_DOMINATED_POINTS), *(pair for pair in pairs if pair[1] is ParetoStatus.FRONT)]
-
-
-def _every(values: Sequence[Any], limit: int) -> list[Any]:
-    step = max(1, -(-len(values) // limit))
-    return list(values[::step])
-
-
-def _named(key: str, value: Any) -> str:
-    """Return a short text for the legend; empty if the quantization mode implies the setting."""
-    if key in ("quantization.double_quantization", "quantization.compute_dtype", "quantization.int8_threshold"):
-        return ""
-    return value if isinstance(value, str) else f"{key.rsplit('.', 1)[-1].replace('_', ' ')} {display_settings(value)}"
+def _dashed_line(height: float, colour: str) -> Figure:
+    """Return a horizontal line across the plot."""
+    line = {"color": colour, "dash": "dash", "width": 2}
+    return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": height, "y1": height, "line": line}
 
 
 def _error(halves: Sequence[float | None]) -> Figure:
-    return {
-        "type": "data",
-        "array": [half or 0 for half in halves],
-        "visible": any(halves),
-        "thickness": 1.2,
-        "width": 3,
-    }
-
-
-def _by_precision(mode: str) -> tuple[int, str]:
-    return (PRECISION_ORDER.index(mode) if mode in PRECISION_ORDER else len(PRECISION_ORDER), mode)
+    array = [half or 0 for half in halves]
+    return {"type": "data", "array": array, "visible": any(halves), "thickness": 1.2, "width": 3}
 
 
 def _layout(horizontal: str, vertical: str) -> Figure:

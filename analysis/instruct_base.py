@@ -7,7 +7,6 @@ All other contrasts are secondary; their p-values are Holm-adjusted together.
 from __future__ import annotations
 
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from qlora_exp.analysis import equal_tokens
-from qlora_exp.analysis.comparable import answering_scores, base_model_scores
+from qlora_exp.analysis.comparable import answering_scores, base_model_scores, cell_of, finite_score
 from qlora_exp.analysis.configurations import Configuration, configuration_settings, mean
 from qlora_exp.analysis.contrasts import (
     INTERVAL,
@@ -25,17 +23,24 @@ from qlora_exp.analysis.contrasts import (
     ItemScores,
     Side,
     difference,
-    finite,
     gain_difference,
     holm,
     scores_at,
 )
-from qlora_exp.analysis.equal_tokens import TokenCheck, cell_of, processed_tokens
 from qlora_exp.records.types import RunRecord, Scores
 
 CELLS = (("base", "plain"), ("base", "chat"), ("instruct", "plain"), ("instruct", "chat"))
 BITS_PER_BYTE = "bits_per_byte"
 BEFORE, AFTER = "before tuning", "after tuning"
+UNITS = {
+    BITS_PER_BYTE: "bits/byte",
+    "forgetting": "nats/byte",
+    "accuracy": "accuracy",
+    "exact_match": "exact match",
+}
+EQUAL_SHARE = 0.05
+"""Two sides count as equal if their processed tokens differ by at most this share."""
+DOCUMENTED = "sweeps/instruct_or_base.yaml"
 
 
 @dataclass(frozen=True)
@@ -82,9 +87,8 @@ class VariantCell:
     def runs(self) -> tuple[RunRecord, ...]:
         return self.configuration.runs
 
-    @property
-    def rank(self) -> int:
-        return int(self.configuration.first.config["lora"]["r"])
+    def at(self, moment: str) -> Side:
+        return Side(self.runs, moment)
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,16 @@ class VariantContrast:
     unit: str
     difference: Difference
     adjusted_p: float | None
+
+
+@dataclass(frozen=True)
+class TokenCheck:
+    """``done``: both sides processed equally many tokens, or one was trained again until they did."""
+
+    done: bool
+    difference: Difference | None
+    """Instruct against base at equal tokens; ``None`` if that wasn't run, or isn't needed."""
+    sentence: str
 
 
 @dataclass(frozen=True)
@@ -118,17 +132,6 @@ class InstructBase:
     """What weakens the comparison, e.g. a single seed."""
 
 
-@dataclass(frozen=True)
-class _Pilot:
-    best: float
-    """The lowest bits per byte on validation among them."""
-    runs: tuple[RunRecord, ...]
-
-
-_Pilots = Mapping[tuple[str, str], _Pilot]
-"""(variant, format) → its pilots."""
-
-
 def compare_variants(
     configurations: Sequence[Configuration],
     items: ItemScores | None = None,
@@ -150,27 +153,37 @@ def compare_variants(
         by_cell[cell_of(configuration.first)].append(configuration)
     if {"base", "instruct"} - {variant for variant, _ in by_cell}:
         return None
-    piloted = _pilots_by_cell(by_cell, pilots)
-    cells = tuple(_cell(*key, by_cell[key], piloted) for key in CELLS if key in by_cell)
-    best = {
-        variant: min((c for c in cells if c.variant == variant), key=lambda cell: _on_validation(cell, piloted))
-        for variant in ("base", "instruct")
-    }
-    instruct, base = best["instruct"], best["base"]
-    before_tuning = difference(Side(instruct.runs, "before"), Side(base.runs, "before"), BITS_PER_BYTE, items)
-    tuned = difference(Side(instruct.runs, "after"), Side(base.runs, "after"), BITS_PER_BYTE, items)
+    pilots_of = _pilots_by_cell(by_cell, pilots)
+    cells = tuple(_cell(*key, by_cell[key], pilots_of.get(key, ())) for key in CELLS if key in by_cell)
+
+    def on_validation(cell: VariantCell) -> float:
+        if not pilots_of:
+            return _validation_bits(cell.runs)
+        return min(_validation_bits([pilot]) for pilot in pilots_of[cell.variant, cell.written])
+
+    instruct, base = (
+        min((cell for cell in cells if cell.variant == variant), key=on_validation) for variant in ("instruct", "base")
+    )
+    by_own_runs = "by the same runs' validation scores"
+    chosen_by = by_own_runs
+    if pilots_of:
+        several = any(len(cell_configurations) > 1 for cell_configurations in by_cell.values())
+        among = f", the configurations within a cell {by_own_runs}" if several else ""
+        chosen_by = f"by pilots with other seeds{among}"
+    before_tuning = difference(instruct.at("before"), base.at("before"), BITS_PER_BYTE, items)
+    tuned = difference(instruct.at("after"), base.at("after"), BITS_PER_BYTE, items)
     gain = gain_difference(instruct.runs, base.runs, BITS_PER_BYTE, items)
     return InstructBase(
         cells=cells,
         missing=tuple(f"{v} in the {w} format" for v, w in CELLS if (v, w) not in by_cell),
         instruct=instruct,
         base=base,
-        chosen_by=_chosen_by(piloted, max(len(cell_configurations) for cell_configurations in by_cell.values())),
+        chosen_by=chosen_by,
         before_tuning=before_tuning,
         gain=gain,
         tuned=tuned,
         secondary=_secondary(cells, instruct, base, before_tuning, gain, items),
-        tokens=equal_tokens.check_equal_tokens(instruct.runs, base.runs, budgeted, items),
+        tokens=check_equal_tokens(instruct.runs, base.runs, budgeted, items),
         margin=margin,
         notes=tuple(_notes(instruct, base, tuned, items)),
     )
@@ -187,38 +200,66 @@ def verdict(contrast: Difference | None, margin: float | None) -> str:
     return "worse" if contrast.high < 0 else "not settled"
 
 
-def baseline_note(configuration: Configuration) -> str | None:
-    """Say whether the configuration beats the traditional baselines on the same split; ``None`` if there are none."""
-    scores, baselines = answering_scores(configuration.first), configuration.first.baselines
-    accuracy = mean(_of(answering_scores(run), "accuracy") for run in configuration.runs)
-    if scores is None or baselines is None or accuracy is None or baselines.split != scores.split:
-        return None
-    majority, linear = baselines.majority_accuracy, baselines.tfidf_accuracy
-    if majority is not None and accuracy <= majority:
-        baseline = f"always answering {baselines.majority_label!r} ({majority:.3f} on {baselines.split})"
-        return f"Its accuracy of {accuracy:.3f} does not even beat {baseline}."
-    if linear is None:
-        return None
-    baseline = f"TF-IDF with logistic regression ({linear:.3f} on {baselines.split})"
-    if accuracy > linear:
-        return f"Its accuracy of {accuracy:.3f} is above that of {baseline}."
-    return f"Its accuracy of {accuracy:.3f} does not beat {baseline}, which costs almost nothing."
+def check_equal_tokens(
+    instruct: Sequence[RunRecord], base: Sequence[RunRecord], budgeted: Sequence[RunRecord], items: ItemScores | None
+) -> TokenCheck:
+    """Return the primary contrast at equal tokens: a chat template adds its tokens to every example.
+
+    Args:
+        budgeted: runs of the same protocol, of any cell, that were trained to a number of tokens.
+    """
+    sides = {"instruct": tuple(instruct), "base": tuple(base)}
+    tokens = {side: mean(run.speed.train_tokens for run in runs) for side, runs in sides.items()}
+    known = {side: count for side, count in tokens.items() if count is not None}
+    if len(known) < len(tokens):
+        return TokenCheck(False, None, "Equal-token check: not done, because the processed tokens are unknown.")
+    fewer, more = sorted(known, key=lambda side: known[side])
+    counted = f"training processed {known['instruct']:,.0f} tokens for instruct and {known['base']:,.0f} for base"
+    if known[more] <= known[fewer] * (1 + EQUAL_SHARE):
+        return TokenCheck(True, None, f"Equal examples are equal tokens here: {counted}.")
+    least, most = known[more] / (1 + EQUAL_SHARE), known[more] * (1 + EQUAL_SHARE)
+    cell = cell_of(sides[fewer][0])
+    repeated = [run for run in budgeted if cell_of(run) == cell and least <= (run.speed.train_tokens or 0) <= most]
+    if not repeated:
+        command = f"training.max_steps=null training.max_tokens={known[more]:.0f}"
+        next_step = f"To check, train {fewer} again with {command} ({DOCUMENTED} says how)"
+        return TokenCheck(False, None, f"Equal-token check: not done. At equal examples, {counted}. {next_step}.")
+    sides[fewer] = tuple(repeated)
+    contrast = difference(Side(sides["instruct"], "after"), Side(sides["base"], "after"), BITS_PER_BYTE, items)
+    sentence = f"At equal tokens ({fewer} trained to {known[more]:,.0f}): {contrast or 'unknown'}."
+    return TokenCheck(contrast is not None, contrast, sentence)
 
 
 # Cells.
 
 
-def _cell(variant: str, written: str, configurations: Sequence[Configuration], piloted: _Pilots) -> VariantCell:
-    chosen = min(configurations, key=_validation_loss)
-    runs = chosen.runs
-    tuned = [_of(answering_scores(run), BITS_PER_BYTE) for run in runs]
+def _pilots_by_cell(
+    by_cell: Mapping[tuple[str, str], Sequence[Configuration]], pilots: Sequence[RunRecord]
+) -> dict[tuple[str, str], list[RunRecord]]:
+    """Return each cell's pilots; empty unless every cell has scored pilots whose seeds no answering run of it uses."""
+    seeds = {key: {run.seed for cell in cells for run in cell.runs} for key, cells in by_cell.items()}
+    usable: dict[tuple[str, str], list[RunRecord]] = {key: [] for key in by_cell}
+    for pilot in pilots:
+        key = cell_of(pilot)
+        if key in by_cell and pilot.seed not in seeds[key] and _validation_bits([pilot]) < math.inf:
+            usable[key].append(pilot)
+    return usable if all(usable.values()) else {}
+
+
+def _cell(
+    variant: str, written: str, configurations: Sequence[Configuration], pilots: Sequence[RunRecord]
+) -> VariantCell:
+    chosen = min(configurations, key=lambda configuration: _validation_bits(configuration.runs))
+    runs, draws = chosen.runs, chosen.first.scores.few_shot
+    tuned = [finite_score(answering_scores(run), BITS_PER_BYTE) for run in runs]
     sd, low, high = _sd_with_interval([value for value in tuned if value is not None])
-    draws = runs[0].scores.few_shot
+    # A pilot and an answering run may share a configuration.
+    tried = [*(configuration.first for configuration in configurations), *pilots]
     return VariantCell(
         variant=variant,
         written=written,
         configuration=chosen,
-        searched=_count_configurations(configurations, piloted[variant, written].runs if piloted else ()),
+        searched=len({str(sorted(configuration_settings(run).items())) for run in tried}),
         before_tuning=_level([base_model_scores(run) for run in runs]),
         few_shot=_level([scores_at(runs[0], f"few_shot_{draw.draw}") for draw in draws]) if draws else None,
         shots=min((len(draw.examples) for draw in draws), default=None),
@@ -227,14 +268,19 @@ def _cell(variant: str, written: str, configurations: Sequence[Configuration], p
         seed_sd=sd,
         seed_sd_low=low,
         seed_sd_high=high,
-        tokens=processed_tokens(runs),
+        tokens=mean(run.speed.train_tokens for run in runs),
     )
+
+
+def _validation_bits(runs: Sequence[RunRecord]) -> float:
+    """Return the mean bits per byte on validation; infinite if a run has none."""
+    value = mean(finite_score(run.scores.after, BITS_PER_BYTE) for run in runs)
+    return math.inf if value is None else value
 
 
 def _level(several_scores: Sequence[Scores | None]) -> Level:
-    return Level(
-        *(mean(_of(scores, name) for scores in several_scores) for name in (BITS_PER_BYTE, "accuracy", "exact_match"))
-    )
+    names = (BITS_PER_BYTE, "accuracy", "exact_match")
+    return Level(*(mean(finite_score(scores, name) for scores in several_scores) for name in names))
 
 
 def _sd_with_interval(values: Sequence[float]) -> tuple[float | None, float | None, float | None]:
@@ -244,43 +290,6 @@ def _sd_with_interval(values: Sequence[float]) -> tuple[float | None, float | No
     df, sd = len(values) - 1, float(np.std(values, ddof=1))
     upper, lower = (float(stats.chi2.ppf(share, df)) for share in ((1 + INTERVAL) / 2, (1 - INTERVAL) / 2))
     return sd, sd * math.sqrt(df / upper), sd * math.sqrt(df / lower)
-
-
-def _on_validation(cell: VariantCell, piloted: _Pilots) -> float:
-    return piloted[cell.variant, cell.written].best if piloted else _validation_loss(cell.configuration)
-
-
-def _pilots_by_cell(by_cell: Mapping[tuple[str, str], Sequence[Configuration]], pilots: Sequence[RunRecord]) -> _Pilots:
-    """Return each cell's pilots; empty unless every cell has scored pilots whose seeds no answering run of it uses."""
-    bits: dict[tuple[str, str], list[tuple[float, RunRecord]]] = defaultdict(list)
-    for run in pilots:
-        key, value = cell_of(run), _of(run.scores.after, BITS_PER_BYTE)
-        answering = {other.seed for configuration in by_cell.get(key, ()) for other in configuration.runs}
-        if value is not None and run.seed not in answering:
-            bits[key].append((value, run))
-    if any(not bits[key] for key in by_cell):
-        return {}
-    return {key: _Pilot(min(value for value, _ in bits[key]), tuple(run for _, run in bits[key])) for key in by_cell}
-
-
-def _chosen_by(piloted: _Pilots, configurations: int) -> str:
-    """Say how the cells were chosen. ``configurations``: the number in the cell that has the most."""
-    by_own_runs = "by the same runs' validation scores"
-    if not piloted:
-        return by_own_runs
-    among = f", the configurations within a cell {by_own_runs}" if configurations > 1 else ""
-    return f"by pilots with other seeds{among}"
-
-
-def _count_configurations(configurations: Sequence[Configuration], pilots: Sequence[RunRecord]) -> int:
-    """Count the different configurations; a pilot and an answering run may share one."""
-    runs = [*(configuration.first for configuration in configurations), *pilots]
-    return len({str(sorted(configuration_settings(run).items())) for run in runs})
-
-
-def _validation_loss(configuration: Configuration) -> float:
-    value = mean(_of(run.scores.after, BITS_PER_BYTE) for run in configuration.runs)
-    return math.inf if value is None else value
 
 
 # Contrasts.
@@ -295,53 +304,41 @@ def _secondary(
     items: ItemScores | None,
 ) -> tuple[VariantContrast, ...]:
     """Return every contrast besides the primary one, so that Holm's m counts them all."""
-    tuned_sides = Side(instruct.runs, "after"), Side(base.runs, "after")
-    base_model_sides = Side(instruct.runs, "before"), Side(base.runs, "before")
     contrasts = [
         (f"instruct over base, {BEFORE}", BITS_PER_BYTE, before_tuning),
         ("gain of tuning, instruct over base", BITS_PER_BYTE, gain),
-        (f"instruct over base, {BEFORE}, by likelihood", "accuracy", difference(*base_model_sides, "accuracy", items)),
-        (
-            f"instruct over base, {BEFORE}, by generation",
-            "exact_match",
-            difference(*base_model_sides, "exact_match", items),
-        ),
-        (f"instruct over base, {AFTER}, by likelihood", "accuracy", difference(*tuned_sides, "accuracy", items)),
-        (f"instruct over base, {AFTER}, by generation", "exact_match", difference(*tuned_sides, "exact_match", items)),
-        ("instruct over base, general text kept", "forgetting", difference(*tuned_sides, "forgetting", None)),
     ]
+
+    def add(name: str, score: str, first: Side, second: Side) -> None:
+        # Forgetting has no values of single items.
+        contrasts.append((name, score, difference(first, second, score, None if score == "forgetting" else items)))
+
+    for moment, when in (("before", BEFORE), ("after", AFTER)):
+        sides = instruct.at(moment), base.at(moment)
+        add(f"instruct over base, {when}, by likelihood", "accuracy", *sides)
+        add(f"instruct over base, {when}, by generation", "exact_match", *sides)
+    add("instruct over base, general text kept", "forgetting", instruct.at("after"), base.at("after"))
     for variant in ("base", "instruct"):
         by_format = {cell.written: cell for cell in cells if cell.variant == variant}
-        chat, plain = by_format.get("chat"), by_format.get("plain")
-        if chat is None or plain is None:
-            continue
-        for moment, when in (("before", BEFORE), ("after", AFTER)):
-            sides = Side(chat.runs, moment), Side(plain.runs, moment)
-            contrasts.append(
-                (f"chat over plain, {variant}, {when}", BITS_PER_BYTE, difference(*sides, BITS_PER_BYTE, items))
-            )
+        if by_format.keys() >= {"chat", "plain"}:
+            for moment, when in (("before", BEFORE), ("after", AFTER)):
+                sides = by_format["chat"].at(moment), by_format["plain"].at(moment)
+                add(f"chat over plain, {variant}, {when}", BITS_PER_BYTE, *sides)
     for cell in (base, instruct):
         if cell.few_shot is not None:
-            sides = Side(cell.runs, "few_shot"), Side(cell.runs, "before")
             name = f"{cell.shots} examples over none, {cell.name}, {BEFORE}"
-            contrasts.append((name, BITS_PER_BYTE, difference(*sides, BITS_PER_BYTE, items)))
+            add(name, BITS_PER_BYTE, cell.at("few_shot"), cell.at("before"))
     known = [(name, score, contrast) for name, score, contrast in contrasts if contrast is not None]
-    units = {
-        BITS_PER_BYTE: "bits/byte",
-        "forgetting": "nats/byte",
-        "accuracy": "accuracy",
-        "exact_match": "exact match",
-    }
     adjusted = holm([contrast.p for _, _, contrast in known])
     return tuple(
-        VariantContrast(name, units[score], contrast, p)
+        VariantContrast(name, UNITS[score], contrast, p)
         for (name, score, contrast), p in zip(known, adjusted, strict=True)
     )
 
 
 def _notes(instruct: VariantCell, base: VariantCell, tuned: Difference | None, items: ItemScores | None) -> list[str]:
-    seeds = [{run.seed for run in cell.runs} for cell in (instruct, base)]
-    if not seeds[0] & seeds[1]:
+    shared = len({run.seed for run in instruct.runs} & {run.seed for run in base.runs})
+    if not shared:
         return [f"{instruct.name} and {base.name} share no seed: no runs can be paired. Run both with seed=1,2,3."]
     notes = []
     if instruct.runs[0].scores.test is None:
@@ -349,28 +346,10 @@ def _notes(instruct: VariantCell, base: VariantCell, tuned: Difference | None, i
             "These are scores of the validation split, which also chose the cells: they flatter the choice."
             " Run evaluation.split=test with other seeds."
         )
-    if len(seeds[0] & seeds[1]) < MIN_SEEDS:
+    if shared < MIN_SEEDS:
         notes.append("One seed: the variation from seed to seed is unknown. Run seed=1,2,3.")
-    shared = len(seeds[0] & seeds[1])
     if unscored := shared - (tuned.seeds if tuned is not None else 0):
         notes.append(f"{unscored} of {shared} shared seeds have no finite score on both sides and are left out.")
-    if tuned is None:
-        return notes
-    if items is not None and "items" not in tuned.over:
+    if tuned is not None and items is not None and "items" not in tuned.over:
         notes.append("Per-item results are missing, or are of other items: the interval is over seeds alone.")
     return notes
-
-
-def _of(scores: Scores | None, name: str) -> float | None:
-    return finite(getattr(scores, name)) if scores is not None else None
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the answer and its tables for a folder of runs; ``--page FILE`` saves the plots."""
-    from qlora_exp.analysis.ask import main as ask
-
-    ask(["instruct_base", *(sys.argv[1:] if arguments is None else arguments)])
-
-
-if __name__ == "__main__":
-    main()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from qlora_exp.analysis.rule import FIRST_SEEDS, LAST_LOOK, MAX_SEEDS, Rule, t_quantiles
+from qlora_exp.analysis.rank_rule import FIRST_SEEDS, LAST_LOOK, MAX_SEEDS, Rule, t_quantiles
 from qlora_exp.analysis.variance import VarianceSplit
 
 MAX_SEEDS_SEARCHED, MAX_ITEMS_SEARCHED = 1000, 10_000_000
@@ -28,11 +29,9 @@ class Noise:
 
 @dataclass(frozen=True)
 class PowerPlan:
-    """Whether a plan settles the margin. ``half_width_at_cap``: half-width of the interval with the planned seeds, in
-    units of the score."""
+    """Whether a plan settles the margin."""
 
     settles: bool
-    half_width_at_cap: float
     seeds_needed: int | None
     """With the planned items; ``None`` if no number of seeds is enough."""
     items_needed: int | None
@@ -56,7 +55,7 @@ def plan(noise: Noise, seeds: int, items: int, rule: Rule) -> PowerPlan:
     else:
         needed = requirement_sentence(needed_seeds, needed_items)
         sentence = f"The plan can't settle every gain near the margin: {reach}. {needed}"
-    return PowerPlan(settles, width, needed_seeds, needed_items, sentence)
+    return PowerPlan(settles, needed_seeds, needed_items, sentence)
 
 
 def half_width(noise: Noise, seeds: int, items: int, rule: Rule) -> float:
@@ -78,12 +77,12 @@ def half_width(noise: Noise, seeds: int, items: int, rule: Rule) -> float:
 
 def seeds_needed(noise: Noise, items: int, rule: Rule) -> int | None:
     """Return the fewest seeds that settle every gain with ``items``; ``None`` if more seeds don't help."""
-    return _fewest(lambda seeds: half_width(noise, seeds, items, rule) <= rule.half_zone, 2, MAX_SEEDS_SEARCHED)
+    return _fewest(lambda seeds: half_width(noise, seeds, items, rule) <= rule.half_zone, MAX_SEEDS_SEARCHED)
 
 
 def items_needed(noise: Noise, seeds: int, rule: Rule) -> int | None:
     """Return the fewest items that settle every gain with ``seeds``; ``None`` if more items don't help."""
-    return _fewest(lambda items: half_width(noise, seeds, items, rule) <= rule.half_zone, 2, MAX_ITEMS_SEARCHED)
+    return _fewest(lambda items: half_width(noise, seeds, items, rule) <= rule.half_zone, MAX_ITEMS_SEARCHED)
 
 
 def requirement_sentence(seeds: int | None, items: int | None) -> str:
@@ -95,15 +94,9 @@ def requirement_sentence(seeds: int | None, items: int | None) -> str:
     )
 
 
-def _fewest(enough: Callable[[int], bool], minimum: int, maximum: int) -> int | None:
-    """Return the smallest integer that is ``enough``, by bisection: every larger one must be enough, too."""
-    if not enough(maximum):
-        return None
-    low, high = minimum, maximum
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle + 1, high)
-    return low
+def _fewest(enough: Callable[[int], bool], maximum: int) -> int | None:
+    """Return the smallest integer from 2 on that is ``enough``: every larger one must be enough, too."""
+    return bisect_left(range(maximum), True, lo=2, key=enough) if enough(maximum) else None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from qlora_exp.analysis.power import Noise, items_needed, requirement_sentence, seeds_needed
-from qlora_exp.analysis.rule import (
+from qlora_exp.analysis.rank_rule import (
     FIRST_LOOK,
     LAST_LOOK,
     MAX_SEEDS,
@@ -31,14 +31,6 @@ from qlora_exp.analysis.rule import (
 )
 from qlora_exp.analysis.variance import Array, VarianceSplit, as_losses, rank_seed_mean_square, split_variance
 from qlora_exp.errors import AnalysisError
-
-
-@dataclass(frozen=True)
-class PooledNoise:
-    """MS_rank×seed over all ranks run (squared units of the score) and its degrees of freedom; ``None``: one seed."""
-
-    mean_square: float | None
-    df: int
 
 
 @dataclass(frozen=True)
@@ -60,12 +52,12 @@ class Decision:
     high: float | None
     """One-sided bound that decides *stop*."""
     se: float | None
-    df: float | None
-    seeds: int
-    items: int | None
-    seed_part: float | None
+    df: float | None = None
+    seeds: int = 1
+    items: int | None = None
+    seed_part: float | None = None
     """A: the seeds' share of se², squared units."""
-    item_part: float | None
+    item_part: float | None = None
     """B: the items' share of se²."""
     increase: SampleIncrease | None = None
     would_settle: str | None = None
@@ -90,35 +82,29 @@ class RankAnswer:
     sentence: str
 
 
-def pooled_noise(ladder: Sequence[Array]) -> PooledNoise:
-    """Return MS_rank×seed over the ranks of ``ladder``: losses (seeds, items) or (seeds,), NaN for a missing run."""
-    mean_square, df = rank_seed_mean_square(np.stack([as_losses(losses).mean(axis=-1) for losses in ladder]))
-    return PooledNoise(float(mean_square) if df > 0 else None, int(df))
-
-
-def decide(smaller: Array, larger: Array, pooled: PooledNoise, rule: Rule, look: int) -> Decision:
+def decide(smaller: Array, larger: Array, ladder: Sequence[Array], rule: Rule, look: int) -> Decision:
     """Decide one doubling.
 
     Args:
         smaller, larger: losses of the two ranks, (seeds, items) or, for scores without items, (seeds,). Row s is the
             same seed and column i the same test item in both; a missing run is a row of NaN.
-        pooled: the noise over all ranks run.
+        ladder: losses of all ranks run, these two among them: they show how much the seeds vary.
         look: FIRST_LOOK, or LAST_LOOK after seeds or items were added.
 
     Raises:
         AnalysisError: shapes that don't pair, missing items, no shared seed.
     """
     difference = _paired(smaller, larger)
-    mean_square = np.array(np.nan if pooled.mean_square is None else pooled.mean_square)
-    split = split_variance(difference, mean_square, np.array(float(pooled.df)))
+    pooled = rank_seed_mean_square(np.stack([as_losses(losses).mean(axis=-1) for losses in ladder]))
+    split = split_variance(difference, *pooled)
     interval = bounds(split, rule, look)
     continues, stops = verdicts(split.gain, interval, rule)
     items = difference.shape[1] if np.ndim(smaller) > 1 else None
-    verdict, purchase, requirement = StepVerdict.CONTINUE if continues else StepVerdict.STOP, None, None
+    verdict, increase, requirement = StepVerdict.CONTINUE if continues else StepVerdict.STOP, None, None
     if not continues and not stops:
         requirement = _requirement(split, items, rule)
-        purchase = _sample_increase(split, interval, items, rule) if look == FIRST_LOOK else None
-        verdict = StepVerdict.INCONCLUSIVE if purchase is None else StepVerdict.BUY
+        increase = _sample_increase(split, interval, items, rule) if look == FIRST_LOOK else None
+        verdict = StepVerdict.INCONCLUSIVE if increase is None else StepVerdict.BUY
     return Decision(
         verdict=verdict,
         gain=float(split.gain),
@@ -130,7 +116,7 @@ def decide(smaller: Array, larger: Array, pooled: PooledNoise, rule: Rule, look:
         items=items,
         seed_part=_known(split.seed_part),
         item_part=_known(split.item_part) if items is not None else None,
-        increase=purchase,
+        increase=increase,
         would_settle=requirement,
     )
 
@@ -152,18 +138,20 @@ def decide_doubling(
     ladder = run(first_seeds)
     if ladder is None:
         return None
-    decision = decide(ladder[-2], ladder[-1], pooled_noise(ladder), rule, FIRST_LOOK)
+    decision = decide(ladder[-2], ladder[-1], ladder, rule, FIRST_LOOK)
     if decision.increase is None:
         return decision
     if decision.increase.seeds is None:
-        return _inconclusive_without_items(decision, decision.increase.items)
+        items = f"about {decision.increase.items}" if decision.increase.items else "many more"
+        requirement = f"It would take {items} test items: more seeds can't settle it."
+        return replace(decision, verdict=StepVerdict.INCONCLUSIVE, increase=None, would_settle=requirement)
     total_seeds = min(max(decision.increase.seeds, first_seeds + 1), max_seeds)
     if total_seeds <= first_seeds:
         return replace(decision, verdict=StepVerdict.INCONCLUSIVE, increase=None)
     ladder = run(total_seeds)
     if ladder is None:
         return replace(decision, increase=SampleIncrease(total_seeds, None))
-    return decide(ladder[-2], ladder[-1], pooled_noise(ladder), rule, LAST_LOOK)
+    return decide(ladder[-2], ladder[-1], ladder, rule, LAST_LOOK)
 
 
 def decide_from_summary(gain: float, se: float, rule: Rule, df: float = np.inf) -> Decision:
@@ -180,9 +168,7 @@ def decide_from_summary(gain: float, se: float, rule: Rule, df: float = np.inf) 
     if verdict is StepVerdict.INCONCLUSIVE:
         needed = 2 * rule.half_zone / float(t_continue + t_stop)
         requirement = f"It would take a standard error of the gain of at most {needed:.3g}; it is {se:.3g}."
-    return Decision(
-        verdict, gain, float(interval.low), float(interval.high), se, None, 1, None, None, None, None, requirement
-    )
+    return Decision(verdict, gain, float(interval.low), float(interval.high), se, would_settle=requirement)
 
 
 def decide_ladder(
@@ -212,16 +198,16 @@ def decide_ladder(
         raise AnalysisError(f"the ranks' results have different shapes: {sorted(shapes)}", "ladder", "pair them first")
     comparisons = []
     for position, (smaller, larger) in enumerate(pairwise(ranks)):
-        pooled = pooled_noise([ladder[rank] for rank in (ranks if complete else ranks[: position + 2])])
+        run = [ladder[rank] for rank in (ranks if complete else ranks[: position + 2])]
         look = LAST_LOOK if complete or larger in bought else FIRST_LOOK
-        decision = decide(ladder[smaller], ladder[larger], pooled, rule, look)
+        decision = decide(ladder[smaller], ladder[larger], run, rule, look)
         comparisons.append(Comparison(smaller, larger, decision))
     return answer(comparisons, rule, unit)
 
 
 def answer(comparisons: Sequence[Comparison], rule: Rule, unit: str) -> RankAnswer:
     """Return the ladder's answer: the first step that isn't *continue* decides; later steps are listed, not used."""
-    last = next((c for c in comparisons if c.decision.verdict is not StepVerdict.CONTINUE), comparisons[-1])
+    last = _deciding_step(comparisons)
     verdict = last.decision.verdict
     recommended = {StepVerdict.CONTINUE: last.to_rank, StepVerdict.STOP: last.from_rank}.get(verdict)
     return RankAnswer(verdict, recommended, rule, tuple(comparisons), _sentence(last, rule, unit))
@@ -229,6 +215,7 @@ def answer(comparisons: Sequence[Comparison], rule: Rule, unit: str) -> RankAnsw
 
 def as_object(result: RankAnswer) -> dict[str, Any]:
     """Return the answer in plain JSON types, as ``analyze --json`` prints it and a sweep's record stores it."""
+    last = _deciding_step(result.comparisons).decision
     return {
         "decision": str(result.verdict),
         "recommended_rank": result.recommended_rank,
@@ -245,34 +232,32 @@ def as_object(result: RankAnswer) -> dict[str, Any]:
             }
             for step in result.comparisons
         ],
-        "would_settle": _open_requirement(result),
+        "would_settle": last.would_settle if last.verdict is StepVerdict.INCONCLUSIVE else None,
         "sentence": result.sentence,
     }
 
 
-def _open_requirement(result: RankAnswer) -> str | None:
-    """Return what would settle the step that left the ladder undecided; ``None`` if no step did."""
-    last = next((c.decision for c in result.comparisons if c.decision.verdict is not StepVerdict.CONTINUE), None)
-    return last.would_settle if last is not None and last.verdict is StepVerdict.INCONCLUSIVE else None
+def _deciding_step(comparisons: Sequence[Comparison]) -> Comparison:
+    """Return the first step that isn't *continue*, else the last one."""
+    return next((c for c in comparisons if c.decision.verdict is not StepVerdict.CONTINUE), comparisons[-1])
 
 
 def _sentence(last: Comparison, rule: Rule, unit: str) -> str:
-    decision, step = last.decision, f"from r = {last.from_rank} to {last.to_rank}"
-    gain = f"going {step} gains {_plain(decision.gain)} {unit}"
+    decision, increase = last.decision, last.decision.increase
+    gain = f"going from r = {last.from_rank} to {last.to_rank} gains {decision.gain:+.3g} {unit}"
     if decision.low is not None and decision.high is not None:
-        gain += f" [{_plain(decision.low)}, {_plain(decision.high)}]"
-    against = f"against a margin of {rule.margin:g}"
+        gain += f" [{decision.low:+.3g}, {decision.high:+.3g}]"
+    gain += f", against a margin of {rule.margin:g}"
     if decision.verdict is StepVerdict.CONTINUE:
-        return f"Returns still continue at r = {last.to_rank}, the largest rank compared: {gain}, {against}."
+        return f"Returns still continue at r = {last.to_rank}, the largest rank compared: {gain}."
     if decision.verdict is StepVerdict.STOP:
-        return f"Returns have diminished at r = {last.from_rank}: {gain}, {against}."
-    if decision.increase is not None:
-        increase = decision.increase
-        addition = (
+        return f"Returns have diminished at r = {last.from_rank}: {gain}."
+    if increase is not None:
+        added = (
             f"{increase.seeds} seeds" if increase.seeds is not None else f"{increase.items or 'many more'} test items"
         )
-        return f"Not settled yet: {gain}, {against}. Run {addition} in total and decide again."
-    return f"Inconclusive: {gain}, {against}. {decision.would_settle}"
+        return f"Not settled yet: {gain}. Run {added} in total and decide again."
+    return f"Inconclusive: {gain}. {decision.would_settle}"
 
 
 def _paired(smaller: Array, larger: Array) -> Array:
@@ -311,11 +296,6 @@ def _sample_increase(
     return SampleIncrease(int(seeds_at_last_look(interval.half_width, split.seeds, rule)), None)
 
 
-def _inconclusive_without_items(decision: Decision, items: int | None) -> Decision:
-    requirement = f"It would take {f'about {items}' if items else 'many more'} test items: more seeds can't settle it."
-    return replace(decision, verdict=StepVerdict.INCONCLUSIVE, increase=None, would_settle=requirement)
-
-
 def _noise(split: VarianceSplit, items: int | None) -> Noise:
     return Noise(float(np.sqrt(split.seed_part * split.seeds)), float(np.sqrt(split.item_part * (items or 1))))
 
@@ -330,10 +310,6 @@ def _requirement(split: VarianceSplit, items: int | None, rule: Rule) -> str:
 
 def _known(value: Array) -> float | None:
     return float(value) if np.isfinite(value) else None
-
-
-def _plain(value: float) -> str:
-    return f"{value:+.3g}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -354,11 +330,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ladder = {rank: values[:seeds] for rank, values in losses.items()}
         result = decide_ladder(ladder, make_rule(0.02, 3), bought=(16, 32, 64) if seeds > 3 else ())
         for step in result.comparisons:
-            d = step.decision
-            print(
-                f"| {seeds} | {step.from_rank} → {step.to_rank} | {d.gain:.4f} | {d.low:.4f} | {d.high:.4f} |", end=""
-            )
-            print(f" {d.verdict} |")
+            d, ranks = step.decision, f"{step.from_rank} → {step.to_rank}"
+            print(f"| {seeds} | {ranks} | {d.gain:.4f} | {d.low:.4f} | {d.high:.4f} | {d.verdict} |")
         print(f"\n{result.sentence}\n")
     if options.figure is not None:
         figures.write_figure(figures.ladder(as_object(result)), options.figure)

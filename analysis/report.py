@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -16,22 +15,44 @@ from qlora_exp.analysis.comparable import (
     is_pilot,
     refuse_synthetic,
     setting_differences,
+    split_budgeted,
 )
 from qlora_exp.analysis.configurations import Configuration, Measure, best_on_validation, configurations, measure_of
 from qlora_exp.analysis.contrasts import ItemScores
-from qlora_exp.analysis.equal_tokens import token_groups
-from qlora_exp.analysis.feasibility_section import feasibility_section
-from qlora_exp.analysis.instruct_base import InstructBase, baseline_note, compare_variants
-from qlora_exp.analysis.instruct_base_section import instruct_section
-from qlora_exp.analysis.instruct_base_words import primary_lead, primary_sentence
+from qlora_exp.analysis.instruct_base import InstructBase, compare_variants
+from qlora_exp.analysis.instruct_base_words import baseline_note, instruct_section, primary_lead, primary_sentence
 from qlora_exp.analysis.report_content import ReportContent, Section, StudyInfo
 from qlora_exp.analysis.tradeoffs import goal_answer
-from qlora_exp.errors import AnalysisError
+from qlora_exp.errors import AnalysisError, nearest
 from qlora_exp.records.types import RunRecord, Status
 
 MAX_GROUPS = 3
 """Groups of comparable runs that the report shows; it only counts further ones."""
 MIN_SEEDS_SHOWN = 2
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """All runs of a report, and which of them are compared with each other."""
+
+    records: Sequence[RunRecord]
+    groups: list[Group]
+    """Runs that are compared within their group."""
+    pilots: list[RunRecord]
+    """Finished runs that chose learning rates; empty if only pilots have finished: then these are compared."""
+    budgeted: list[RunRecord]
+    """Finished runs trained to a number of tokens, if the others were trained to a number of steps."""
+    unreadable: int
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """A group of comparable runs, and what the report says about it."""
+
+    group: Group
+    measure: Measure | None
+    candidates: list[Configuration]
+    comparison: InstructBase | None
 
 
 def build(
@@ -57,103 +78,86 @@ def build(
     if not records:
         raise AnalysisError("the study has no run", where, "see qlora-exp status")
     refuse_synthetic(records)
-    groups, aside = _split_runs(records)
+    pilots = [record for record in records if is_pilot(record)]
+    answering = groups_of([record for record in records if not is_pilot(record)])
+    groups, budgeted = split_budgeted(answering or groups_of(pilots))
+    runs = _Runs(records, groups, finished_runs(pilots) if answering else [], budgeted, unreadable)
     if not groups:
         states = ", ".join(sorted({record.status.value for record in records}))
         raise AnalysisError(
             f"no run has finished: {len(records)} are {states}", where, "wait for one, or qlora-exp resume"
         )
-    shown_groups = [_summarise_group(group) for group in groups[:MAX_GROUPS]]
-    first, measure, candidates = shown_groups[0]
-    comparison = compare_variants(candidates, items, margin, aside.pilots, aside.budgeted)
-    why_none, several = _why_no_headline(groups, studies, measure), len(groups) > 1
+    shown = []
+    for group in groups[:MAX_GROUPS]:
+        measure = measure_of(group.records)
+        candidates = configurations(group.records, measure or Measure("loss_per_item", False))
+        of_first = budgeted if group is groups[0] else ()
+        comparison = compare_variants(candidates, items, margin, runs.pilots, of_first)
+        shown.append(_Compared(group, measure, candidates, comparison))
+    why_none = _why_no_headline(groups, studies, shown[0].measure)
     headline = _ladder_sentences(studies)
     if why_none is None:
-        headline += _headline(first, measure, candidates, comparison, decided=bool(headline))
+        headline += _headline(shown[0], with_best=not headline)
+        why_none = None if headline else "No headline: no configuration has a finite score."
+    completed = [record for record in records if record.status is Status.COMPLETED]
     parts = [
         *sections.ladder_sections(studies),
-        *(
-            s
-            for summary in shown_groups
-            for s in _group_sections(*summary, summary is shown_groups[0], several, studies, items, aside, margin)
-        ),
-        sections.importance_section(studies, [record for record in records if record.status is Status.COMPLETED]),
+        *(section for compared in shown for section in _group_sections(compared, groups, studies)),
+        sections.importance_section(studies, completed),
         sections.failure_section(records),
-        feasibility_section(studies),
-        sections.method_section(groups, records, measure, studies),
-        _limits_section(
-            records, groups, aside, candidates, measure, _open_points(studies, comparison, why_none), unreadable
-        ),
+        sections.feasibility_section(studies),
+        sections.method_section(groups, records, shown[0].measure, studies),
+        _limits_section(runs, shown[0], studies, why_none),
     ]
     return ReportContent(
         title=", ".join(study.name for study in studies),
         question=next((study.question for study in studies if study.question), None),
-        headline=headline,
+        headline=tuple(headline),
         why_none=None if headline else why_none,
         sections=tuple(part for part in parts if part is not None),
-        runs=sections.runs_section_table(records),
+        runs=sections.table_of_runs(records),
         made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {len(records)} runs",
     )
 
 
-@dataclass(frozen=True)
-class SetAside:
-    """Finished runs outside the comparison."""
+def only_section(report: ReportContent, name: str) -> ReportContent:
+    """Return one section of the report without the headline, e.g. ``tradeoffs``, or every section of that kind:
+    ``ladder`` gives ``ladder-1``, ``ladder-2`` …
 
-    pilots: tuple[RunRecord, ...]
-    """Runs that chose learning rates."""
-    budgeted: tuple[RunRecord, ...]
-    """Runs trained to a number of tokens, if the others were trained to a number of steps."""
-
-
-def _split_runs(records: Sequence[RunRecord]) -> tuple[list[Group], SetAside]:
-    """Return the groups to compare within, and the runs set aside. If only pilots have finished, these are grouped."""
-    pilots = [record for record in records if is_pilot(record)]
-    answering = groups_of([record for record in records if not is_pilot(record)])
-    groups, budgeted = token_groups(answering or groups_of(pilots))
-    return groups, SetAside(tuple(finished_runs(pilots)) if answering else (), tuple(budgeted))
+    Raises:
+        AnalysisError: the report has no such section.
+    """
+    name = name.replace("_", "-")
+    chosen = [section for section in report.sections if f"{section.name}-".startswith(f"{name}-")]
+    if not chosen:
+        names = [section.name for section in report.sections]
+        raise AnalysisError(f"the report of these runs has no section {name!r}", "--only", nearest(name, names))
+    return replace(report, question=None, headline=(), sections=tuple(chosen))
 
 
-def _summarise_group(group: Group) -> tuple[Group, Measure | None, list[Configuration]]:
-    measure = measure_of(group.records)
-    return group, measure, configurations(group.records, measure or Measure("loss_per_item", False))
-
-
-def _group_sections(
-    group: Group,
-    measure: Measure | None,
-    candidates: Sequence[Configuration],
-    main: bool,
-    several: bool,
-    studies: Sequence[StudyInfo],
-    items: ItemScores | None,
-    aside: SetAside,
-    margin: float | None,
-) -> list[Section]:
-    """Return the sections that compare within one group; if there are ``several``, each title names the group."""
+def _group_sections(compared: _Compared, groups: Sequence[Group], studies: Sequence[StudyInfo]) -> list[Section]:
+    """Return the sections that compare within one group; if there are several groups, each title names the group."""
+    group, measure, candidates = compared.group, compared.measure, compared.candidates
     parts: list[Section | None] = []
     if measure is not None:
         goal = goal_answer(candidates)
         parts = [
-            sections.rank_section(candidates, measure, any(study.ladder for study in studies)),
+            sections.rank_section(candidates, measure, any(study.ladders for study in studies)),
             sections.tradeoff_section(candidates, measure),
             sections.equal_everything_section(candidates, measure),
             Section("goal", "The cheapest that is good enough", (goal.sentence,)) if goal else None,
-            instruct_section(candidates, items, margin, aside.pilots, aside.budgeted if main else ()),
+            instruct_section(compared.comparison) if compared.comparison else None,
         ]
     parts += [sections.memory_section(candidates, group.records), sections.speed_section(group.records)]
     known = [part for part in parts if part is not None]
-    if not several:
+    if len(groups) == 1:
         return known
     p = group.protocol
     subtitle = f"{len(group.records)} runs, {p.max_steps} steps, {p.scored_items} {p.split} items"
-    number = "" if main else f"-{id_of(group)}"
-    return [replace(part, name=part.name + number, title=f"{part.title} ({subtitle})") for part in known]
-
-
-def id_of(group: Group) -> str:
-    p = group.protocol
-    return f"{p.max_steps}-{p.scored_items}-{p.split}-{p.batch_size}-{p.adapter_dtype}-{p.data_version}"
+    anchor = f"-{p.max_steps}-{p.scored_items}-{p.split}-{p.batch_size}-{p.adapter_dtype}-{p.data_version}"
+    if group is groups[0]:
+        anchor = ""
+    return [replace(part, name=part.name + anchor, title=f"{part.title} ({subtitle})") for part in known]
 
 
 def _why_no_headline(groups: Sequence[Group], studies: Sequence[StudyInfo], measure: Measure | None) -> str | None:
@@ -177,42 +181,36 @@ def _why_no_headline(groups: Sequence[Group], studies: Sequence[StudyInfo], meas
     return None
 
 
-def _ladder_sentences(studies: Sequence[StudyInfo]) -> tuple[str, ...]:
+def _ladder_sentences(studies: Sequence[StudyInfo]) -> list[str]:
     """Return each ladder's sentence, and its error rates."""
+    ladders = sections.ladders_of(studies)
     sentences, error_rates = [], []
-    for study in studies:
-        ladders = sections.ladders_of(study)
-        for name, answer in ladders:
-            sentences.append(
-                (f"{name}: " if len(ladders) > 1 else "") + str(answer.get("sentence") or answer["decision"])
-            )
-            error_rates.append(sections.error_rate_sentence(answer))
-    return (*sentences, *dict.fromkeys(rate for rate in error_rates if rate is not None))
+    for name, answer in ladders:
+        sentence = str(answer.get("sentence") or answer["decision"])
+        sentences.append(f"{name}: {sentence}" if len(ladders) > 1 else sentence)
+        error_rates.append(sections.error_rate_sentence(answer))
+    return [*sentences, *dict.fromkeys(rate for rate in error_rates if rate is not None)]
 
 
-def _headline(
-    group: Group,
-    measure: Measure | None,
-    candidates: Sequence[Configuration],
-    comparison: InstructBase | None,
-    decided: bool,
-) -> tuple[str, ...]:
-    """Return the sentences after the ladders' answers; ``decided``: whether a ladder answered."""
+def _headline(compared: _Compared, with_best: bool) -> list[str]:
+    """Return instruct or base, the best configuration (unless a ladder has chosen one), and the goal's answer."""
+    measure, comparison = compared.measure, compared.comparison
     sentences = [f"{primary_lead(comparison)} {primary_sentence(comparison)}"] if comparison is not None else []
-    best = best_on_validation(candidates, measure) if measure is not None else None
-    if best is not None and measure is not None and not decided:
-        sentences.append(_best_sentence(best, candidates, measure))
-        note = baseline_note(best)
-        sentences += [note] if note else []
-    goal = goal_answer(candidates)
-    return (*sentences, *([goal.sentence] if goal is not None and goal.split == group.protocol.split else []))
+    best = best_on_validation(compared.candidates, measure) if measure is not None and with_best else None
+    if best is not None and measure is not None:
+        sentences.append(_best_sentence(best, compared.candidates, measure))
+        sentences += [note] if (note := baseline_note(best)) else []
+    goal = goal_answer(compared.candidates)
+    if goal is not None and goal.split == compared.group.protocol.split:
+        sentences.append(goal.sentence)
+    return sentences
 
 
 def _best_sentence(best: Configuration, candidates: Sequence[Configuration], measure: Measure) -> str:
     """Return the test score of the configuration that validation chose, and whether it is shown to be the best."""
     estimate = best.quality
     assert estimate is not None
-    score = f"{measure.name.replace('_', ' ')} {estimate.mean:.4g}"
+    score = f"{measure.words} {estimate.mean:.4g}"
     if estimate.low is not None and estimate.high is not None:
         seeds = f"{estimate.seeds} seed{'s' * (estimate.seeds > 1)}"
         score += f" (95 % CI {estimate.low:.4g} to {estimate.high:.4g}, {seeds})"
@@ -223,58 +221,43 @@ def _best_sentence(best: Configuration, candidates: Sequence[Configuration], mea
     sentence = f"Of {len(candidates)} configurations, {best.label} is best on validation; on test it has {score}"
     if estimate.se is None:
         return f"{sentence}."
-    ties = sum(_is_tie(best, other, measure) for other in candidates if other is not best)
+    others = [other for other in candidates if other is not best]
+    ties = sum(not measure.shows_better(estimate, other.quality) for other in others)
     if ties:
         return f"{sentence}. It isn't shown to be better than {ties} of the others."
     return f"{sentence}. It is shown to be better than all others."
 
 
-def _is_tie(best: Configuration, other: Configuration, measure: Measure) -> bool:
-    """Return whether the best is not shown (95 %, over seeds) to be better than the other."""
-    if best.quality is None or other.quality is None:
-        return True
-    halves = [estimate.half_width() for estimate in (best.quality, other.quality)]
-    ahead = measure.sign * (best.quality.mean - other.quality.mean)
-    return None in halves or ahead <= math.hypot(*(half or 0.0 for half in halves))
-
-
-def _open_points(studies: Sequence[StudyInfo], comparison: InstructBase | None, why_none: str | None) -> list[str]:
-    points = [why_none] if why_none else []
-    points += sections.open_ends(studies)
-    points += [comparison.tokens.sentence] if comparison is not None and not comparison.tokens.done else []
-    return points
-
-
 def _limits_section(
-    records: Sequence[RunRecord],
-    groups: Sequence[Group],
-    aside: SetAside,
-    candidates: Sequence[Configuration],
-    measure: Measure | None,
-    left_open: Sequence[str],
-    unreadable: int,
+    runs: _Runs, first: _Compared, studies: Sequence[StudyInfo], why_no_headline: str | None
 ) -> Section:
     """Return the section on what can't be concluded, and what would settle it."""
-    points = [*left_open]
+    groups, measure, candidates = runs.groups, first.measure, first.candidates
+    points = [why_no_headline] if why_no_headline else []
+    points += sections.undecided_ladders(studies)
+    if first.comparison is not None and not first.comparison.tokens.done:
+        points.append(first.comparison.tokens.sentence)
     if len(groups) > 1:
         points.append(f"The groups can't be compared with each other: {'; '.join(setting_differences(groups))}.")
     if len(groups) > MAX_GROUPS:
         points.append(f"{len(groups) - MAX_GROUPS} smaller groups of runs are only in the table of runs.")
     if all(len(c.runs) < MIN_SEEDS_SHOWN for c in candidates):
         points.append("One seed per configuration: no difference can be distinguished from chance. Run seed=1,2,3.")
-    ranks = {int(c.first.config["lora"]["r"]) for c in candidates}
+    ranks = {c.rank for c in candidates}
     if len(ranks) == 1:
         points.append(f"Only r = {ranks.pop()} was run: nothing follows about the rank. Run lora.r=8,16,32.")
-    running = sum(not record.status.ended for record in records)
-    points += [f"{running} runs have not ended: the answer may change."] if running else []
-    scored = sum(measure is not None and measure.of(answering_scores(r)) is None for g in groups for r in g.records)
-    points += [f"{scored} finished runs have no finite score and are left out of every comparison."] if scored else []
-    considered = sum(len(g.records) for g in groups) + len(aside.pilots) + len(aside.budgeted)
-    unscored = sum(r.status is Status.COMPLETED for r in records) - considered
-    points += [f"{unscored} completed runs lack scores, plan or data and are left out."] if unscored else []
-    points += [f"{unreadable} records could not be read: qlora-exp ls runs lists them."] if unreadable else []
-    if aside.pilots:
-        points.append(f"{len(aside.pilots)} pilots chose learning rates on validation and are in no comparison.")
+    if running := sum(not record.status.ended for record in runs.records):
+        points.append(f"{running} runs have not ended: the answer may change.")
+    finished = [record for group in groups for record in group.records]
+    if unscored := sum(measure is not None and measure.of(answering_scores(r)) is None for r in finished):
+        points.append(f"{unscored} finished runs have no finite score and are left out of every comparison.")
+    completed = sum(record.status is Status.COMPLETED for record in runs.records)
+    if lacking := completed - len(finished) - len(runs.pilots) - len(runs.budgeted):
+        points.append(f"{lacking} completed runs lack scores, plan or data and are left out.")
+    if runs.unreadable:
+        points.append(f"{runs.unreadable} records could not be read: qlora-exp ls runs lists them.")
+    if runs.pilots:
+        points.append(f"{len(runs.pilots)} pilots chose learning rates on validation and are in no comparison.")
     points.append(
         "Intervals are over seeds, on these items. A ladder's intervals, and those that name items, are also over items"
         " of this kind. Another task may give another answer."

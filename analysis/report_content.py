@@ -1,12 +1,24 @@
-"""A report's content before it is HTML, Markdown or CSV: sections of sentences, tables and figures."""
+"""A report as sections of sentences, tables and figures; and the same as HTML, Markdown and CSV."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import base64
+import csv
+import gzip
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-UNKNOWN_TEXT = "–"
+import jinja2
+
+from qlora_exp.formatting import UNKNOWN_CELL, bytes_text
+
+TEMPLATES = Path(__file__).resolve().parent / "templates"
+DIGITS = 5
+"""Significant digits in the page's data: more than are shown, and fewer bytes than all of them."""
 MAX_LEAD_CHARACTERS = 180
 """Characters; a longer first sentence is not emphasised."""
 MIN_SHOWN_P = 0.0001
@@ -47,7 +59,7 @@ class ReportContent:
     title: str
     question: str | None
     headline: tuple[str, ...]
-    """Empty if no conclusion may be drawn; ``why_none`` then says why."""
+    """Empty if no conclusion may be drawn (``why_none`` then says why), and in a report of one section."""
     why_none: str | None
     sections: tuple[Section, ...]
     runs: Table
@@ -58,12 +70,13 @@ class ReportContent:
 
 @dataclass(frozen=True)
 class StudyInfo:
-    """What a report needs of a study besides its runs. ``ladder``: one or several of ``analysis.rank.as_object``."""
+    """What a report needs of a study besides its runs."""
 
     name: str
     question: str | None = None
     objectives: tuple[str, ...] = ()
-    ladder: Any = None
+    ladders: Sequence[Mapping[str, Any]] = ()
+    """The answers in ``ladder.json``: those of ``rank.as_object``, with axes, costs and warnings."""
     importance: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Objective → axis → share of the variance."""
     predicted_memory: Mapping[str, Any] = field(default_factory=dict)
@@ -74,16 +87,25 @@ class StudyInfo:
 def formatted_value(value: DisplayedValue, kind: str) -> str:
     """Return the value as text, e.g. ``1.2 GB`` for bytes."""
     if value is None:
-        return UNKNOWN_TEXT
-    if isinstance(value, str) or kind == "text":
-        return str(value)
-    return {
-        "integer": f"{value:,.0f}",
-        "figure": _figure(value),
-        "p": f"{value:.2g}" if value >= MIN_SHOWN_P else f"< {MIN_SHOWN_P:g}",
-        "bytes": _bytes(value),
-        "seconds": f"{value:,.1f} s",
-    }.get(kind) or (f"{value:.0%}" if kind == "percent" else f"${value:,.2f}" if kind == "usd" else str(value))
+        return UNKNOWN_CELL
+    if isinstance(value, str):
+        return value
+    match kind:
+        case "integer":
+            return f"{value:,.0f}"
+        case "figure":
+            return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+        case "p":
+            return f"{value:.2g}" if value >= MIN_SHOWN_P else f"< {MIN_SHOWN_P:g}"
+        case "bytes":
+            return bytes_text(value)
+        case "seconds":
+            return f"{value:,.1f} s"
+        case "percent":
+            return f"{value:.0%}"
+        case "usd":
+            return f"${value:,.2f}"
+    return str(value)
 
 
 def lead_sentence(sentence: str) -> tuple[str, str]:
@@ -104,12 +126,89 @@ def value_table(
     return Table(tuple(named[i] for i in kept), tuple(tuple(row[i] for i in kept) for row in rows), caption)
 
 
-def _figure(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+def to_html(report: ReportContent, runs_at: str | None = None) -> str:
+    """Return one HTML file that contains its script, style and data.
+
+    Args:
+        runs_at: path of the run folders, relative to the file; ``None``: runs are not linked.
+    """
+    from plotly.offline import get_plotlyjs
+
+    # Labels, messages and settings are untrusted text: all of it is escaped, and the script writes text only.
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"shown": formatted_value, "led": lead_sentence}
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False}
+    figures = [figure for section in report.sections for figure in section.figures]
+    columns = [_rounded(list(column)) for column in zip(*report.runs.rows, strict=True)]
+    runs = json.dumps(columns, separators=(",", ":"), ensure_ascii=False)
+    data = {
+        "figures": _rounded(figures),
+        "columns": [[column.name, column.kind] for column in report.runs.columns],
+        # Compressed, so that 10,000 runs don't fill the file. mtime=0: the same runs give the same bytes.
+        "runs": base64.b64encode(gzip.compress(runs.encode(), mtime=0)).decode(),
+        "runsAt": runs_at,
+    }
+    return environment.get_template("report.html.jinja").render(
+        report=report,
+        data=data,
+        plotly=get_plotlyjs() if figures else "",
+        script=(TEMPLATES / "report.js").read_text(encoding="utf-8"),
+        style=(TEMPLATES / "report.css").read_text(encoding="utf-8"),
+    )
 
 
-def _bytes(value: float) -> str:
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(value) >= factor:
-            return f"{value / factor:.3g} {unit}"
-    return f"{value:.0f} B"
+def to_markdown(report: ReportContent) -> str:
+    """Return the same sentences and tables as Markdown; the runs are in the CSV."""
+    lines = [f"# {_plain(report.title)}", ""]
+    lines += [_plain(report.question), ""] if report.question else []
+    for sentence in report.headline or [report.why_none]:
+        lines += [f"**{_plain(sentence)}**", ""] if sentence else []
+    for section in report.sections:
+        lines += [f"## {_plain(section.title)}", ""]
+        for paragraph in section.paragraphs:
+            lines += [_plain(paragraph), ""]
+        lines += [*(f"* {_plain(point)}" for point in section.points), ""] if section.points else []
+        for table in section.tables:
+            lines += [f"{_plain(table.caption)}:", ""] if table.caption else []
+            lines += [*_markdown_table(table), ""]
+    return "\n".join([*lines, f"Made {report.made}."]) + "\n"
+
+
+def to_csv(report: ReportContent) -> str:
+    """Return all runs as CSV with raw values; unknown ones are empty."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow([column.name.replace(" ", "_") for column in report.runs.columns])
+    writer.writerows(report.runs.rows)
+    return stream.getvalue()
+
+
+def _markdown_table(table: Table) -> Iterator[str]:
+    def row(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(_plain(cell).replace("|", "\\|") for cell in cells) + " |"
+
+    yield row(column.name for column in table.columns)
+    yield "|" + "|".join("---" if column.kind == "text" else "---:" for column in table.columns) + "|"
+    for values in table.rows:
+        yield row(formatted_value(value, column.kind) for value, column in zip(values, table.columns, strict=True))
+
+
+def _plain(text: str) -> str:
+    """Return the text on one line, without what Markdown would read as HTML."""
+    return " ".join(text.split()).replace("<", "&lt;")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}") if value == value and abs(value) != float("inf") else None
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_rounded(entry) for entry in value]
+    return value

@@ -4,9 +4,8 @@ meets the goal."""
 from __future__ import annotations
 
 import math
-import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -16,7 +15,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from qlora_exp.analysis.comparable import answering_scores
-from qlora_exp.analysis.configurations import Configuration, Estimate, Measure, mean, pooled_sd
+from qlora_exp.analysis.configurations import Configuration, Estimate, Measure, mean, mode_of, pooled_sd, targets_of
+from qlora_exp.records.types import RunRecord
 
 PRECISION_ORDER = ("fp32", "bf16", "fp16", "int8", "nf4", "fp4")
 """Most bits first; the first of these that was run is the reference."""
@@ -59,10 +59,8 @@ class QuantizationContrast:
 class GoalAnswer:
     """``cheapest``: among the configurations shown to meet the goal, the one with the least memory."""
 
-    text: str
     split: str
     shown: int
-    tested: int
     cheapest: Configuration | None
     sentence: str
 
@@ -74,7 +72,7 @@ def front(configurations: Sequence[Configuration], measure: Measure) -> Front:
     have a better quality (95 %, over seeds). There is no front with fewer than two measured quantizations.
     """
     known = [c for c in configurations if None not in (c.quality, c.memory_bytes, c.tokens_per_second)]
-    modes = sorted({mode_of(c) for c in known})
+    modes = sorted({mode_of(c.first) for c in known})
     if len(modes) < MIN_MODES:
         measured = f"only {modes[0]} was" if modes else "none was"
         why = f"A Pareto front needs at least two measured quantizations, and here {measured}: qlora-exp sweep pareto"
@@ -82,67 +80,56 @@ def front(configurations: Sequence[Configuration], measure: Measure) -> Front:
     points = np.array(
         [[-measure.sign * c.quality.mean, c.memory_bytes, -c.tokens_per_second] for c in known]  # type: ignore[union-attr,operator]
     )
+    halves = [c.quality.half_width() if c.quality is not None else None for c in known]
+    # Without a second seed the noise is unknown: then every configuration off the front is dominated.
+    half_widths = None if None in halves else np.array(halves, dtype=float)
     on_front = _non_dominated(points)
     rivals = np.flatnonzero(on_front)
-    half_widths = _half_widths(known)
-    standings = []
+    statuses = []
     for index in range(len(known)):
-        if on_front[index]:
-            standings.append(ParetoStatus.FRONT)
-            continue
-        cheaper = rivals[(points[rivals, 1:] <= points[index, 1:]).all(axis=1)]
-        ahead = points[index, 0] - points[cheaper, 0]
-        is_dominated = half_widths is not None and bool(
-            np.any(ahead > np.hypot(half_widths[index], half_widths[cheaper]))
-        )
-        standings.append(ParetoStatus.DOMINATED if is_dominated or half_widths is None else ParetoStatus.NEAR)
-    return Front(tuple(known), tuple(standings))
+        status = ParetoStatus.FRONT if on_front[index] else ParetoStatus.DOMINATED
+        if not on_front[index] and half_widths is not None:
+            cheaper = rivals[(points[rivals, 1:] <= points[index, 1:]).all(axis=1)]
+            ahead = points[index, 0] - points[cheaper, 0]
+            if not np.any(ahead > np.hypot(half_widths[index], half_widths[cheaper])):
+                status = ParetoStatus.NEAR
+        statuses.append(status)
+    return Front(tuple(known), tuple(statuses))
 
 
 def quantization_contrasts(configurations: Sequence[Configuration], measure: Measure) -> list[QuantizationContrast]:
     """Compare each quantization with the one of the most bits, between runs that agree in everything else."""
-    modes = {mode_of(c) for c in configurations}
+    modes = {mode_of(c.first) for c in configurations}
     order = [mode for mode in PRECISION_ORDER if mode in modes]
     return _contrasts(configurations, measure, order, mode_of, ("quantization.",))
 
 
 def target_contrasts(configurations: Sequence[Configuration], measure: Measure) -> list[QuantizationContrast]:
     """Compare each target set with the largest one, between runs that agree in rank and everything else."""
-    return _contrasts(configurations, measure, _targets_by_size(configurations), targets_of, ("targets.",))
+    order = list(_parameters_per_rank(configurations))
+    return _contrasts(configurations, measure, order, targets_of, ("targets.",))
 
 
 def targets_at_equal_parameters(
     configurations: Sequence[Configuration], measure: Measure
 ) -> list[QuantizationContrast]:
     """Compare target sets at equally many trainable parameters (within 10 %), so at different ranks."""
-    contrasts: list[QuantizationContrast] = []
-    order = _targets_by_size(configurations)
-    strata: dict[tuple[Any, ...], dict[str, list[Configuration]]] = defaultdict(lambda: defaultdict(list))
-    for c in configurations:
-        strata[_other_settings(c, ("targets.", "lora.r", "lora.alpha"))][targets_of(c)].append(c)
-    for level in order[1:]:
-        pairs = [
-            (a, b)
-            for sets in strata.values()
-            for a in sets[level]
-            for b in sets[order[0]]
-            if abs(math.log(_parameters(a) / _parameters(b))) <= math.log(1 + EQUAL_PARAMETERS)
-        ]
-        contrasts += _contrast(level, order[0], pairs, measure)
-    return contrasts
+    order = list(_parameters_per_rank(configurations))
+    excluded = ("targets.", "lora.r", "lora.alpha")
+    return _contrasts(configurations, measure, order, targets_of, excluded, at_equal_size=True)
 
 
 def equal_parameters_hint(configurations: Sequence[Configuration]) -> str | None:
     """Return which ranks would make the target sets equally large; ``None`` if only one set was run."""
-    per_rank = {targets_of(c): _parameters(c) / int(c.first.config["lora"]["r"]) for c in configurations}
-    order = _targets_by_size(configurations)
-    if len(order) < 2:
+    per_rank = _parameters_per_rank(configurations)
+    if len(per_rank) < 2:
         return None
-    rank = max(int(c.first.config["lora"]["r"]) for c in configurations if targets_of(c) == order[0])
-    as_large = [f"{name} at r = {round(rank * per_rank[order[0]] / per_rank[name])}" for name in order[1:]]
+    largest, *others = per_rank
+    rank = max(c.rank for c in configurations if targets_of(c.first) == largest)
+    as_large = [f"{name} at r = {round(rank * per_rank[largest] / per_rank[name])}" for name in others]
     return (
         f"No two target sets were run with equally many parameters: {', '.join(as_large)} would have as many as"
-        f" {order[0]} at r = {rank}."
+        f" {largest} at r = {rank}."
     )
 
 
@@ -152,6 +139,10 @@ def goal_answer(configurations: Sequence[Configuration]) -> GoalAnswer | None:
     Shown: the one-sided bound over seeds and items meets the goal, at 5 % divided by the number of configurations
     (Bonferroni), because the best of many may pass by luck. Cheapest: least memory, then least time.
     """
+
+    def memory_then_time(c: Configuration) -> list[float]:
+        return [math.inf if value is None else value for value in (c.memory_bytes, c.train_seconds)]
+
     with_goals = [(c, [run.goal for run in c.runs if run.goal is not None]) for c in configurations]
     with_goals = [(c, goals) for c, goals in with_goals if goals]
     if not with_goals:
@@ -159,10 +150,10 @@ def goal_answer(configurations: Sequence[Configuration]) -> GoalAnswer | None:
     texts = {goal.text for _, goals in with_goals for goal in goals}
     text, split = with_goals[0][1][0].text, with_goals[0][1][0].split
     if len(texts) > 1:
-        return GoalAnswer(text, split, 0, 0, None, f"The runs have {len(texts)} different goals: no answer.")
+        return GoalAnswer(split, 0, None, f"The runs have {len(texts)} different goals: no answer.")
     sd, df = pooled_sd([[goal.value for goal in goals if goal.value is not None] for _, goals in with_goals])
     met = [c for c, goals in with_goals if _meets_goal(goals, text, ONE_SIDED / len(with_goals), sd, df)]
-    cheapest = min(met, key=_memory_then_time) if met else None
+    cheapest = min(met, key=memory_then_time) if met else None
     over = "seeds and items" if sd is not None else "items alone: no configuration has a second seed"
     divided = (
         f" / {len(with_goals)}, because {len(with_goals)} configurations are compared" if len(with_goals) > 1 else ""
@@ -177,17 +168,7 @@ def goal_answer(configurations: Sequence[Configuration]) -> GoalAnswer | None:
             f"The cheapest configuration (least memory, then time) that is shown to meet {text} on {split} is"
             f" {cheapest.label}; {len(met)} of {len(with_goals)} are shown to meet it{qualifier}."
         )
-    return GoalAnswer(text, split, len(met), len(with_goals), cheapest, sentence)
-
-
-def mode_of(configuration: Configuration) -> str:
-    return str((configuration.first.config.get("quantization") or {}).get("mode"))
-
-
-def targets_of(configuration: Configuration) -> str:
-    targets = configuration.first.config.get("targets") or {}
-    modules = targets.get("modules")
-    return "+".join(map(str, modules)) if modules else str(targets.get("set"))
+    return GoalAnswer(split, len(met), cheapest, sentence)
 
 
 def _non_dominated(points: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -204,48 +185,53 @@ def _non_dominated(points: NDArray[np.float64]) -> NDArray[np.bool_]:
     return on_front
 
 
-def _half_widths(configurations: Sequence[Configuration]) -> NDArray[np.float64] | None:
-    """Return the half-width of each quality's 95 % interval; ``None`` if no configuration has a second seed."""
-    halves = [c.quality.half_width() if c.quality is not None else None for c in configurations]
-    return None if None in halves else np.array(halves, dtype=float)
-
-
 def _contrasts(
     configurations: Sequence[Configuration],
     measure: Measure,
     order: Sequence[str],
-    level_of: Any,
-    compared_keys: tuple[str, ...],
+    level_of: Callable[[RunRecord], str],
+    excluded: tuple[str, ...],
+    at_equal_size: bool = False,
 ) -> list[QuantizationContrast]:
-    strata: dict[tuple[Any, ...], dict[str, Configuration]] = defaultdict(dict)
-    for configuration in configurations:
-        strata[_other_settings(configuration, compared_keys)][level_of(configuration)] = configuration
-    return [
-        contrast
-        for level in order[1:]
-        for contrast in _contrast(
-            level,
-            order[0],
-            [(sets[level], sets[order[0]]) for sets in strata.values() if level in sets and order[0] in sets],
-            measure,
-        )
-    ]
+    """Return the contrast of each level with ``order[0]``, between configurations that agree in all other settings.
 
-
-def _contrast(
-    level: str, reference: str, pairs: Sequence[tuple[Configuration, Configuration]], measure: Measure
-) -> Iterable[QuantizationContrast]:
-    """Yield the contrast over all pairs; nothing if there is no pair."""
-    gains = [gain for a, b in pairs for gain in _paired_gains(a, b, measure)]
-    if gains:
-        count = len(gains)
-        se = float(np.std(gains, ddof=1)) / math.sqrt(count) if count > 1 else None
-        yield QuantizationContrast(
-            *(level, reference, Estimate(float(np.mean(gains)), count, se, count - 1.0 if count > 1 else None)),
-            memory_ratio=_ratio((a.memory_bytes, b.memory_bytes) for a, b in pairs),
-            speed_ratio=_ratio((a.tokens_per_second, b.tokens_per_second) for a, b in pairs),
-            parameters_ratio=_ratio((_parameters(a), _parameters(b)) for a, b in pairs),
-        )
+    Args:
+        excluded: beginnings of the keys in which two compared configurations may differ.
+        at_equal_size: compare only configurations with equally many parameters. Otherwise a level has one
+            configuration among those that agree: the last one.
+    """
+    strata: dict[tuple[str, ...], dict[str, list[Configuration]]] = defaultdict(lambda: defaultdict(list))
+    for c in configurations:
+        others = tuple(str(value) for key, value in c.settings.items() if not key.startswith(excluded))
+        strata[others][level_of(c.first)].append(c)
+    contrasts = []
+    for level in order[1:]:
+        pairs = []
+        for by_level in strata.values():
+            sides = by_level[level], by_level[order[0]]
+            if at_equal_size:
+                pairs += [
+                    (a, b)
+                    for a in sides[0]
+                    for b in sides[1]
+                    if abs(math.log(_parameters(a) / _parameters(b))) <= math.log(1 + EQUAL_PARAMETERS)
+                ]
+            elif all(sides):
+                pairs.append((sides[0][-1], sides[1][-1]))
+        gains = [gain for a, b in pairs for gain in _paired_gains(a, b, measure)]
+        if gains:
+            count = len(gains)
+            se = float(np.std(gains, ddof=1)) / math.sqrt(count) if count > 1 else None
+            contrast = QuantizationContrast(
+                level,
+                order[0],
+                gain=Estimate(float(np.mean(gains)), count, se, count - 1.0 if count > 1 else None),
+                memory_ratio=_mean_ratio((a.memory_bytes, b.memory_bytes) for a, b in pairs),
+                speed_ratio=_mean_ratio((a.tokens_per_second, b.tokens_per_second) for a, b in pairs),
+                parameters_ratio=_mean_ratio((_parameters(a), _parameters(b)) for a, b in pairs),
+            )
+            contrasts.append(contrast)
+    return contrasts
 
 
 def _paired_gains(a: Configuration, b: Configuration, measure: Measure) -> Iterable[float]:
@@ -256,15 +242,10 @@ def _paired_gains(a: Configuration, b: Configuration, measure: Measure) -> Itera
             yield measure.sign * (first - second)
 
 
-def _ratio(pairs: Iterable[tuple[float | None, float | None]]) -> float | None:
+def _mean_ratio(pairs: Iterable[tuple[float | None, float | None]]) -> float | None:
     """Return the geometric mean of the known ratios."""
-    logs = [math.log(first / second) for first, second in pairs if first and second]
-    log_ratio = mean(logs)
+    log_ratio = mean(math.log(first / second) for first, second in pairs if first and second)
     return None if log_ratio is None else math.exp(log_ratio)
-
-
-def _other_settings(configuration: Configuration, excluded: tuple[str, ...]) -> tuple[Any, ...]:
-    return tuple(str(value) for key, value in configuration.settings.items() if not key.startswith(excluded))
 
 
 def _parameters(configuration: Configuration) -> int:
@@ -272,16 +253,10 @@ def _parameters(configuration: Configuration) -> int:
     return plan.trainable_parameters if plan is not None else 1
 
 
-def _targets_by_size(configurations: Sequence[Configuration]) -> list[str]:
-    """Return the target sets, the largest first, by parameters per unit of rank: sets may be run at different ranks."""
-    size = {targets_of(c): _parameters(c) / int(c.first.config["lora"]["r"]) for c in configurations}
-    return sorted(size, key=lambda name: -size[name])
-
-
-def _memory_then_time(configuration: Configuration) -> tuple[float, float]:
-    unknown = math.inf
-    memory, seconds = configuration.memory_bytes, configuration.train_seconds
-    return (unknown if memory is None else memory, unknown if seconds is None else seconds)
+def _parameters_per_rank(configurations: Sequence[Configuration]) -> dict[str, float]:
+    """Return target set → parameters per unit of rank, the largest first: sets may be run at different ranks."""
+    sizes = {targets_of(c.first): _parameters(c) / c.rank for c in configurations}
+    return dict(sorted(sizes.items(), key=lambda item: -item[1]))
 
 
 def _meets_goal(goals: Sequence[Any], text: str, alpha: float, seed_sd: float | None, seed_df: int) -> bool:
@@ -300,14 +275,3 @@ def _meets_goal(goals: Sequence[Any], text: str, alpha: float, seed_sd: float | 
     df = variance**2 / seed_variance**2 * seed_df if seed_variance > 0 else math.inf
     bound = float(np.mean(values)) + (-1 if rising else 1) * float(stats.t.isf(alpha, df)) * math.sqrt(variance)
     return bound >= threshold if rising else bound <= threshold
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the answer and its tables for a folder of runs; ``--page FILE`` saves the plots."""
-    from qlora_exp.analysis.ask import main as ask
-
-    ask(["tradeoffs", *(sys.argv[1:] if arguments is None else arguments)])
-
-
-if __name__ == "__main__":
-    main()

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from qlora_exp.version import __version__
+
 if TYPE_CHECKING:
     from qlora_exp.records.types import RunRecord
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "load_run", "run"]
 
 

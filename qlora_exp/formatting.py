@@ -1,15 +1,15 @@
-"""Numbers as text, and the table that all commands print."""
+"""Numbers as text, and the table that all commands print. Rich is imported only to print."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from rich import box
-from rich.console import Console, RenderableType
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
 
 UNKNOWN_CELL = "–"
 
@@ -19,6 +19,8 @@ LOG_WIDTH = 4000
 
 def print_table(renderable: RenderableType, stream: TextIO | None = None) -> None:
     """Print to ``stream`` (standard output by default), without line breaks unless it is a terminal."""
+    from rich.console import Console
+
     file = stream if stream is not None else sys.stdout
     width = None if file.isatty() or os.environ.get("COLUMNS", "").isdigit() else LOG_WIDTH
     Console(file=file, width=width, highlight=False, soft_wrap=False).print(renderable, markup=False)
@@ -33,8 +35,8 @@ def plain_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) of nested mappings; lists and empty mappings are values."""
-    if isinstance(value, Mapping) and value:
+    """Yield (dotted key, value) of nested mappings; lists and empty mappings in them are values."""
+    if isinstance(value, Mapping) and (value or not prefix):
         for key, entry in value.items():
             yield from flatten(entry, f"{prefix}.{key}" if prefix else str(key))
     else:
@@ -55,8 +57,16 @@ def number(value: float | None, digits: int = 3) -> str:
     return UNKNOWN_CELL if value is None else f"{value:,.{digits}f}"
 
 
+def figure(value: float | None) -> str:
+    """Return ``value`` with four significant digits."""
+    return UNKNOWN_CELL if value is None else f"{value:.4g}"
+
+
 def simple_table(*columns: str) -> Table:
     """Return an empty table in the style of all commands; the first column is bold."""
+    from rich import box
+    from rich.table import Table
+
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for position, column in enumerate(columns):
         table.add_column(column, overflow="fold", style="bold" if position == 0 else "")

@@ -28,10 +28,6 @@ def study_name(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-
-
 def make_folder(folder: Path, exist_ok: bool = True) -> None:
     """Make an output folder and its parents. Raises :class:`ConfigError` if that fails."""
     try:
@@ -87,11 +83,22 @@ class OutputPaths:
         """
         name = study_name(name)
         plain = StudyPaths(self.studies / slug(name))
-        digested = StudyPaths(self.studies / f"{slug(name)}-{_digest(name)}")
+        digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+        digested = StudyPaths(self.studies / f"{slug(name)}-{digest}")
         owner = plain.name
         if slug(name) == name:
             return digested if owner not in (None, name) else plain
         return plain if owner == name and digested.name != name else digested
+
+
+class Child:
+    """A file or folder in the ``folder`` of the object that has it as an attribute."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, paths: StudyPaths | RunPaths, kind: type) -> Path:
+        return paths.folder / self.name
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,11 @@ class StudyPaths:
     """One study's files. Its trials are runs, with folders under ``runs/``."""
 
     folder: Path
+
+    @property
+    def outputs(self) -> OutputPaths:
+        """The output root that the study's folder is in."""
+        return OutputPaths(self.folder.parent.parent)
 
     @property
     def name(self) -> str | None:
@@ -110,123 +122,57 @@ class StudyPaths:
         name = raw.get("name") if isinstance(raw, dict) else None
         return study_name(name) if isinstance(name, str) else None
 
-    @property
-    def spec(self) -> Path:
-        """The study's specification (axes, sampler, objectives): ``study.types.StudySpec`` as JSON."""
-        return self.folder / "study.json"
-
-    @property
-    def lock(self) -> Path:
-        """Lock held briefly while a process claims, requeues or enqueues a trial."""
-        return self.folder / "lock"
-
-    @property
-    def created(self) -> Path:
-        """Marker that the storage has held the study. If the storage then lacks the study, it was lost."""
-        return self.folder / "created"
-
-    @property
-    def orchestrator(self) -> Path:
-        """The process that orchestrates the study now."""
-        return self.folder / "orchestrator.json"
-
-    @property
-    def stop(self) -> Path:
-        """A request to stop: ``gracefully`` or ``now``."""
-        return self.folder / "stop.json"
-
-    @property
-    def workers(self) -> Path:
-        """One JSON file per worker: the state of each of its trial processes."""
-        return self.folder / "workers"
-
-    @property
-    def threads(self) -> Path:
-        """CPU threads per trial process, fixed by the study's first worker: equal counts give bit-equal results."""
-        return self.folder / "threads.json"
-
-    @property
-    def logs(self) -> Path:
-        """Output of the trial processes."""
-        return self.folder / "logs"
-
-    @property
-    def summary(self) -> Path:
-        """What the tracking store got last: status, best trials, all trials."""
-        return self.folder / "summary.json"
-
-    @property
-    def ladder(self) -> Path:
-        """Results of rank doubling, one object per ladder."""
-        return self.folder / "ladder.json"
-
-    @property
-    def tracking_state(self) -> Path:
-        """The id of the study's parent run in the tracking store, and whether everything was delivered."""
-        return self.folder / "tracking.json"
-
-    @property
-    def tracking_lock(self) -> Path:
-        """Lock held briefly while a process looks up or creates the study's parent run."""
-        return self.folder / "tracking.lock"
-
-    @property
-    def delivery_lock(self) -> Path:
-        """Lock held by the process that delivers the study's status to the tracking store."""
-        return self.folder / "delivery.lock"
+    spec = Child("study.json")
+    """The study's specification (axes, sampler, objectives): ``study.types.StudySpec`` as JSON."""
+    lock = Child("lock")
+    """Lock held briefly while a process claims, requeues or enqueues a trial."""
+    created = Child("created")
+    """Marker that the storage has held the study. If the storage then lacks the study, it was lost."""
+    orchestrator = Child("orchestrator.json")
+    """The process that orchestrates the study now."""
+    stop = Child("stop.json")
+    """A request to stop: ``gracefully`` or ``now``."""
+    workers = Child("workers")
+    """One JSON file per worker: the state of each of its trial processes."""
+    threads = Child("threads.json")
+    """CPU threads per trial process, fixed by the study's first worker: on a CPU, equal counts give bit-equal
+    results."""
+    logs = Child("logs")
+    """Output of the trial processes."""
+    summary = Child("summary.json")
+    """What the tracking store got last: status, best trials, all trials."""
+    ladder = Child("ladder.json")
+    """Results of rank doubling, one object per ladder."""
+    tracking_state = Child("tracking.json")
+    """The id of the study's parent run in the tracking store, and whether everything was delivered."""
+    tracking_lock = Child("tracking.lock")
+    """Lock held briefly while a process looks up or creates the study's parent run."""
+    delivery_lock = Child("delivery.lock")
+    """Lock held by the process that delivers the study's status to the tracking store."""
 
 
 @dataclass(frozen=True)
 class RunPaths:
-    """One run's files, one property each."""
+    """One run's files."""
 
     folder: Path
 
-    @property
-    def record(self) -> Path:
-        return self.folder / "record.json"
-
-    @property
-    def config(self) -> Path:
-        return self.folder / "config.yaml"
-
-    @property
-    def lock(self) -> Path:
-        """Lock held by the process that executes the run; it names the process. The file stays after the lock ends."""
-        return self.folder / ".lock"
-
-    @property
-    def curve(self) -> Path:
-        """Training curve, one JSON object per logged step: step, loss, learning_rate, gradient_norm, tokens."""
-        return self.folder / "curve.jsonl"
-
-    @property
-    def adapter(self) -> Path:
-        return self.folder / "adapter"
-
-    @property
-    def export(self) -> Path:
-        """The default folder of ``qlora-exp export``."""
-        return self.folder / "export"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
-
-    @property
-    def trained(self) -> Path:
-        """Result of a finished training (``Trained`` as JSON); deleted when the run is complete."""
-        return self.folder / "trained.json"
-
-    @property
-    def tracking_state(self) -> Path:
-        """The run's id in the tracking store, and whether everything was delivered."""
-        return self.folder / "tracking.json"
-
-    @property
-    def tracking_lock(self) -> Path:
-        """Lock held by the process that delivers this run to the tracking store."""
-        return self.folder / ".tracking.lock"
+    record = Child("record.json")
+    config = Child("config.yaml")
+    lock = Child(".lock")
+    """Lock held by the process that executes the run; it names the process. The file stays after the lock ends."""
+    curve = Child("curve.jsonl")
+    """Training curve, one JSON object per logged step: step, loss, learning_rate, gradient_norm, tokens."""
+    adapter = Child("adapter")
+    export = Child("export")
+    """The default folder of ``qlora-exp export``."""
+    checkpoints = Child("checkpoints")
+    trained = Child("trained.json")
+    """Result of a finished training (``Trained`` as JSON); deleted when the run is complete."""
+    tracking_state = Child("tracking.json")
+    """The run's id in the tracking store, and whether everything was delivered."""
+    tracking_lock = Child(".tracking.lock")
+    """Lock held by the process that delivers this run to the tracking store."""
 
     def items(self, moment: str, split: str) -> Path:
         """Per-item results (Parquet); ``moment`` is ``before``, ``after`` or ``few_shot_DRAW``."""

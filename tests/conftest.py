@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -106,6 +107,15 @@ def save_tiny_model(family: str, folder: Path, hidden: int = 64) -> Path:
 def no_terminal_width(monkeypatch: pytest.MonkeyPatch) -> None:
     """pytest-xdist tells its workers a width; output that isn't a terminal's is not cut to one."""
     monkeypatch.delenv("COLUMNS", raising=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def servers_kept() -> Iterator[None]:
+    """Fork servers stay between the sweeps of different tests. No folder of a test holds a module."""
+    from qlora_exp.orchestration import forking
+
+    with forking.servers_kept(in_any_folder=True):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qlora_exp.orchestration.forking import Forked, ForkServer, can_fork
 from qlora_exp.system import heap
-from tests.forking import READ_LATER, Forked, ForkServer, can_fork
 
 COMMANDS = ("qlora_exp", "qlora_exp.cli", "qlora_exp.runs.job", "tests.program")
 IMPORTED = (
@@ -37,9 +37,27 @@ IMPORTED = (
 )
 
 
+SET_BY_IMPORTS = {
+    *("DATASETS_VERBOSITY", "DO_NOT_TRACK", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_TELEMETRY"),
+    *("HF_HUB_VERBOSITY", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "PYTHONWARNINGS", "TORCHINDUCTOR_CACHE_DIR"),
+    *("TQDM_DISABLE", "TRANSFORMERS_VERBOSITY"),
+}
+"""Variables that the product and its libraries set in this process as soon as a test imports them. A command sets them
+itself."""
+
+
 def with_tunables(environment: Mapping[str, str]) -> dict[str, str]:
     """A command that trains on a CPU begins again with these: here it has them from the start."""
     return {**heap.environment_for_training(), **environment}
+
+
+def as_the_tests_began(environment: Mapping[str, str]) -> dict[str, str]:
+    """``environment`` without what imports have set since; with it, every command would need a new interpreter."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in SET_BY_IMPORTS or name in ENVIRONMENT or value != os.environ.get(name)
+    }
 
 
 ENVIRONMENT = {name: value for name, value in with_tunables(os.environ).items() if name != "COLUMNS"}
@@ -49,7 +67,7 @@ ENVIRONMENT = {name: value for name, value in with_tunables(os.environ).items() 
 @functools.cache
 def server() -> ForkServer:
     """One a process of the tests; it ends with that."""
-    return ForkServer(ENVIRONMENT, IMPORTED, subprocess.DEVNULL, READ_LATER)
+    return ForkServer(ENVIRONMENT, IMPORTED, subprocess.DEVNULL)
 
 
 class Popen(subprocess.Popen[Any]):
@@ -59,21 +77,17 @@ class Popen(subprocess.Popen[Any]):
 
     def _execute_child(self, args: Any, executable: Any, preexec_fn: Any, close_fds: Any, pass_fds: Any, cwd: Any,
                        env: Any, startupinfo: Any, creationflags: Any, shell: Any, *others: Any) -> None:  # fmt: skip
-        command = None if preexec_fn or pass_fds or shell else _command(args)
-        if command is None:
+        ends = others[:6]  # as subprocess has them: of standard input, output and error, each to read and to write
+        if not (preexec_fn or pass_fds or shell):
+            self._forked = _forked(args, ends, env, cwd)
+        if self._forked is None:
             given = (args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell)
             super()._execute_child(*given, *others)  # type: ignore[misc]
             return
-        module, *arguments = command
-        ends = others[:6]  # as subprocess has them: of standard input, output and error, each to read and to write
-        standard = tuple(own if own != -1 else number for number, own in enumerate((ends[0], ends[3], ends[5])))
-        environment = with_tunables(os.environ if env is None else env)
-        self._forked = server().start(module, arguments, standard, environment, str(cwd or "."))
         self._child_created = True
         self._close_pipe_fds(*ends)  # type: ignore[attr-defined]
-        pid = self._forked.begun()
-        assert pid is not None, "the server that forks the tests' commands has ended"
-        self.pid = pid
+        assert self._forked.pid is not None
+        self.pid = self._forked.pid
 
     def _internal_poll(self, *args: Any, **kwargs: Any) -> int | None:
         if self._forked is None:
@@ -90,11 +104,19 @@ class Popen(subprocess.Popen[Any]):
         return self.pid, code << 8 if code >= 0 else -code
 
 
-def _command(args: Any) -> list[str] | None:
-    """Module and arguments of what can be forked; with other variables the server starts a new interpreter."""
+def _forked(args: Any, ends: Sequence[int], env: Mapping[str, str] | None, cwd: Any) -> Forked | None:
+    """``None``: this command, or one with these variables, needs a new interpreter."""
     if not can_fork() or isinstance(args, str) or list(args[:2]) != [sys.executable, "-m"] or args[2] not in COMMANDS:
         return None
-    return [str(part) for part in args[2:]]
+    module, *arguments = [str(part) for part in args[2:]]
+    stdin, stdout, stderr = (own if own != -1 else number for number, own in enumerate((ends[0], ends[3], ends[5])))
+    environment = as_the_tests_began(with_tunables(os.environ if env is None else env))
+    try:
+        forked = server().start(module, arguments, (stdin, stdout, stderr), environment, str(cwd or "."))
+        forked.has_begun()
+    except OSError:
+        return None
+    return forked
 
 
 def program(code: str, *arguments: object) -> list[str]:

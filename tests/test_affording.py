@@ -10,11 +10,12 @@ import pytest
 
 from qlora_exp.cli import main
 from qlora_exp.config.compose import compose
-from qlora_exp.config.schema import to_plain
+from qlora_exp.config.schema import Config, to_plain
+from qlora_exp.estimate.budget import affordable_steps
 from qlora_exp.estimate.calibration import rates_file
-from qlora_exp.estimate.preflight_budget import affordable_steps_message
-from qlora_exp.estimate.run_estimate import TIME_FIELDS, row_lengths, with_first_predictions
-from qlora_exp.estimate.throughput import machine_of
+from qlora_exp.estimate.estimator import TIME_FIELDS, with_first_predictions
+from qlora_exp.estimate.throughput import Interval, machine_of
+from qlora_exp.estimate.tokens import row_lengths
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records.files import write_json
 from qlora_exp.records.types import SCHEMA_VERSION, RunRecord, Speed, Status
@@ -35,19 +36,17 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def prepared() -> Prepared:
     """Forty steps predicted to take 80 s (40 to 160), and 10 s beside them but for the last scoring."""
     found = prepare(compose(SMALL), probe(compose(SMALL).training.device))
-    plan = replace(
-        found.plan,
-        predicted_train_seconds_low=40.0,
-        predicted_train_seconds=80.0,
-        predicted_train_seconds_high=160.0,
-        predicted_train_seconds_basis="a guess",
-    )
-    return replace(found, predicted=replace(found.predicted, plan=plan, before_seconds=10.0))
+    time = replace(found.estimate.time, train=Interval(40.0, 80.0, 160.0, "a guess"), before=10.0)
+    return replace(found, estimate=replace(found.estimate, time=time))
+
+
+def sentences(config: Config, prepared: Prepared) -> list[str]:
+    return [limit.message for limit in affordable_steps(config.budget, prepared.estimate)]
 
 
 def test_seconds_and_dollars_buy_steps_after_what_comes_before_them(prepared: Prepared) -> None:
     def told(*overrides: str) -> list[str]:
-        return list(affordable_steps_message(compose([*SMALL, *overrides]), prepared))
+        return sentences(compose([*SMALL, *overrides]), prepared)
 
     assert told() == []
     assert told("budget.kwh=1") == ["budget.kwh=1: the cost of a step is unknown"]
@@ -57,24 +56,25 @@ def test_seconds_and_dollars_buy_steps_after_what_comes_before_them(prepared: Pr
     assert dollars == "budget.usd=0.31 is enough for about 11 of 40 steps (6–21, from a guess)"
     assert "about 1 of 40 steps (1–1," in told("budget.seconds=9")[0]
     assert "about 40 of 40 steps (40–40," in told("budget.seconds=1000")[0]
-    unknown = replace(prepared, predicted=replace(prepared.predicted, before_seconds=None))
-    [seconds] = affordable_steps_message(compose([*SMALL, "budget.seconds=31"]), unknown)
+    time = replace(prepared.estimate.time, before=None)
+    unknown = replace(prepared, estimate=replace(prepared.estimate, time=time))
+    [seconds] = sentences(compose([*SMALL, "budget.seconds=31"]), unknown)
     assert seconds.startswith("budget.seconds=31 is enough for about 16 of 40 steps (8–31,")
     assert seconds.endswith("not counting the time before training")
     config = compose([*SMALL, "budget.seconds=31"])
-    [unknown_pace] = affordable_steps_message(config, prepare(config, probe(config.training.device)))
+    [unknown_pace] = sentences(config, prepare(config, probe(config.training.device)))
     assert "is unknown until qlora-exp calibrate has measured this machine" in unknown_pace
 
 
 def test_tokens_buy_steps_of_the_mean_row(prepared: Prepared) -> None:
     mean = sum(row_lengths(prepared.splits)) / 40
-    [told] = affordable_steps_message(compose([*SMALL, f"budget.tokens={round(10 * 4 * mean) - 1}"]), prepared)
+    [told] = sentences(compose([*SMALL, f"budget.tokens={round(10 * 4 * mean) - 1}"]), prepared)
     assert "is enough for about 10 of 40 steps" in told
 
 
 def test_a_token_limit_of_the_training_is_counted_in_the_steps_it_takes() -> None:
     config = compose([*SMALL, "training.max_steps=null", "training.max_tokens=2000", "budget.tokens=1000"])
-    [told] = affordable_steps_message(config, prepare(config, probe(config.training.device)))
+    [told] = sentences(config, prepare(config, probe(config.training.device)))
     found = re.search(r"about (\d+) of (\d+) steps", told)
     assert found is not None
     assert int(found[1]) == pytest.approx(int(found[2]) / 2, abs=1)
@@ -98,7 +98,7 @@ def test_a_budget_is_refused_by_the_calibrations_fastest_and_not_by_a_slow_run(
     assert told.predicted_train_tokens is not None
     least = told.train_flops_per_token * told.predicted_train_tokens
     write_json(rates_file(), {machine_of(here): {"fp32": least / 100.0}})
-    assert prepare(config, probe(config.training.device)).predicted.least_train_seconds == pytest.approx(100.0)
+    assert prepare(config, probe(config.training.device)).estimate.time.least_train == pytest.approx(100.0)
     write_json(rates_file(), {machine_of(here): {"fp32": 1e3}})
     capsys.readouterr()
     for verb in ("validate", "run"):
@@ -133,4 +133,4 @@ def test_a_token_limit_is_reached_with_fewer_rows_than_a_batch() -> None:
     prepared = prepare(config, probe(config.training.device))
     tokens = sum(row_lengths(prepared.splits))
     assert prepared.plan.max_steps * tokens >= 4000
-    assert prepared.predicted.extent.steps == -(-4000 // tokens)
+    assert prepared.estimate.workload.steps == -(-4000 // tokens)

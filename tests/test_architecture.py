@@ -19,7 +19,7 @@ NO_ROOMS = {"conf", "sweeps"}
 """Symlinks to top-level folders."""
 
 ORDER: tuple[tuple[str, ...], ...] = (
-    ("errors",),
+    ("errors", "version"),
     ("formatting", "paths"),
     ("records",),
     ("config",),
@@ -38,13 +38,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
 )
 """From the ground up: a room imports only from rooms above it in this list, never from one beside it."""
 
-BACKWARDS: dict[str, set[str]] = {
-    "estimate/preflight.py": {"runs"},  # Prepared: an Estimate would do
-    "estimate/preflight_budget.py": {"runs"},  # as preflight.py
-    "study/study.py": {"rank_doubling"},  # a study knows its ladder: it should be given a proposer
-    "system/hardware.py": {"training"},  # card_of, which belongs here
-    "cli/machine.py": {"__init__"},  # __version__
-}
+BACKWARDS: dict[str, set[str]] = {}
 """File → rooms that it imports against the order. The list only ever gets shorter."""
 
 MAINTAINERS = ("analysis/error_rates/", "architecture/shipped/build.py", "embedded/build/")
@@ -66,6 +60,23 @@ ONE_IMPORTER: dict[str, str | tuple[str, ...]] = {
     "gguf": ("export", "models"),
     "llama_cpp": "export",
 }
+
+MAX_LINES = 520
+"""Lines of the longest file: more than that has two concepts, or is read by nobody."""
+LONGER: dict[str, str] = {}
+"""File → why it may have more lines."""
+
+SAME_NAME: dict[str, str] = {
+    "few_shot.py": "data/ draws the worked examples, evaluation/ scores the base model with them",
+    "files.py": "data/ reads rows, records/ reads and writes records",
+    "messages.py": "data/: of conversations; orchestration/: between a worker and its trial process",
+    "schema.py": "config/: of configurations; records/: of records",
+    "sources.py": "data/: where rows come from; models/: where weights come from",
+    "study.py": "study/: the study; tracking/: the study as a run of MLflow",
+    "types.py": "records/ and study/ each have a file of nothing but dataclasses",
+}
+"""Name of a file in two rooms → what tells the two apart. A file of cli/ is named after its command, whatever it is
+called elsewhere."""
 
 TORCH_FREE = (
     *("architecture.run_plan", "config.compose", "config.schema", "errors", "paths", "records.files", "records.find"),
@@ -142,6 +153,21 @@ def test_what_is_not_in_the_wheel_is_imported_by_nothing_that_is() -> None:
     ]
     assert found == []
     assert all((PACKAGE / name).exists() for name in MAINTAINERS)
+
+
+def test_no_file_is_too_long_to_read() -> None:
+    lines = {name_of(file): file.read_text(encoding="utf-8").count("\n") for file in source_files()}
+    long = {name: count for name, count in lines.items() if count > MAX_LINES}
+    assert long.keys() == LONGER.keys(), f"{long}: split them, or take what is short enough off LONGER"
+
+
+def test_a_file_name_stands_in_one_room() -> None:
+    rooms: dict[str, set[str]] = {}
+    for file in source_files():
+        if file.name not in ("__init__.py", "__main__.py") and room_of(file) != "cli" and not is_maintainers(file):
+            rooms.setdefault(file.name, set()).add(room_of(file))
+    twice = {name: sorted(rooms) for name, rooms in rooms.items() if len(rooms) > 1}
+    assert twice.keys() == SAME_NAME.keys(), f"{twice}: rename one, or take what is no longer so off SAME_NAME"
 
 
 def test_a_room_has_no_second_door() -> None:

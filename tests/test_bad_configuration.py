@@ -6,8 +6,8 @@ import shlex
 
 import pytest
 
+from qlora_exp.config.choices import groups
 from qlora_exp.config.compose import check_multirun, compose
-from qlora_exp.config.groups import groups
 from qlora_exp.config.overrides import without_globs
 from qlora_exp.errors import QloraExpError
 

@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 
 from qlora_exp.cli import main
-from qlora_exp.estimate.budget import StudyBudget, budget_of
+from qlora_exp.estimate.budget import budget_of
 from qlora_exp.estimate.calibration import rates_file
 from qlora_exp.estimate.throughput import machine_of
-from qlora_exp.orchestration.budget_forecast import affordable_trials_message
 from qlora_exp.orchestration.command import study_spec
+from qlora_exp.orchestration.study_budget import StudyBudget, affordable_trials_message
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records.files import write_json
 from qlora_exp.records.find import read_runs

@@ -17,7 +17,7 @@ import pytest
 from qlora_exp import load_run
 from qlora_exp.cli import main
 from qlora_exp.cli.arguments import complete_overrides, complete_runs
-from qlora_exp.doctor.checks import checks, disk_space, embedded_assets, writable
+from qlora_exp.doctor.machine_checks import checks, disk_space, embedded_assets, writable
 from qlora_exp.formatting import bytes_text
 from qlora_exp.paths import EMBEDDED, OutputPaths
 from qlora_exp.records.files import write_json

@@ -9,19 +9,13 @@ import pytest
 
 from qlora_exp import run
 from qlora_exp.cli import main
-from qlora_exp.config.schema import Quantization
-from qlora_exp.doctor.checks import _neighbours
-from qlora_exp.doctor.speed import (
-    against_datasheet,
-    calibration,
-    calibration_against_datasheet,
-    measure_flops_per_second,
-)
+from qlora_exp.doctor.machine_checks import _neighbours, against_datasheet, calibration, measure_flops_per_second
 from qlora_exp.doctor.sweep_disk import RECORD_BYTES, sweep_disk, trial_bytes
 from qlora_exp.estimate.calibration import rates_file
 from qlora_exp.estimate.throughput import machine_of
 from qlora_exp.orchestration.devices import Gpu, GpuUser
 from qlora_exp.records.files import write_json
+from qlora_exp.records.types import Device
 from qlora_exp.system.environment import probe
 
 CARD = "NVIDIA A100-SXM4-80GB"
@@ -30,40 +24,21 @@ CARD = "NVIDIA A100-SXM4-80GB"
 @pytest.mark.parametrize(
     ("kind", "name", "rate", "ok", "words"),
     [
-        ("cuda", CARD, 240e12, True, "77% of the data sheet's 312"),
+        ("cuda", CARD, 240e12, True, "240 TFLOP/s measured, 77% of the data sheet's 312"),
         ("cuda", CARD, 90e12, False, "29%"),
         ("cuda", CARD, 500e12, False, "160%"),
-        ("cuda", "NVIDIA Unheard-of 1", 90e12, None, "no data sheet"),
-        ("cpu", "some CPU", 0.1e12, True, "no data sheet for CPUs"),
+        ("cuda", "NVIDIA Unheard-of 1", 90e12, None, "unknown: no data sheet for NVIDIA Unheard-of 1"),
+        ("cpu", "some CPU", 0.1e12, None, "unknown: no data sheet for CPUs"),
     ],
 )
-def test_a_measured_rate_is_judged_by_the_cards_data_sheet(
+def test_a_rate_is_judged_by_the_cards_data_sheet(
     kind: str, name: str, rate: float, ok: bool | None, words: str
 ) -> None:
-    check = against_datasheet(kind, name, rate)
+    device = Device(kind, name, 1, None, None, None, True)
+    check = against_datasheet("matmul rate", "measured", device, rate, 0.5, too_slow="cool it", too_fast="report it")
     assert check.ok is ok
     assert words in check.detail
-    assert (check.fix is not None) is (ok is False)
-
-
-@pytest.mark.parametrize(
-    ("kind", "name", "rate", "ok", "words"),
-    [
-        ("cuda", CARD, 100e12, True, "100 TFLOP/s of training in bf16, 32% of the data sheet's 312"),
-        ("cuda", CARD, 3e12, False, "1% of"),
-        ("cuda", CARD, 900e12, False, "288% of"),
-        ("cuda", "NVIDIA Unheard-of 1", 9e12, None, "unknown: no data sheet for NVIDIA Unheard-of 1"),
-        ("cpu", "some CPU", 0.1e12, None, "unknown: no data sheet for CPUs"),
-        ("cuda", CARD, None, None, "run qlora-exp calibrate"),
-    ],
-)
-def test_a_calibration_is_judged_by_the_cards_data_sheet(
-    kind: str, name: str, rate: float | None, ok: bool | None, words: str
-) -> None:
-    check = calibration_against_datasheet(kind, name, Quantization.bf16, rate)
-    assert check.ok is ok
-    assert words in check.detail
-    assert (check.fix is not None) is (ok is False)
+    assert check.fix == (None if ok is not False else "cool it" if rate < 312e12 else "report it")
 
 
 def test_the_calibration_that_doctor_judges_is_the_one_that_plans_take(

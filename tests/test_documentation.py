@@ -11,10 +11,9 @@ import pytest
 import typer.main
 
 from qlora_exp.cli import app
-from qlora_exp.config.choices import group_names
-from qlora_exp.config.groups import groups
+from qlora_exp.config.choices import group_names, groups
 from qlora_exp.config.override_errors import problems_of
-from qlora_exp.paths import OutputPaths, RunPaths, StudyPaths
+from qlora_exp.paths import Child, OutputPaths, RunPaths, StudyPaths
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [
@@ -140,10 +139,8 @@ def test_the_readme_names_every_verb() -> None:
 
 
 def file_names(paths: RunPaths | StudyPaths) -> list[str]:
-    """The file or folder that each property of ``paths`` names."""
-    properties = [name for name, member in vars(type(paths)).items() if isinstance(member, property)]
-    values = [getattr(paths, name) for name in properties]
-    return [value.name for value in values if isinstance(value, Path)]
+    """The file or folder that each attribute of ``paths`` names."""
+    return [member.name for member in vars(type(paths)).values() if isinstance(member, Child)]
 
 
 @pytest.mark.parametrize("kind", ["run", "study"])

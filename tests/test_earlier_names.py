@@ -237,11 +237,11 @@ def test_memory_predictions_that_version_1_stored_are_read(monkeypatch: pytest.M
         raise StudyError("the database is gone", "here", "nothing")
 
     new = {key: number for number, key in enumerate(PREDICTED_MEMORY_KEYS.values(), 3)} | {"sentence": "Said"}
-    paths = OutputPaths.of("outputs").study("old")
+    paths, spec = OutputPaths.of("outputs").study("old"), SimpleNamespace(synthetic=False)
     write_json(paths.folder / "predicted_memory.json", renamed(new, backwards(PREDICTED_MEMORY_KEYS)))
     assert "near_the_edge" in (paths.folder / "predicted_memory.json").read_text()
     monkeypatch.setattr(Study, "read", lost)
-    assert report._predicted_memory(SimpleNamespace(storage=None), paths) == new
+    assert report._from_study(spec, paths, "predicted_memory.json", report._predicted_memory) == new
 
 
 @pytest.mark.parametrize(

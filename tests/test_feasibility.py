@@ -13,12 +13,11 @@ import optuna
 import pytest
 
 from qlora_exp.analysis.report import build
-from qlora_exp.analysis.report_content import StudyInfo
-from qlora_exp.analysis.report_rendering import to_csv, to_markdown
+from qlora_exp.analysis.report_content import StudyInfo, to_csv, to_markdown
 from qlora_exp.cli import main
 from qlora_exp.config.compose import compose
 from qlora_exp.config.schema import to_plain
-from qlora_exp.estimate.budget import StudyBudget, budget_of
+from qlora_exp.estimate.budget import budget_of
 from qlora_exp.estimate.memory_fit import (
     CPU_PROCESS_BYTES,
     RELATIVE_ERROR,
@@ -30,9 +29,9 @@ from qlora_exp.estimate.memory_fit import (
     memory_limit_bytes,
     next_smaller_micro_batch,
 )
-from qlora_exp.orchestration.budget_forecast import affordable_trials_message
 from qlora_exp.orchestration.command import study_spec
-from qlora_exp.orchestration.memory_feedback import MAX_CONSECUTIVE_SKIPS, MemoryFeedback
+from qlora_exp.orchestration.memory_predictions import MAX_CONSECUTIVE_SKIPS, MemoryFeedback
+from qlora_exp.orchestration.study_budget import StudyBudget, affordable_trials_message
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records.files import write_json
 from qlora_exp.records.find import read_runs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import transformers
 
 from qlora_exp import run
 from qlora_exp.config.schema import DeviceChoice, Engine
+from qlora_exp.errors import ConfigError
 from qlora_exp.orchestration.devices import assign_slots
 from qlora_exp.records.types import Status
 from qlora_exp.system import gpus
@@ -22,6 +24,17 @@ from qlora_exp.system.gpus import cards, use_one_gpu
 
 GIB = 2**30
 Kept = pytest.MonkeyPatch
+PYNVML = """
+class NVMLError(Exception): pass
+nvmlInit = lambda: None
+nvmlDeviceGetCount = lambda: 2
+nvmlDeviceGetHandleByIndex = int
+nvmlDeviceGetUUID = lambda handle: f"GPU-{handle}"
+nvmlDeviceGetName = lambda handle: "H200"
+nvmlDeviceGetMemoryInfo = lambda handle: type("Memory", (), {"free": 2**30, "total": 2**34})
+nvmlDeviceGetMigMode = lambda handle: (0, 0)
+nvmlDeviceGetComputeRunningProcesses = lambda handle: []
+"""
 
 
 class NVMLError(Exception):
@@ -44,7 +57,7 @@ def nvml(*machine: dict[str, Any]) -> ModuleType:
         nvmlDeviceGetHandleByIndex=lambda index: machine[index],
         nvmlDeviceGetUUID=lambda handle: handle["uuid"],
         nvmlDeviceGetName=lambda handle: handle.get("name", "H200"),
-        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(free=handle.get("free", GIB)),
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(free=handle.get("free", GIB), total=24 * GIB),
         nvmlDeviceGetMigMode=lambda handle: (int("mig" in handle), 0),
         nvmlDeviceGetMaxMigDeviceCount=lambda handle: 7,
         nvmlDeviceGetMigDeviceHandleByIndex=mig,
@@ -97,13 +110,15 @@ def with_device_files(folder: Path) -> None:
         ("0,2", "GPU-ccc"),
         ("2,1,0", "GPU-bbb"),
         ("GPU-ccc,GPU-aaa", "GPU-ccc"),
-        ("0, 9, 1", "0, 9, 1"),
+        ("0, -1, 1", "0, -1, 1"),
         ("1", "1"),
         ("GPU-aaa", "GPU-aaa"),
         ("", ""),
         ("-1", "-1"),
-        ("MIG-x", "MIG-x"),
-        ("MIG-x,MIG-y", "MIG-x"),
+        ("NoDevFiles", "NoDevFiles"),
+        ("none", "none"),
+        ("None", "None"),
+        ("void", "void"),
     ],
 )
 def test_the_visible_gpu_with_the_most_free_memory_is_taken(given: str | None, chosen: str, monkeypatch: Kept) -> None:
@@ -146,10 +161,84 @@ def test_without_nvml_a_process_takes_one_gpu_and_a_sweep_spreads_its_trials(
     assert assign_slots(Engine.sft, DeviceChoice.auto, 3) == (names[1], names[0], names[1])
 
 
-def test_a_sweep_gives_each_trial_the_instance_that_the_user_named(monkeypatch: Kept) -> None:
-    with_nvml(monkeypatch)
+def test_a_sweep_gives_each_trial_an_instance_of_a_partitioned_gpu(monkeypatch: Kept) -> None:
+    parts = [{"uuid": f"MIG-{number}"} for number in range(3)]
+    monkeypatch.setitem(sys.modules, "pynvml", nvml({"uuid": "GPU-aaa", "mig": parts}, {"uuid": "GPU-bbb"}))
+    assert assign_slots(Engine.sft, DeviceChoice.auto, None) == ("MIG-0", "MIG-1", "MIG-2", "GPU-bbb")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1,MIG-2")
     assert assign_slots(Engine.sft, DeviceChoice.auto, None) == ("MIG-1", "MIG-2")
+
+
+def test_a_sweep_does_not_look_up_numbers_either_where_cuda_may_count_other_cards_first(monkeypatch: Kept) -> None:
+    cards_of_two_kinds = {"uuid": "GPU-aaa", "name": "T4"}, {"uuid": "GPU-bbb", "name": "H200"}
+    monkeypatch.setitem(sys.modules, "pynvml", nvml(*cards_of_two_kinds))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
+    assert assign_slots(Engine.sft, DeviceChoice.auto, None) == ("1", "0")
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    assert assign_slots(Engine.sft, DeviceChoice.auto, None) == ("GPU-bbb", "GPU-aaa")
+
+
+@pytest.mark.parametrize(
+    ("visible", "says"),
+    [
+        ("7", "'7' is no GPU"),
+        ("0,3", "'3' is no GPU"),
+        ("GPU-ddd", "'GPU-ddd' is no GPU"),
+        ("GPU-", "'GPU-' is more than one GPU"),
+        ("MIG-1", "'MIG-1' is no GPU"),
+        ("all", "'all' is no GPU"),
+        ("1.0", "'1.0' is no GPU"),
+        ("1,GPU-bbb", "'GPU-bbb' is a GPU that is named before"),
+    ],
+)
+def test_a_gpu_that_is_not_there_is_wrong_input(visible: str, says: str, monkeypatch: Kept) -> None:
+    with_nvml(monkeypatch)
+    environment = {"CUDA_VISIBLE_DEVICES": visible}
+    with pytest.raises(ConfigError, match=says) as error:
+        use_one_gpu(environment)
+    assert error.value.where == f"CUDA_VISIBLE_DEVICES={visible}"
+    assert "2 (GPU-ccc)" in str(error.value.hint)
+    assert environment == {"CUDA_VISIBLE_DEVICES": visible}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(ConfigError, match=says):
+        assign_slots(Engine.sft, DeviceChoice.auto, None)
+
+
+@pytest.mark.parametrize("visible", ["MIG-7", "MIG-GPU-aaa/1/0", "GPU-aaa"])
+def test_what_cannot_be_looked_up_is_left_to_cuda(visible: str, bare_machine: Path, monkeypatch: Kept) -> None:
+    """Without NVML, nobody lists instances; with instances, nobody lists their GPU."""
+    if visible == "MIG-7":
+        with_nvidia_smi(bare_machine)
+    else:
+        monkeypatch.setitem(sys.modules, "pynvml", nvml({"uuid": "GPU-aaa", "mig": [{"uuid": "MIG-1"}]}))
+    environment = {"CUDA_VISIBLE_DEVICES": visible}
+    assert use_one_gpu(environment) is None
+    assert environment == {"CUDA_VISIBLE_DEVICES": visible}
+
+
+@pytest.mark.parametrize(
+    ("command", "visible", "says"),
+    [
+        (["run"], "7", "'7' is no GPU"),
+        (["run", "training.device=cuda"], "", "CUDA_VISIBLE_DEVICES=''"),
+        (["sweep", "lora_search", "sweep.n_trials=1"], "MIG-7,0", "'MIG-7' is no GPU"),
+    ],
+)
+def test_a_command_refuses_it_before_anything_is_loaded(
+    command: list[str], visible: str, says: str, bare_machine: Path, monkeypatch: Kept
+) -> None:
+    cards_here = bare_machine / "site"
+    cards_here.mkdir()
+    (cards_here / "pynvml.py").write_text(PYNVML)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(cards_here), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    outputs = bare_machine / "outputs"
+    given = [*command, "tracking=off", "evaluation=quick", f"output_root={outputs}"]
+    done = subprocess.run([sys.executable, "-m", "qlora_exp.cli", *given], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(outputs.glob("runs/*"))
 
 
 def test_a_machine_without_gpus_stays_as_it_is() -> None:

@@ -277,7 +277,7 @@ def test_a_ladder_knows_that_alpha_follows_the_rank() -> None:
 
 @pytest.mark.parametrize("text", ["a ${b}", "\\${b}", "${", "}${lora.r}{", "\\\\${b} \\"])
 def test_a_recorded_text_with_a_dollar_is_read_as_it_is(text: str) -> None:
-    from qlora_exp.config.override_values import escape_interpolations, hydra_value
+    from qlora_exp.config.overrides import escape_interpolations, hydra_value
     from qlora_exp.records.types import RunRecord, Status
     from tests.test_repetition import ENVIRONMENT
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_exp.training.meter import Meter, flops_per_token, model_flops_utilisation
+from qlora_exp.training.meter import Meter, model_flops_utilisation
 
 # Device names as NVML and torch give them, and the data sheets' dense 16-bit TFLOP/s.
 KNOWN = {
@@ -60,11 +60,6 @@ def test_a_known_card_is_measured_against_its_own_data_sheet(name: str) -> None:
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_another_card_is_unknown_and_not_the_nearest_name(name: str | None) -> None:
     assert model_flops_utilisation(name, 1e9, 1000) is None
-
-
-def test_a_frozen_base_costs_four_flops_a_parameter_and_token_and_two_more_recomputed() -> None:
-    assert flops_per_token(1000, 10, recomputed=False) == 4060
-    assert flops_per_token(1000, 10, recomputed=True) == 6060
 
 
 MEGABYTE = 1_000_000

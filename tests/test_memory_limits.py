@@ -30,7 +30,7 @@ from qlora_exp.runs.termination import exit_if_memory_is_short
 from qlora_exp.system import memory_limits
 from qlora_exp.system.environment import probe, process_identity
 from qlora_exp.system.out_of_memory import killed_for_memory
-from qlora_exp.tracking.sync import mark_interrupted
+from qlora_exp.tracking.interrupted import mark_interrupted
 from tests.analysis import made_up
 from tests.conftest import write_colour_task
 

@@ -72,9 +72,9 @@ def files_of(wheel: Path) -> dict[str, int]:
 def test_code_configuration_and_assets_come_from_the_installed_folder(installed: Path, tmp_path: Path) -> None:
     code = """
 import qlora_exp, qlora_exp.analysis, qlora_exp.cli
-from qlora_exp.cli.starter_files import FILES
+from qlora_exp.cli.data import STARTER
 from qlora_exp.paths import CONF, EMBEDDED, PACKAGE, SWEEPS
-print(qlora_exp.__file__, qlora_exp.analysis.__file__, qlora_exp.cli.__file__, FILES, sep="\\n")
+print(qlora_exp.__file__, qlora_exp.analysis.__file__, qlora_exp.cli.__file__, STARTER, sep="\\n")
 print(PACKAGE, CONF / "config.yaml", SWEEPS, EMBEDDED / "base" / "model.safetensors", sep="\\n")
 print(EMBEDDED / "instruct" / "model.safetensors", EMBEDDED / "task" / "test.jsonl", sep="\\n")
 print(EMBEDDED / "SHA256SUMS")
@@ -171,7 +171,7 @@ def test_every_pin_lies_within_the_declared_ranges() -> None:
 def test_the_installed_report_has_its_templates_and_draws(installed: Path, tmp_path: Path) -> None:
     code = (
         "from qlora_exp.analysis.report_content import ReportContent, Section, value_table;"
-        "from qlora_exp.analysis.report_rendering import to_html;"
+        "from qlora_exp.analysis.report_content import to_html;"
         "section = Section('s', 'S', figures=({'data': [], 'layout': {}},));"
         "content = ReportContent('t', None, ('h',), None, (section,), value_table(('run',), [('r',)]), 'now');"
         "print(len(to_html(content)))"

@@ -70,6 +70,8 @@ def test_an_unknown_key_of_a_newer_writer_is_ignored(tmp_path: Path) -> None:
         (lambda raw: raw["memory"].update(base_weight_bytes="much"), "base_weight_bytes"),
         (lambda raw: raw["environment"].pop("device"), "device"),
         (lambda raw: raw.update(config=[]), "config"),
+        (lambda raw: raw.update(warnings=["a", 1]), "warnings[1]"),
+        (lambda raw: raw["memory"].update(base_weight_bytes=1.5), "memory.base_weight_bytes"),
         (lambda raw: raw["memory"].update(base_weight_bytes=True), "base_weight_bytes"),
     ],
 )

@@ -13,7 +13,7 @@ from hydra.core.override_parser.types import QuotedString
 from qlora_exp.architecture.run_plan import config_fingerprint
 from qlora_exp.config.compose import compose
 from qlora_exp.config.from_record import flat_overrides, recorded_overrides
-from qlora_exp.config.override_values import hydra_value
+from qlora_exp.config.overrides import hydra_value
 from qlora_exp.config.schema import to_plain
 from qlora_exp.records.redaction import REDACTED
 from qlora_exp.records.types import Device, Environment, RunRecord, Status

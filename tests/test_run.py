@@ -20,8 +20,8 @@ from qlora_exp.errors import ConfigError, DataError
 from qlora_exp.paths import EMBEDDED
 from qlora_exp.records.files import write_json
 from qlora_exp.records.types import RunRecord, Status
+from qlora_exp.system.cards import read_prices
 from qlora_exp.system.environment import process_identity
-from qlora_exp.system.hardware import read_prices
 from tests import processes
 
 QUICK = [

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qlora_exp.cli import main
-from qlora_exp.config.override_values import hydra_value
+from qlora_exp.config.overrides import hydra_value
 from qlora_exp.errors import QloraExpError
 from qlora_exp.orchestration.command import study_spec
 from qlora_exp.paths import OutputPaths, slug

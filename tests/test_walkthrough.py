@@ -57,4 +57,4 @@ def test_the_walkthrough_gives_what_it_says(tmp_path: Path, monkeypatch: pytest.
         ended = subprocess.run([sys.executable, *doors[program], *words], capture_output=True, text=True)
         assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "ladder.html").exists()
-    assert (tmp_path / "rank.html").exists()
+    assert (tmp_path / "rank" / "report.html").exists()

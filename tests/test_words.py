@@ -16,11 +16,9 @@ SHARED_NAMES = {
     *("COMMAND", "COMPUTED", "HEADINGS", "INSTRUCT", "Item", "Message"),
     *(
         "PR_SET_PDEATHSIG",
-        "SlotState",
         "Splits",
         "Study",
         "T",
-        "TrialRow",
         "calibrate",
         "document",
         "plan",

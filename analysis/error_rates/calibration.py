@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from qlora_exp.analysis.power import Noise, half_width
-from qlora_exp.analysis.rule import (
+from qlora_exp.analysis.rank_rule import (
     FIRST_LOOK,
     FIRST_SEEDS,
     LAST_LOOK,

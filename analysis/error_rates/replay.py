@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from qlora_exp.analysis.power import Noise, half_width
 from qlora_exp.analysis.rank import Comparison, RankAnswer, answer, decide_doubling, decide_ladder
-from qlora_exp.analysis.rule import FIRST_SEEDS, MAX_SEEDS, Rule, StepVerdict, make_rule
+from qlora_exp.analysis.rank_rule import FIRST_SEEDS, MAX_SEEDS, Rule, StepVerdict, make_rule
 from qlora_exp.analysis.variance import Array, split_variance
 from qlora_exp.errors import AnalysisError
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from qlora_exp.analysis.error_rates.replay import COMMAND, HALVES, ReferenceGrid, Row, all_seeds, noise_of
 from qlora_exp.analysis.rank import RankAnswer
-from qlora_exp.analysis.rule import FIRST_SEEDS, MAX_SEEDS, StepVerdict
+from qlora_exp.analysis.rank_rule import FIRST_SEEDS, MAX_SEEDS, StepVerdict
 
 HEADINGS = (
     *(

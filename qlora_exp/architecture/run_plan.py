@@ -11,7 +11,6 @@ from typing import Any
 from qlora_exp.architecture.shapes import Architecture, WeightShape
 from qlora_exp.config.allowed_values import NATIVE_DTYPES
 from qlora_exp.config.schema import (
-    Checkpointing,
     ComputeDtype,
     Config,
     LoraConfig,
@@ -24,9 +23,6 @@ from qlora_exp.records.types import Environment, Plan
 CPU_SHAPE_MULTIPLES = (16, 64)
 """Multiples for lengths and for loss tokens, see :func:`shape_multiples`. The number of loss tokens varies more from
 batch to batch than lengths do."""
-CHECKPOINTING_FROM_PARAMETERS = 3_000_000_000
-"""``gradient_checkpointing=auto`` starts here: smaller models fit without it, and recomputing costs a third of the
-speed."""
 
 
 def effective_alpha(lora: LoraConfig) -> float:
@@ -171,9 +167,15 @@ def _without_newer_defaults(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_plan(
-    config: Config, environment: Environment, architecture: Architecture, modules: Sequence[str], format: str
+    config: Config,
+    environment: Environment,
+    architecture: Architecture,
+    modules: Sequence[str],
+    format: str,
+    checkpointing: bool,
 ) -> Plan:
     """Return the plan of one run. ``modules`` are full names of weights in ``architecture``, from resolve_targets.
+    ``checkpointing``: whether it uses gradient checkpointing, from ``Estimator.checkpointing``.
 
     With a budget of tokens alone, ``max_steps`` is an upper bound (every sequence has at least one token).
     """
@@ -181,6 +183,10 @@ def make_plan(
     adapted = [shapes[name] for name in modules]
     training, device = config.training, environment.device
     micro_batch_size = training.micro_batch_size or training.batch_size
+    max_steps = training.max_steps
+    if max_steps is None:
+        assert training.max_tokens is not None  # check() refuses a training without an end
+        max_steps = math.ceil(training.max_tokens / training.batch_size)
     computed = compute_dtype(config.quantization, device.kind, device.bf16)
     length_multiple, logits_multiple = shape_multiples(
         computed, device.kind, training.max_length, architecture.positions
@@ -200,31 +206,16 @@ def make_plan(
         weight_dtype=weight_dtype(config.quantization.mode),
         compute_dtype=computed,
         adapter_dtype=adapter_dtype(config.lora),
-        max_steps=_max_steps(config),
+        max_steps=max_steps,
         batch_size=training.batch_size,
         micro_batch_size=micro_batch_size,
         gradient_accumulation_steps=training.batch_size // micro_batch_size,
-        gradient_checkpointing=gradient_checkpointing(training.gradient_checkpointing, device.kind, architecture),
+        gradient_checkpointing=checkpointing,
         format=format,
         length_multiple=length_multiple,
         logits_multiple=logits_multiple,
         inputs_rounded_in=inputs_rounded_in(config.quantization.mode, device.kind),
     )
-
-
-def _max_steps(config: Config) -> int:
-    training = config.training
-    if training.max_steps is not None:
-        return training.max_steps
-    assert training.max_tokens is not None  # check() refuses a training without an end
-    return math.ceil(training.max_tokens / training.batch_size)
-
-
-def gradient_checkpointing(choice: Checkpointing, device_kind: str, architecture: Architecture) -> bool:
-    """Return whether a run uses gradient checkpointing; ``auto`` does for large models on CUDA."""
-    if choice is not Checkpointing.auto:
-        return choice is Checkpointing.on
-    return device_kind == "cuda" and architecture.total_parameters > CHECKPOINTING_FROM_PARAMETERS
 
 
 def _digest(value: Any) -> str:

@@ -28,10 +28,16 @@ def resolve_targets(architecture: Architecture, targets: TargetsConfig) -> tuple
     adaptable = [shape for shape in architecture.weights if shape.kind != "other"]
     if targets.modules is not None:
         return _match_endings(architecture, adaptable, targets.modules)
-    chosen = [shape.name for shape in adaptable if _in_set(shape, targets.set)]
+
+    def in_set(shape: WeightShape) -> bool:
+        if targets.set == "attention_qv":
+            return shape.role == "attention" and bool(set(qkv_of_name(shape.name)) & {"q", "v"})
+        return targets.set in ("all_linear", shape.role)
+
+    chosen = tuple(shape.name for shape in adaptable if in_set(shape))
     if not chosen:
         raise _empty_set_error(architecture, adaptable, targets.set)
-    return tuple(chosen)
+    return chosen
 
 
 def rank_warning(architecture: Architecture, modules: Sequence[str], lora: LoraConfig) -> str | None:
@@ -68,16 +74,11 @@ def qkv_of_name(name: str) -> str:
         if part == "c_attn":
             return "qkv"
         words = re.split(r"[^a-z]+", part.lower().replace("query", "q").replace("key", "k").replace("value", "v"))
-        letters_of_part = {letter for word in words if (letters := _letters(word)) for letter in letters}
-        if letters_of_part:
-            return "".join(letter for letter in "qkv" if letter in letters_of_part)
+        # A word counts if only q, k, v and z are left after a leading w.
+        letters = {letter for word in words if set(bare := word.removeprefix("w")) <= set("qkvz") for letter in bare}
+        if letters:
+            return "".join(letter for letter in "qkv" if letter in letters)
     return ""
-
-
-def _letters(word: str) -> str:
-    """Return ``word`` without a leading w if only q, k, v and z are left, else nothing."""
-    word = word.removeprefix("w")
-    return word if word and set(word) <= set("qkvz") else ""
 
 
 def layers_without_adapters(architecture: Architecture) -> list[str]:
@@ -85,14 +86,6 @@ def layers_without_adapters(architecture: Architecture) -> list[str]:
     experts' layers (``models/inspect.py``)."""
     shapes = (shape for shape in architecture.weights if shape.kind == "other" and shape.role != "other")
     return sorted({shape.name.rpartition(".")[2] for shape in shapes})
-
-
-def _in_set(shape: WeightShape, name: str) -> bool:
-    if name == "all_linear":
-        return True
-    if name == "attention_qv":
-        return shape.role == "attention" and bool(set(qkv_of_name(shape.name)) & {"q", "v"})
-    return shape.role == name
 
 
 def _empty_set_error(architecture: Architecture, adaptable: Sequence[WeightShape], name: str) -> ModelError:

@@ -10,10 +10,10 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from qlora_exp.cli import analyze, data, export, machine, plan, records, report, run, show, sweep
+from qlora_exp.cli import data, export, machine, plan, records, report, run, sweep
 from qlora_exp.errors import QloraExpError, unwritable_error
 from qlora_exp.system import heap
-from qlora_exp.system.terminal import check_arguments, show_any_text
+from qlora_exp.system.streams import check_arguments, show_any_text
 
 EPILOG = (
     "Each command has its own help with examples: qlora-exp run --help. Hydra's own help: python -m qlora_exp --help"
@@ -64,8 +64,6 @@ sweep.add_to(app)
 plan.add_to(app)
 data.add_to(app)
 records.add_to(app)
-show.add_to(app)
-analyze.add_to(app)
 report.add_to(app)
 export.add_to(app)
 machine.add_to(app)
@@ -82,11 +80,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_arguments(sys.argv[1:] if arguments is None else arguments)
         result: Any = app(args=list(arguments) if arguments is not None else None, prog_name="qlora-exp",
                           standalone_mode=False)  # fmt: skip
-    except QloraExpError as error:
-        from qlora_exp.runs.process import print_error
-
-        print_error(error)
-        return error.exit_code
     except SystemExit:
         if type(sys.stdout).__name__ != "PacifyFlushWrapper":
             raise
@@ -98,8 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # `… | head` has closed the pipe. Without devnull, Python's flush at exit would print a second error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        problem = unwritable_error(error)
+    except (QloraExpError, OSError) as error:
+        problem = error if isinstance(error, QloraExpError) else unwritable_error(error)
         if problem is None:
             raise
         from qlora_exp.runs.process import print_error

@@ -29,17 +29,21 @@ def complete_overrides(incomplete: str) -> list[str]:
 
 def complete_runs(incomplete: str) -> list[str]:
     """Complete ``last``, then run ids under the default output root, newest first."""
-    from qlora_exp.records.find import LAST, run_folders
+    from qlora_exp.records.find import run_folders
 
-    ids = [paths.folder.name for paths in run_folders(outputs_of(None))]
-    return [name for name in [LAST, *reversed(ids)] if name.startswith(incomplete)]
+    return _newest_first([paths.folder.name for paths in run_folders(outputs_of(None))], incomplete)
 
 
 def complete_studies(incomplete: str) -> list[str]:
     """Complete ``last``, then the studies under the default output root, newest first."""
-    from qlora_exp.records.find import LAST, study_names
+    from qlora_exp.records.find import study_names
 
-    names = study_names(outputs_of(None))
+    return _newest_first(study_names(outputs_of(None)), incomplete)
+
+
+def _newest_first(names: list[str], incomplete: str) -> list[str]:
+    from qlora_exp.records.find import LAST
+
     return [name for name in [LAST, *reversed(names)] if name.startswith(incomplete)]
 
 
@@ -110,6 +114,11 @@ Source = Annotated[
 Force = Annotated[
     bool, typer.Option("--force", help="Start a run even if it is predicted not to fit into memory (budget.force=true)")
 ]
+AcceptPrediction = Annotated[
+    bool,
+    typer.Option("--force", help="Accept a run that is predicted not to fit into memory (budget.force=true)"),
+]
+"""``--force`` of a command that starts nothing."""
 
 
 def forced(force: bool) -> list[str]:

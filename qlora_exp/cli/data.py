@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qlora_exp.cli.arguments import Force, Overrides, Source, examples, forced
+from qlora_exp.cli.arguments import AcceptPrediction, Overrides, Source, examples, forced
 from qlora_exp.cli.settings_file import combined_overrides
+from qlora_exp.errors import QloraExpError
 
 if TYPE_CHECKING:
     from qlora_exp.config.schema import Config
     from qlora_exp.data.items import Splits
     from qlora_exp.records.types import Environment, Plan
     from qlora_exp.runs.prepare import Prepared
+
+STARTER = Path(__file__).resolve().parent / "starter"
+"""The files of ``init``: a small task, the settings to run it, a sweep over it, and a README."""
 
 
 def add_to(app: typer.Typer) -> None:
@@ -43,7 +48,7 @@ def add_to(app: typer.Typer) -> None:
     app.command("init", epilog=examples("qlora-exp init my-task", "cd my-task && qlora-exp run --from task.yaml"))(init)
 
 
-def validate(overrides: Overrides = None, source: Source = None, force: Force = False) -> int:
+def validate(overrides: Overrides = None, source: Source = None, force: AcceptPrediction = False) -> int:
     """Check configuration and data without loading weights."""
     from qlora_exp.architecture.targets import rank_warning
     from qlora_exp.runs.execute import preflight
@@ -72,25 +77,35 @@ def preview(
     """Show items as tokens. The trained tokens are highlighted, or in [brackets] without a terminal."""
     from rich.text import Text
 
-    from qlora_exp.data.preview import preview_items as preview_items
+    from qlora_exp.data.preview import preview_items
     from qlora_exp.formatting import print_table
 
     _, prepared, _ = _prepared(combined_overrides(source, overrides))
-    for item in preview_items(prepared.splits, prepared.tokenizer, split, count):
-        trained = sum(token.trained for token in item.tokens)
-        head = f"{split} {item.item_id}: {len(item.tokens)} tokens, {trained} trained"
+    for item, tokens in preview_items(prepared.splits, prepared.tokenizer, split, count):
+        trained = sum(token.trained for token in tokens)
+        head = f"{split} {item.item_id}: {len(tokens)} tokens, {trained} trained"
         print_table(Text(head + (f", label {item.label!r}" if item.label is not None else ""), style="bold"))
-        print_table(_marked_text(item.tokens))
+        print_table(_marked_text(tokens))
         print_table("")
     return 0
 
 
 def init(folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="A new or empty folder")] = Path(".")) -> int:
     """Write a starter folder with a task of your own."""
-    from qlora_exp.cli.starter_files import write_starter
-
-    for path in write_starter(folder):
-        print(path)
+    sources = {path.relative_to(STARTER): path for path in sorted(STARTER.rglob("*")) if path.is_file()}
+    existing = [str(name) for name in sources if (folder / name).exists()]
+    if existing:
+        what = f"{', '.join(existing)} would be overwritten"
+        raise QloraExpError(what, str(folder.absolute()), "qlora-exp init NEW_FOLDER")
+    try:
+        for name, source in sources.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(source.read_bytes())
+    except OSError as error:
+        what = f"the folder can't be written: {error.strerror}"
+        raise QloraExpError(what, str(folder.absolute()), "qlora-exp init OTHER_FOLDER") from None
+    for name in sources:
+        print(folder / name)
     print(f"next: {f'cd {folder} && ' if folder != Path('.') else ''}qlora-exp run --from task.yaml")
     return 0
 
@@ -117,23 +132,20 @@ def _prepared(overrides: list[str]) -> tuple[Config, Prepared, Environment]:
     return config, prepare(config, environment), environment
 
 
-def _rounded(plan: Plan) -> str:
-    where = " and ".join(plan.inputs_rounded_in or ())
-    return f", inputs rounded to 8 bits in {where}" if where else ""
-
-
 def _summary_lines(config: Config, plan: Plan, splits: Splits) -> list[str]:
     """Return the lines that ``validate`` prints."""
-    from qlora_exp.data.rows_report import rows_report
+    from qlora_exp.data.preview import rows_report
 
     data = splits.record
     share = plan.trainable_parameters / plan.total_parameters
+    rounded_in = " and ".join(plan.inputs_rounded_in or ())
+    rounded = f", inputs rounded to 8 bits in {rounded_in}" if rounded_in else ""
     dropped = f", {data.dropped_rows} rows dropped" if data.dropped_rows else ""
     return [
         "valid",
         f"  model    {config.model.family} {config.model.variant.value} ({plan.architecture}, "
         f"{plan.total_parameters:,} parameters), {plan.weight_dtype} weights, "
-        f"computing in {plan.compute_dtype} on {plan.device}{_rounded(plan)}",
+        f"computing in {plan.compute_dtype} on {plan.device}{rounded}",
         f"  LoRA     r={config.lora.r} alpha={plan.alpha:g} on {plan.adapted_modules} modules "
         f"({', '.join(plan.target_modules)}): {plan.trainable_parameters:,} trained parameters ({share:.2%})",
         f"  data     {data.task}: {data.train_items} train, {data.validation_items} validation, "
@@ -146,8 +158,6 @@ def _summary_lines(config: Config, plan: Plan, splits: Splits) -> list[str]:
 
 def _marked_text(tokens: Any) -> Any:
     """Return the item as text: trained tokens highlighted on a terminal, in brackets elsewhere."""
-    import sys
-
     from rich.text import Text
 
     text = Text()

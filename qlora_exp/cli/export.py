@@ -62,8 +62,7 @@ def export(
     set_threads(None)
     silence_libraries()
     paths = find_run(run, outputs_of(output_root))
-    from qlora_exp.export.export import export_run
-    from qlora_exp.export.settings import load_settings
+    from qlora_exp.export.export import export_run, load_settings
     from qlora_exp.runs.console import ProgressReporter
 
     settings = load_settings(

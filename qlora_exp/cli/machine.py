@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Annotated
+import os
+import socket
+import sys
+from typing import Annotated
 
 import typer
 
 from qlora_exp.cli.arguments import OutputRoot, Overrides, examples, outputs_of
-
-if TYPE_CHECKING:
-    from qlora_exp.doctor.result import Check
+from qlora_exp.errors import TrackingError
+from qlora_exp.version import __version__
 
 
 def add_to(app: typer.Typer) -> None:
@@ -48,14 +50,16 @@ def doctor(
     hide_other_gpus(DeviceChoice.auto)
     set_threads(None)
     silence_libraries()
-    from qlora_exp.doctor.checks import checks
+    from qlora_exp.doctor.machine_checks import checks
     from qlora_exp.doctor.sweep_disk import sweep_disk
 
     problems = 0
     disk_check = [sweep_disk(overrides, output_root)] if overrides else []
     for check in itertools.chain(disk_check, checks(outputs_of(output_root).root, self_test)):
         problems += check.ok is False
-        print(_line(check), flush=True)
+        result = {True: "ok", False: "PROBLEM", None: "–"}[check.ok]
+        fix = f"\n{'':26}do: {check.fix}" if check.fix else ""
+        print(f"{result:8}{check.name:18}{check.detail}{fix}", flush=True)
     print("no problem found" if not problems else f"{problems} problem{'s' if problems != 1 else ''}")
     return 1 if problems else 0
 
@@ -70,15 +74,14 @@ def calibrate(
     The results are stored in the user's cache folder, by device and number of threads.
     """
     from qlora_exp.config.schema import DeviceChoice
-    from qlora_exp.estimate.calibration import calibrate_device as measure
-    from qlora_exp.estimate.calibration import rates_file
+    from qlora_exp.estimate.calibration import calibrate_device, rates_file
     from qlora_exp.runs.process import hide_other_gpus, set_threads, silence_libraries
     from qlora_exp.system.environment import probe
 
     hide_other_gpus(DeviceChoice.auto)
     set_threads(threads)
     silence_libraries()
-    for mode, flops_per_second in measure(probe()):
+    for mode, flops_per_second in calibrate_device(probe()):
         print(f"{mode:6}{flops_per_second / 1e9:10.1f} GFLOP/s", flush=True)
     print(f"stored in {rates_file()}")
     return 0
@@ -98,13 +101,11 @@ def sync(
 
     A run whose process died is marked as interrupted.
     """
-    import sys
-
     from qlora_exp.runs.process import silence_libraries
-    from qlora_exp.tracking.sync import sync_runs as sync_records
+    from qlora_exp.tracking.sync import sync_runs
 
     silence_libraries()
-    report = sync_records(outputs_of(output_root).root, uri, experiment)
+    report = sync_runs(outputs_of(output_root).root, uri, experiment)
     counts = {
         "delivered": report.delivered,
         "already there": report.already,
@@ -129,8 +130,6 @@ def ui(
 
     End it with Ctrl-C.
     """
-    import os
-
     from qlora_exp.records.find import read_runs, tracking_uri
     from qlora_exp.tracking.state import read_state
     from qlora_exp.tracking.ui import charts_url, runs_url, ui_command, ui_environment
@@ -151,29 +150,16 @@ def ui(
 
 def version() -> int:
     """Print the version."""
-    from qlora_exp import __version__
-
     print(f"qlora-exp {__version__}")
     return 0
 
 
-def _line(check: Check) -> str:
-    result = {True: "ok", False: "PROBLEM", None: "–"}[check.ok]
-    fix = f"\n{'':26}do: {check.fix}" if check.fix else ""
-    return f"{result:8}{check.name:18}{check.detail}{fix}"
-
-
 def _check_free(port: int) -> None:
     """Raise TrackingError if another process uses the port."""
-    import socket
-
-    from qlora_exp.errors import TrackingError
-
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            raise TrackingError(
-                f"port {port} is not available: {error.strerror}", "--port", f"qlora-exp ui --port {port + 1}"
-            ) from None
+            what = f"port {port} is not available: {error.strerror}"
+            raise TrackingError(what, "--port", f"qlora-exp ui --port {port + 1}") from None

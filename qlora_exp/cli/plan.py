@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from qlora_exp.cli.arguments import Source, complete_overrides, complete_sweeps, examples
 from qlora_exp.cli.settings_file import combined_overrides
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from qlora_exp.config.schema import Config
-    from qlora_exp.estimate.candidates import SearchSpace
-    from qlora_exp.estimate.device import PlanDevice
-    from qlora_exp.estimate.estimator import PlannedRun, Planner
-    from qlora_exp.records.types import RunRecord
 
 DEVICE_KEY = "plan.device="
 
@@ -85,47 +76,71 @@ def plan(
 
     The command loads neither weights nor torch. It downloads nothing for the families that come with the package.
     """
+    import json
     import sys
+    from dataclasses import replace
 
+    from qlora_exp.config.compose import compose
     from qlora_exp.errors import raise_all
+    from qlora_exp.estimate.budget import affordable_trials
     from qlora_exp.estimate.candidates import search_space
-    from qlora_exp.estimate.device import CARDS, device_by_name, size_bytes
-    from qlora_exp.estimate.estimator import Planner
+    from qlora_exp.estimate.device import device_by_name, size_bytes
+    from qlora_exp.estimate.largest import by_preference, print_fitting, with_search_axes
+    from qlora_exp.estimate.planner import Planner
+    from qlora_exp.estimate.preflight import check_a_base_fits
+    from qlora_exp.estimate.tables import plan_as_json, print_plan, print_sizes, sizes_of, summary_lines, write_page
     from qlora_exp.estimate.tokens import RowCounter
+    from qlora_exp.paths import OutputPaths
+    from qlora_exp.records.find import EndedRuns
+    from qlora_exp.records.schema import to_dict
     from qlora_exp.runs.process import silence_libraries
+    from qlora_exp.system.cards import CARDS
 
     silence_libraries()
-    overrides, device_name = _overrides(source, arguments)
-    device_name = _device_name(device, device_name)
+    overrides, device_name = _overrides(source, arguments, device)
     if device_name is None and fit in CARDS:
         device_name = fit
     chosen = device_by_name(device_name) if device_name is not None else None
     fit_bytes = size_bytes(fit) if fit is not None else None
     if sizes:
         _check_alone("--sizes", {"--fit": fit is not None, "--html": html is not None})
-        return _sizes(overrides, chosen, as_json)
+        weights = sizes_of(compose(overrides), Planner(chosen))
+        if as_json:
+            print(json.dumps(to_dict(weights), indent=1, ensure_ascii=False))
+        else:
+            print_sizes(weights)
+        return 0
     if fit is not None:
-        from qlora_exp.estimate.largest import with_search_axes
-
         overrides = with_search_axes(overrides, chosen)
     space = search_space(overrides)
     for text in space.fixed_axes:
         print(f"{text} on the command line fixes an axis of the sweep", file=sys.stderr)
+    configs = [point.config for point in space.points if point.config is not None]
+    ended = EndedRuns(OutputPaths.of(configs[0].output_root)).records() if configs else ()
     counter = RowCounter() if fit is None else None  # --fit is about sequence lengths, not one task's rows
     is_sweep = fit is None and (space.sampled or len(space.points) > 1)  # --fit lists single runs
-    planner = Planner(chosen, fit_bytes, _ended_runs(space), counter, hosts=is_sweep)
+    planner = Planner(chosen, fit_bytes, ended, counter, hosts=is_sweep)
     runs = [planner.plan(point) for point in space.points]
     raise_all(planner.problems)
     if fit is None:
         pairs = zip(runs, space.points, strict=True)
-        _check_a_base_fits(planner, [point.config for run, point in pairs if run.memory and point.config], chosen)
-    if is_sweep:
-        runs = _with_affordable_trials(runs, space)
+        planned = [point.config for run, point in pairs if run.memory is not None and point.config is not None]
+        limits = [config.budget.memory_bytes for config in planned if config.budget.memory_bytes is not None]
+        if len(limits) == len(planned):  # without a limit everything fits; the largest limit counts
+            check_a_base_fits(planner, planned, max(limits, default=None))
+    if is_sweep and all(config.budget == configs[0].budget for config in configs):
+        affordable = affordable_trials(runs, configs[0].budget, space.trials)  # the budget covers all trials
+        runs = [replace(run, budget=affordable) for run in runs]
     if html is not None:
-        _write(runs, _summary_lines(runs, space), html)
+        write_page(runs, "Plan", summary_lines(runs, space), html)
     if as_json:
-        return _print_json(runs if fit is None else _fitting(runs))
-    return _show(runs, space) if fit is None else _show_fitting(runs, fit)
+        shown = runs if fit is None else by_preference(runs)
+        print(json.dumps(plan_as_json(shown), indent=1, ensure_ascii=False))
+    elif fit is None:
+        print_plan(runs, space)
+    else:
+        print_fitting(runs, fit)
+    return 0
 
 
 def _check_alone(option: str, others: dict[str, bool]) -> None:
@@ -137,156 +152,21 @@ def _check_alone(option: str, others: dict[str, bool]) -> None:
         raise ConfigError(problem, f"{option} {other_option}", f"use {option} and {other_option} in separate commands")
 
 
-def _device_name(option: str | None, override: str | None) -> str | None:
-    """Return the device's name, from ``--device`` or ``plan.device=``.
+def _overrides(source: Path | None, arguments: list[str] | None, option: str | None) -> tuple[list[str], str | None]:
+    """Return the overrides (the sweep's name as ``sweeps=NAME``) without ``plan.device=``, and the device's name, from
+    ``plan.device=`` or ``--device``.
 
     Raises:
         ConfigError: both are set, and differ.
     """
     from qlora_exp.errors import ConfigError
 
-    if option is not None and override is not None and option != override:
-        problem = f"a plan is for one device, not for both {option} and {override}"
-        raise ConfigError(problem, f"--device {option} {DEVICE_KEY}{override}", "leave one of them out")
-    return option if option is not None else override
-
-
-def _overrides(source: Path | None, arguments: list[str] | None) -> tuple[list[str], str | None]:
-    """Return the overrides (the sweep's name as ``sweeps=NAME``), without ``plan.device=``, and that device's name."""
     typed = list(arguments or [])
     name = typed.pop(0) if typed and "=" not in typed[0] else None
     overrides = [*([f"sweeps={name}"] if name else []), *combined_overrides(source, typed, sweep=name)]
     devices = [text.removeprefix(DEVICE_KEY) for text in overrides if text.startswith(DEVICE_KEY)]
-    return [text for text in overrides if not text.startswith(DEVICE_KEY)], devices[-1] if devices else None
-
-
-def _ended_runs(space: SearchSpace) -> Sequence[RunRecord]:
-    """Return the recorded runs from which the throughput is predicted."""
-    from qlora_exp.paths import OutputPaths
-    from qlora_exp.records.find import EndedRuns
-
-    config = next((point.config for point in space.points if point.config is not None), None)
-    return EndedRuns(OutputPaths.of(config.output_root)).records() if config is not None else ()
-
-
-def _check_a_base_fits(planner: Planner, configs: Sequence[Config], device: PlanDevice | None) -> None:
-    """Raise an error if no configuration's base fits. The largest memory limit counts; without a limit everything
-    fits."""
-    from qlora_exp.estimate.smallest_base import check_a_base_fits
-
-    budgets = [config.budget.memory_bytes for config in configs]
-    limits = [limit for limit in budgets if limit is not None]
-    if len(limits) == len(budgets):
-        check_a_base_fits(planner, configs, max(limits, default=None), device)
-
-
-def _with_affordable_trials(runs: Sequence[PlannedRun], space: SearchSpace) -> list[PlannedRun]:
-    """Return the runs with the number of trials that the budget is enough for. A sweep's budget covers all its trials;
-    if the configurations have different budgets, the runs stay as they are."""
-    from dataclasses import replace
-
-    from qlora_exp.estimate.affordable_trials import affordable_trials
-
-    budgets = [point.config.budget for point in space.points if point.config is not None]
-    if any(budget != budgets[0] for budget in budgets):
-        return list(runs)
-    affordable = affordable_trials(runs, budgets[0], space.trials)
-    return [replace(run, budget=affordable) for run in runs]
-
-
-def _summary_lines(runs: Sequence[PlannedRun], space: SearchSpace) -> list[str]:
-    """Return how many configurations there are and fit, what they cost, and what the budget is enough for."""
-    from qlora_exp.estimate.tables import cost_summary, plan_summary
-
-    cost = cost_summary(runs, space.trials if space.sampled else None) if space.trials is not None else None
-    affordable = [limit.message for limit in runs[0].budget]
-    return [plan_summary(runs, space.trials, space.sampled), *([cost] if cost is not None else []), *affordable]
-
-
-def _show(runs: Sequence[PlannedRun], space: SearchSpace) -> int:
-    from qlora_exp.estimate.tables import LEGEND, notes, plan_table, reasons, row_notes
-    from qlora_exp.formatting import print_table
-
-    print_table(plan_table(runs))
-    print()
-    for line in _summary_lines(runs, space):
-        print(line)
-    for reason in reasons(runs):
-        print(f"  {reason}")
-    print(LEGEND, *notes(runs), *row_notes(runs), sep="\n")
-    return 0
-
-
-def _show_fitting(runs: Sequence[PlannedRun], fit: str) -> int:
-    from qlora_exp.errors import ConfigError
-    from qlora_exp.estimate.largest import BEST, by_preference, pareto_front
-    from qlora_exp.estimate.tables import LEGEND, candidate_name, notes, plan_table, row_notes
-    from qlora_exp.formatting import print_table
-
-    fitting = by_preference(runs)
-    if not fitting:
-        smallest = min((run for run in runs if run.memory is not None), key=_peak_bytes)
-        problem = f"nothing fits: the smallest, {candidate_name(smallest)}, {smallest.reason}"
-        raise ConfigError(problem, f"--fit {fit}", "choose a smaller model or a larger card")
-    best = pareto_front(fitting)
-    print_table(plan_table(best))
-    borderline = sum(run.borderline for run in fitting)
-    note = f" ({borderline:,} of them borderline)" if borderline else ""
-    print(f"\n{len(fitting):,} of {len(runs):,} fit into {fit}{note}; shown: the Pareto front")
-    print(f"best first: {BEST}")
-    print(LEGEND, *notes(best), *row_notes(best), sep="\n")
-    return 0
-
-
-def _peak_bytes(run: PlannedRun) -> int:
-    """Return the predicted peak memory of a run in bytes."""
-    assert run.memory is not None
-    return run.memory.peak_bytes
-
-
-def _fitting(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
-    from qlora_exp.estimate.largest import by_preference
-
-    return by_preference(runs)
-
-
-def _print_json(runs: Sequence[PlannedRun]) -> int:
-    from qlora_exp.estimate.tables import plan_as_json
-
-    return _dump(plan_as_json(runs))
-
-
-def _dump(value: Any) -> int:
-    import json
-
-    print(json.dumps(value, indent=1, ensure_ascii=False))
-    return 0
-
-
-def _write(runs: Sequence[PlannedRun], sentences: Sequence[str], file: Path) -> None:
-    from qlora_exp.errors import ConfigError
-    from qlora_exp.estimate.tables import write_page
-
-    try:
-        write_page(runs, "Plan", sentences, file)
-    except OSError as error:
-        raise ConfigError(
-            f"the page can't be written: {error.strerror}", f"--html {file}", "choose a file that can be written"
-        ) from None
-
-
-def _sizes(overrides: list[str], device: PlanDevice | None, as_json: bool) -> int:
-    from qlora_exp.config.compose import compose
-    from qlora_exp.estimate.device import device_of
-    from qlora_exp.estimate.weight_tables import adapters_text, sizes_of, sizes_table
-    from qlora_exp.formatting import print_table
-    from qlora_exp.records.schema import to_dict
-
-    config = compose(overrides)
-    sizes = sizes_of(config, device or device_of(config))
-    if as_json:
-        return _dump(to_dict(sizes))
-    print(f"{sizes.model} on {sizes.device}: {sizes.total_parameters:,} parameters")
-    print_table(sizes_table(sizes))
-    print(f"\n{adapters_text(sizes)}")
-    return 0
+    device = devices[-1] if devices else None
+    if option is not None and device is not None and option != device:
+        problem = f"a plan is for one device, not for both {option} and {device}"
+        raise ConfigError(problem, f"--device {option} {DEVICE_KEY}{device}", "leave one of them out")
+    return [text for text in overrides if not text.startswith(DEVICE_KEY)], option if option is not None else device

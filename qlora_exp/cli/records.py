@@ -1,4 +1,4 @@
-"""``ls``: the choices of the configuration, and the recorded runs."""
+"""Commands that show what there is: ``ls``, ``show`` and ``diff``."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlora_exp.cli.arguments import OutputRoot, examples, outputs_of
+from qlora_exp.cli.arguments import OutputRoot, Run, examples, outputs_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from qlora_exp.paths import OutputPaths
     from qlora_exp.records.types import RunRecord
@@ -21,6 +21,8 @@ COLUMNS = {"models": ("checkpoints.base", "checkpoints.instruct"), "tasks": ("ki
 
 def add_to(app: typer.Typer) -> None:
     app.command("ls", epilog=examples("qlora-exp ls runs", "qlora-exp ls models", "qlora-exp ls runs --limit 10"))(ls)
+    app.command("show", epilog=examples("qlora-exp show last", "qlora-exp show last --json | jq .scores.after"))(show)
+    app.command("diff", epilog=examples("qlora-exp diff last 20261121-043802"))(diff)
 
 
 def complete_lists(incomplete: str) -> list[str]:
@@ -51,59 +53,79 @@ def ls(
     return 0
 
 
+def show(
+    run: Run,
+    json: Annotated[bool, typer.Option("--json", help="Print record.json")] = False,
+    output_root: OutputRoot = None,
+) -> int:
+    """Show the record of a run."""
+    from qlora_exp.records.files import read_record
+    from qlora_exp.records.find import find_run
+
+    paths = find_run(run, outputs_of(output_root))
+    record = read_record(paths.record)
+    if json:
+        print(paths.record.read_text(encoding="utf-8"), end="")
+        return 0
+    from qlora_exp.cli.tables import record_table
+    from qlora_exp.formatting import print_table
+
+    print_table(record_table(record))
+    print(f"record: {paths.record}")
+    return 0
+
+
+def diff(first: Run, second: Run, output_root: OutputRoot = None) -> int:
+    """Show the differences between two runs."""
+    from qlora_exp.cli.tables import difference_table
+    from qlora_exp.formatting import print_table
+    from qlora_exp.records.files import read_record
+    from qlora_exp.records.find import find_run
+
+    outputs = outputs_of(output_root)
+    left, right = (read_record(find_run(run, outputs).record) for run in (first, second))
+    print_table(difference_table(left, right))
+    return 0
+
+
 def _runs(outputs: OutputPaths, limit: int | None) -> int:
+    import sys
+
     from qlora_exp.cli.tables import runs_table
+    from qlora_exp.errors import QloraExpError
     from qlora_exp.formatting import print_table
     from qlora_exp.records.find import read_runs
+    from qlora_exp.system.environment import is_alive
+    from qlora_exp.tracking.interrupted import mark_interrupted
 
-    _mark_dead_runs(outputs)
+    try:
+        if outputs.runs.is_dir():
+            mark_interrupted(outputs.root)
+    except (OSError, QloraExpError) as error:  # the list is still worth showing
+        print(f"runs of dead processes were not marked as interrupted: {error}", file=sys.stderr)
     records, unreadable = read_runs(outputs)
     if not records and not unreadable:
         print(f"there are no runs under {outputs.root} yet; qlora-exp run makes one")
         return 0
     shown = records[-limit:] if limit is not None else records
     print_table(runs_table(shown))
-    for error in unreadable:
-        print(f"not shown: {error}")
-    for line in _lines_on_other_hosts(shown):
-        print(line)
+    for problem in unreadable:
+        print(f"not shown: {problem}")
+    for record in shown:
+        owner = record.process
+        if not record.status.ended and owner is not None and is_alive(owner) is None:
+            print(
+                f"{record.run_id} was started by process {owner.pid} on {owner.host or 'another host'}, which can't be "
+                f"seen from here; if it has ended: qlora-exp run --resume {record.run_id}"
+            )
     print(_ui_line(shown, outputs))
     return 0
 
 
-def _mark_dead_runs(outputs: OutputPaths) -> None:
-    """Mark runs whose process died as interrupted. If that fails, the list is still worth showing."""
-    import sys
-
-    from qlora_exp.errors import QloraExpError
-    from qlora_exp.tracking.sync import mark_interrupted
-
-    try:
-        if outputs.runs.is_dir():
-            mark_interrupted(outputs.root)
-    except (OSError, QloraExpError) as error:
-        print(f"runs of dead processes were not marked as interrupted: {error}", file=sys.stderr)
-
-
-def _lines_on_other_hosts(records: Sequence[RunRecord]) -> Iterator[str]:
-    """Yield a line for each RUNNING run whose process is on another host, where it can't be checked."""
-    from qlora_exp.system.environment import is_alive
-
-    for record in records:
-        owner = record.process
-        if not record.status.ended and owner is not None and is_alive(owner) is None:
-            owned_by = f"process {owner.pid} on {owner.host or 'another host'}"
-            yield (
-                f"{record.run_id} was started by {owned_by}, which can't be seen from here; "
-                f"if it has ended: qlora-exp run --resume {record.run_id}"
-            )
-
-
 def _ui_line(records: Sequence[RunRecord], outputs: OutputPaths) -> str:
-    from qlora_exp.config.choices import default_output_root
     from qlora_exp.errors import TrackingError
-    from qlora_exp.paths import OutputPaths
     from qlora_exp.records.find import tracking_uri
+    from qlora_exp.tracking.state import root_option
     from qlora_exp.tracking.ui import ui_command
 
     uri = tracking_uri(records)
@@ -111,7 +133,6 @@ def _ui_line(records: Sequence[RunRecord], outputs: OutputPaths) -> str:
         ui_command(uri, outputs.mlflow_database)
     except TrackingError as error:
         return f"MLflow UI: {error.hint if uri is not None else error.what}"
-    default = OutputPaths.of(default_output_root()).root == outputs.root
-    option = "" if default else f" --output-root {outputs.root}"
     store = uri or f"sqlite:///{outputs.mlflow_database}"
-    return f"MLflow UI: qlora-exp ui{option}\n      or:  mlflow ui --host 127.0.0.1 --backend-store-uri {store}"
+    ours = f"qlora-exp ui{root_option(outputs)}"
+    return f"MLflow UI: {ours}\n      or:  mlflow ui --host 127.0.0.1 --backend-store-uri {store}"

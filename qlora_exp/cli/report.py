@@ -1,8 +1,8 @@
-"""``report``: the answers of studies as one HTML file, Markdown and CSV."""
+"""``report``: the answers of studies as HTML, Markdown and CSV. ``analyze``: the rank decision from any table."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,18 +14,31 @@ if TYPE_CHECKING:
     from qlora_exp.analysis.report_content import StudyInfo
     from qlora_exp.paths import OutputPaths, StudyPaths
     from qlora_exp.records.types import RunRecord
+    from qlora_exp.study.study import Study
+    from qlora_exp.study.types import StudySpec
 
 MAX_CACHED_ITEM_TABLES = 64
 """Runs whose per-item values stay in memory: comparisons use the same few runs again and again."""
+CORRECTNESS_COLUMNS = {"accuracy": "correct", "exact_match": "exact"}
+"""Score → its column in the per-item table."""
 
 
 def add_to(app: typer.Typer) -> None:
+    app.command(
+        "analyze",
+        epilog=examples(
+            "qlora-exp analyze results.csv --margin 0.02",
+            "qlora-exp analyze paper.csv --score-column wikisql --higher-is-better --se 0.5 --margin 0.5",
+            "qlora-exp analyze export.parquet --margin 0.02 --json | jq .decision",
+        ),
+    )(analyze)
     app.command(
         "report",
         epilog=examples(
             "qlora-exp report last",
             "qlora-exp report base_ladder instruct_ladder --output report/",
             "qlora-exp report --output-root outputs            # every run there, of any study or none",
+            "qlora-exp report last --only tradeoffs            # one section, on the terminal",
         ),
     )(report)
 
@@ -53,57 +66,57 @@ def report(
             help="Margin in bits per byte within which instruct and base count as equal; fix it beforehand",
         ),
     ] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            "--only",
+            metavar="SECTION",
+            help="Print one section as Markdown (rank, tradeoffs, equal, instruct-base, memory, speed, failures …);"
+            " with --output, also write it to the files",
+        ),
+    ] = None,
     output_root: OutputRoot = None,
 ) -> int:
     """Write report.html, report.md and runs.csv: the answer in words, and its evidence."""
-    from qlora_exp.analysis.report import build
-    from qlora_exp.analysis.report_rendering import to_csv, to_html, to_markdown
+    import math
+    from os.path import relpath
+    from urllib.parse import quote
+
+    from qlora_exp.analysis.report import build, only_section
+    from qlora_exp.analysis.report_content import to_csv, to_html, to_markdown
+    from qlora_exp.errors import AnalysisError, RecordError
     from qlora_exp.records.files import write_text
     from qlora_exp.records.find import find_study, read_runs
 
     outputs = outputs_of(output_root)
     study_paths = list(dict.fromkeys(find_study(name, outputs) for name in studies or []))
-    _check_equivalence(equivalence)
+    if equivalence is not None and not (math.isfinite(equivalence) and equivalence > 0):
+        hint = "a number above 0, in bits per byte"
+        raise AnalysisError(f"invalid margin {equivalence:g}", "--equivalence", hint)
     records, unreadable = read_runs(outputs)
     infos, runs = _studies_and_runs(study_paths, records, outputs)
     content = build(runs, infos, _item_scores(outputs), equivalence, len(unreadable))
+    if only is not None:
+        content = only_section(content, only)
+        print(to_markdown(content))
+        if output is None:
+            return 0
     folder = output or (study_paths[0].folder if study_paths else outputs.root)
-    files = {"report.html": to_html(content, _runs_at(outputs, folder)), "report.md": to_markdown(content)}
-    for name, text in (files | {"runs.csv": to_csv(content)}).items():
-        _write(folder / name, text, write_text)
+    # The links stay valid if the run folders and the report are moved together.
+    runs_at = quote(Path(relpath(outputs.runs, folder.expanduser().absolute())).as_posix())
+    files = {"report.html": to_html(content, runs_at), "report.md": to_markdown(content), "runs.csv": to_csv(content)}
+    for name, text in files.items():
+        try:
+            write_text(folder / name, text)
+        except OSError as error:
+            what = f"the report can't be written: {error.strerror}"
+            raise RecordError(what, str(folder / name), "--output DIR") from None
     for paths in study_paths if output is None else ():
         _log_report(paths, runs, outputs)
-    for sentence in content.headline or [str(content.why_none)]:
-        print(sentence)
+    if only is None:
+        print("\n".join(content.headline or [str(content.why_none)]))
     print(f"report: {folder / 'report.html'}")
     return 0
-
-
-def _log_report(paths: StudyPaths, records: list[RunRecord], outputs: OutputPaths) -> None:
-    """Log the report to the study's parent run, if the study is in MLflow."""
-    import sys
-
-    from qlora_exp.config.schema import TrackingConfig
-    from qlora_exp.study.spec import read_spec
-    from qlora_exp.tracking.state import read_state
-    from qlora_exp.tracking.study import deliver_report
-
-    raw = records[-1].config.get("tracking") or {}
-    if read_state(paths) is None or not raw.get("enabled"):
-        return
-    config = TrackingConfig(True, raw.get("uri"), raw["experiment"], float(raw["timeout_seconds"]))
-    reason = deliver_report(config, outputs, read_spec(paths).name)
-    if reason is not None:
-        print(f"the report is not in MLflow yet: {reason}\n  do:    qlora-exp sync", file=sys.stderr)
-
-
-def _check_equivalence(margin: float | None) -> None:
-    import math
-
-    from qlora_exp.errors import AnalysisError
-
-    if margin is not None and not (math.isfinite(margin) and margin > 0):
-        raise AnalysisError(f"invalid margin {margin:g}", "--equivalence", "a number above 0, in bits per byte")
 
 
 def _studies_and_runs(
@@ -118,58 +131,51 @@ def _studies_and_runs(
         return [StudyInfo(str(outputs.root.name))], records
     infos, specs = [], [read_spec(paths) for paths in study_paths]
     for spec, paths in zip(specs, study_paths, strict=True):
-        importance = {} if spec.synthetic else _importance(spec, paths)
-        predicted = {} if spec.synthetic else _predicted_memory(spec, paths)
-        ladder = upgrade_answers(_read_json(paths.folder / "ladder.json"))
-        infos.append(StudyInfo(spec.name, spec.question, spec.objectives, ladder, importance, predicted))
+        importance = _from_study(spec, paths, "importance.json", lambda study, paths: study.importances())
+        predicted = _from_study(spec, paths, "predicted_memory.json", _predicted_memory)
+        ladders = (upgrade_answers(_read_json(paths.ladder)) or {}).get("ladders") or ()
+        infos.append(StudyInfo(spec.name, spec.question, spec.objectives, ladders, importance, predicted))
     return infos, [record for record in records if any(is_trial_of(record, spec) for spec in specs)]
 
 
-def _predicted_memory(spec: Any, paths: StudyPaths) -> dict[str, Any]:
-    """Return a summary of the memory predictions, and store it with the study: trials that were not started have no
-    record. Empty if nothing limits the trials' memory."""
+def _from_study(
+    spec: StudySpec, paths: StudyPaths, file_name: str, read: Callable[[Study, StudyPaths], dict[str, Any] | None]
+) -> dict[str, Any]:
+    """Return what ``read`` finds in the study's database, and store it for reports after the database is gone.
+
+    If the database is gone, return what an earlier report stored. Empty for a SYNTHETIC study.
+    """
+    import contextlib
+
     from qlora_exp.errors import QloraExpError
-    from qlora_exp.orchestration.status import memory_predictions
-    from qlora_exp.records.schema import to_dict
+    from qlora_exp.records.files import write_json
     from qlora_exp.records.upgrade import PREDICTED_MEMORY_KEYS, renamed
     from qlora_exp.study.study import Study
 
-    file = paths.folder / "predicted_memory.json"
-    try:
-        summary = memory_predictions(Study.read(spec, paths, spec.storage).trials(), paths)
-    except QloraExpError:
-        stored = _read_json(file)
-        return renamed(stored, PREDICTED_MEMORY_KEYS) if isinstance(stored, dict) else {}
-    if summary is None:
+    if spec.synthetic:
         return {}
-    plain = {**to_dict(summary), "sentence": summary.sentence}
-    _store(file, plain)
-    return plain
-
-
-def _importance(spec: Any, paths: StudyPaths) -> dict[str, dict[str, float]]:
-    """Return Optuna's importances, and store them with the study. If its database is gone, return the stored ones."""
-    from qlora_exp.errors import QloraExpError
-    from qlora_exp.study.study import Study
-
-    file = paths.folder / "importance.json"
+    file = paths.folder / file_name
     try:
-        importances = Study.read(spec, paths, spec.storage).importances()
+        content = read(Study.read(spec, paths), paths)
     except QloraExpError:
         stored = _read_json(file)
-        return stored if isinstance(stored, dict) else {}
-    _store(file, importances)
-    return importances
+        # Keys of version 1; importances have none of them.
+        return renamed(stored, PREDICTED_MEMORY_KEYS) if isinstance(stored, dict) else {}
+    if content is not None:
+        # A study folder that can't be written is no error.
+        with contextlib.suppress(OSError):
+            write_json(file, content)
+    return content or {}
 
 
-def _store(file: Path, content: dict[str, Any]) -> None:
-    """Store it for reports after the database is gone. A study folder that can't be written is no error."""
-    import contextlib
+def _predicted_memory(study: Study, paths: StudyPaths) -> dict[str, Any] | None:
+    """Return a summary of the memory predictions: trials that were not started have no record. ``None`` if nothing
+    limits the trials' memory."""
+    from qlora_exp.orchestration.status import memory_predictions
+    from qlora_exp.records.schema import to_dict
 
-    from qlora_exp.records.files import write_json
-
-    with contextlib.suppress(OSError):
-        write_json(file, content)
+    summary = memory_predictions(study.trials(), paths)
+    return None if summary is None else {**to_dict(summary), "sentence": summary.sentence}
 
 
 def _read_json(file: Path) -> Any:
@@ -186,10 +192,6 @@ def _read_json(file: Path) -> Any:
         return loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     except (OSError, ValueError) as error:
         raise RecordError(f"the file can't be read: {error}", str(file), "delete it, or resume the study") from None
-
-
-CORRECTNESS_COLUMNS = {"accuracy": "correct", "exact_match": "exact"}
-"""Score → its column in the per-item table."""
 
 
 def _item_scores(outputs: OutputPaths) -> Any:
@@ -226,18 +228,70 @@ def _item_scores(outputs: OutputPaths) -> Any:
     return scores
 
 
-def _runs_at(outputs: OutputPaths, folder: Path) -> str:
-    """Return the run folders' path relative to the report: its links stay valid if both are moved together."""
-    from os.path import relpath
-    from urllib.parse import quote
+def _log_report(paths: StudyPaths, records: list[RunRecord], outputs: OutputPaths) -> None:
+    """Log the report to the study's parent run, if the study is in MLflow."""
+    import sys
 
-    return quote(Path(relpath(outputs.runs, folder.expanduser().absolute())).as_posix())
+    from qlora_exp.config.schema import TrackingConfig
+    from qlora_exp.study.spec import read_spec
+    from qlora_exp.tracking.state import read_state
+    from qlora_exp.tracking.study import deliver_report
+
+    raw = records[-1].config.get("tracking") or {}
+    if read_state(paths) is None or not raw.get("enabled"):
+        return
+    config = TrackingConfig(True, raw.get("uri"), raw["experiment"], float(raw["timeout_seconds"]))
+    reason = deliver_report(config, outputs, read_spec(paths).name)
+    if reason is not None:
+        print(f"the report is not in MLflow yet: {reason}\n  do:    qlora-exp sync", file=sys.stderr)
 
 
-def _write(file: Path, text: str, write_text: Any) -> None:
-    from qlora_exp.errors import RecordError
+def analyze(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="CSV, TSV, JSON, JSON lines or Parquet")],
+    margin: Annotated[
+        float | None, typer.Option(help="Smallest gain of a step that is worth its cost, in the score's units")
+    ] = None,
+    higher_is_better: Annotated[
+        bool | None,
+        typer.Option(
+            "--higher-is-better/--lower-is-better", help="Direction of the score; default: from the score's name"
+        ),
+    ] = None,
+    rank_column: Annotated[str | None, typer.Option(metavar="NAME", help="Column with the rank")] = None,
+    score_column: Annotated[str | None, typer.Option(metavar="NAME", help="Column with the score")] = None,
+    configuration_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Column that distinguishes configurations")
+    ] = None,
+    se: Annotated[float | None, typer.Option(help="Published standard error of every score")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the answer as one JSON object")] = False,
+) -> int:
+    """Decide which rank is enough from a table of results of any tool.
 
-    try:
-        write_text(file, text)
-    except OSError as error:
-        raise RecordError(f"the report can't be written: {error.strerror}", str(file), "--output DIR") from None
+    The table has columns for rank and score, and optionally seed and item. Without seeds or a standard error, the
+    command says what can't be concluded. The exit code is 0 for every answer.
+    """
+    from qlora_exp.analysis.table import Options, analyze_table, table_as_json
+
+    options = Options(rank_column, score_column, configuration_column, higher_is_better, margin, se)
+    answers = analyze_table(file, options)
+    if json:
+        from json import dumps
+
+        print(dumps(table_as_json(answers), indent=1, ensure_ascii=False, allow_nan=False))
+        return 0
+    from qlora_exp.formatting import UNKNOWN_CELL, plain_table, print_table
+
+    for table_answer in answers:
+        if table_answer.configuration is not None:
+            print(f"{table_answer.configuration}:")
+        print(table_answer.answer.sentence)
+        rows = []
+        for step in table_answer.answer.comparisons:
+            decision = step.decision
+            figures = (decision.gain, decision.low, decision.high)
+            texts = [UNKNOWN_CELL if figure is None else f"{figure:+.4g}" for figure in figures]
+            rows.append((f"{step.from_rank} → {step.to_rank}", *texts, str(decision.verdict)))
+        print_table(plain_table(("step", "gain", "low", "high", "decision"), rows))
+        for note in table_answer.notes:
+            print(note)
+    return 0

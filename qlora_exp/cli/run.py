@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -22,10 +23,9 @@ from qlora_exp.cli.arguments import (
     outputs_of,
 )
 from qlora_exp.cli.settings_file import combined_overrides
+from qlora_exp.errors import ConfigError, RecordError
 from qlora_exp.system import signals, streams
-
-if TYPE_CHECKING:
-    from qlora_exp.records.types import RunRecord
+from qlora_exp.system.distributed import check_single_rank
 
 
 def add_to(app: typer.Typer) -> None:
@@ -64,12 +64,12 @@ def run(
     force: Force = False,
 ) -> int:
     """Train one configuration, score it before and after, and write its record."""
-    from qlora_exp.system.distributed import check_single_rank
+    from qlora_exp.config.overrides import hydra_value
 
     check_single_rank()
     all_overrides = [*combined_overrides(source, overrides), *forced(force)]
     if output_root is not None:
-        all_overrides.append(_output_root_override(Path(output_root)))
+        all_overrides.append(f"output_root={hydra_value(str(Path(output_root)))}")
     if resume is not None:
         return _resume(resume, output_root, overrides or [])
     if multirun:
@@ -81,18 +81,16 @@ def run(
 
 def rerun(run: Run, overrides: Overrides = None, output_root: OutputRoot = None, force: Force = False) -> int:
     """Run the configuration of a recorded run again."""
-    import shlex
-
     from qlora_exp.config.from_record import recorded_overrides
+    from qlora_exp.config.overrides import hydra_value
     from qlora_exp.records.files import read_record
     from qlora_exp.records.find import find_run
-    from qlora_exp.system.distributed import check_single_rank
 
     check_single_rank()
     paths = find_run(run, outputs_of(output_root))
     changes = [*(overrides or []), *forced(force)]
     if not any(change.startswith("output_root=") for change in changes):
-        changes.append(_output_root_override(paths.folder.parent.parent))
+        changes.append(f"output_root={hydra_value(str(paths.folder.parent.parent))}")
     recorded = recorded_overrides(read_record(paths.record), changes)
     print(f"qlora-exp run {shlex.join(recorded)}", flush=True)
     return _run(recorded)
@@ -115,44 +113,28 @@ def _interruptible() -> Iterator[None]:
 
 
 def _resume(run: str, output_root: str | None, overrides: Sequence[str]) -> int:
-    from qlora_exp.errors import ConfigError
+    """Continue a run, unless it has ended, is still running, or its record lacks a secret setting."""
     from qlora_exp.records.files import read_record
     from qlora_exp.records.find import find_run
+    from qlora_exp.records.redaction import REDACTED
+    from qlora_exp.records.types import Status
     from qlora_exp.runs.entry_points import config_from_plain, run_with_progress
+    from qlora_exp.system.environment import is_alive
 
     if overrides:
         raise ConfigError("a resumed run keeps its configuration", " ".join(overrides), f"qlora-exp rerun {run} …")
     paths = find_run(run, outputs_of(output_root))
     record = read_record(paths.record)
-    _check_resumable(record)
+    if record.status in (Status.COMPLETED, Status.PRUNED):
+        raise RecordError(f"the run is {record.status}: nothing is left to do", record.run_id, "qlora-exp rerun …")
+    # A process of another host can't be checked from here: the lock on the run's folder decides.
+    if record.status is Status.RUNNING and record.process is not None and is_alive(record.process):
+        raise RecordError("the run is still running", f"{record.run_id}, process {record.process.pid}", "wait for it")
+    if REDACTED in str(record.config):
+        what = "the record doesn't contain a secret setting, so the run can't be resumed from it"
+        raise RecordError(what, record.run_id, f"qlora-exp rerun {record.run_id} with the secret setting")
     config = config_from_plain(record.config)
     training = replace(config.training, resume=True)  # this is what --resume means
     resumed = replace(config, training=training, output_root=str(paths.folder.parent.parent))
     with _interruptible():
         return run_with_progress(resumed, record.run_id)
-
-
-def _check_resumable(record: RunRecord) -> None:
-    """Raise RecordError if the run has ended, is still running, or its record lacks a secret setting."""
-    from qlora_exp.errors import RecordError
-    from qlora_exp.records.redaction import REDACTED
-    from qlora_exp.records.types import Status
-    from qlora_exp.system.environment import is_alive
-
-    if record.status in (Status.COMPLETED, Status.PRUNED):
-        raise RecordError(f"the run is {record.status}: nothing is left to do", record.run_id, "qlora-exp rerun …")
-    if record.status is Status.RUNNING and record.process is not None and is_alive(record.process):
-        raise RecordError("the run is still running", f"{record.run_id}, process {record.process.pid}", "wait for it")
-    # A process of another host can't be checked from here: the lock on the run's folder decides.
-    if REDACTED in str(record.config):
-        raise RecordError(
-            "the record doesn't contain a secret setting, so the run can't be resumed from it",
-            record.run_id,
-            f"qlora-exp rerun {record.run_id} with the secret setting",
-        )
-
-
-def _output_root_override(folder: Path) -> str:
-    from qlora_exp.config.override_values import hydra_value
-
-    return f"output_root={hydra_value(str(folder))}"

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
+
+from qlora_exp.config.choices import choices, group_names
+from qlora_exp.errors import ConfigError, raise_all
+from qlora_exp.paths import CONF
 
 
 def combined_overrides(source: Path | None, overrides: Sequence[str] | None, sweep: str | None = None) -> list[str]:
@@ -27,7 +34,10 @@ def combined_overrides(source: Path | None, overrides: Sequence[str] | None, swe
     kept = [text for text in kept if _key(text) not in axes]
     replacements = axes | {_key(text): text.partition("=")[2] for text in typed}
     replaced = [text for text in kept if _of_another_choice(text, replacements, in_file)]
-    _print_replaced(source, replaced, replacements)
+    for text in replaced:
+        name = _key(text).partition(".")[0]
+        message = f"{text} is left out: {name}={replacements[name]} replaces it. To keep it, add it to the command"
+        print(f"{source}: {message}", file=sys.stderr)
     return [*(text for text in kept if text not in replaced), *typed]
 
 
@@ -42,7 +52,6 @@ def _axes(sweep: str, overrides: Sequence[str]) -> dict[str, str]:
     from qlora_exp.config.override_errors import problems_of
     from qlora_exp.config.overrides import is_swept
     from qlora_exp.config.schema import Sampler
-    from qlora_exp.errors import raise_all
     from qlora_exp.rank_doubling.settings import RANK, SPLIT
 
     # plan.* are options of the command `plan`, not keys of the configuration.
@@ -58,8 +67,6 @@ def _of_another_choice(text: str, replacements: Mapping[str, str], in_file: Sequ
 
     Examples: the layers of ``targets.modules`` if ``targets=mlp`` is typed, or the ``model.path`` of another model.
     """
-    from qlora_exp.config.choices import choices, group_names
-
     group, dot, key = _key(text).partition(".")
     if not dot or group not in replacements or group not in group_names():
         return False
@@ -83,10 +90,6 @@ def _has(keys: Mapping[str, Any], key: str) -> bool:
 
 def _default(group: str, key: str) -> Any:
     """Return the value that all choices of a group share for a key; ``None`` if only one of them has it."""
-    import yaml
-
-    from qlora_exp.paths import CONF
-
     value: Any = {}
     for file in sorted((CONF / group).glob("_*.yaml")):
         value = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -95,23 +98,9 @@ def _default(group: str, key: str) -> Any:
     return None if value == "???" else value
 
 
-def _print_replaced(source: Path, replaced: Sequence[str], replacements: Mapping[str, str]) -> None:
-    import sys
-
-    for text in replaced:
-        name = _key(text).partition(".")[0]
-        message = (
-            f"{source}: {text} is left out: {name}={replacements[name]} replaces it. To keep it, add it to the command"
-        )
-        print(message, file=sys.stderr)
-
-
 def _read_overrides(file: Path) -> list[str]:
     """Return a YAML mapping as overrides. It has keys such as ``task: local``, ``task.path: FILE``, or nested keys."""
-    import yaml
-
     from qlora_exp.config.from_record import flat_overrides
-    from qlora_exp.errors import ConfigError
 
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))

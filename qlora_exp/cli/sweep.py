@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,8 +70,16 @@ def sweep(
 
     Repeat the command to continue the study. It does the same as python -m qlora_exp -m sweeps=NAME …
     """
+    from pathlib import Path
+
+    from qlora_exp.config.overrides import hydra_value
+    from qlora_exp.orchestration.hydra_app import main
+
     all_overrides = [f"sweeps={name}", *combined_overrides(source, overrides, sweep=name), *forced(force)]
-    return _hydra([*all_overrides, *_join(join), *_root(output_root)])
+    all_overrides += ["sweep.join=true"] if join else []
+    if output_root:
+        all_overrides.append(f"output_root={hydra_value(str(Path(output_root).expanduser().absolute()))}")
+    return main(["--multirun", *all_overrides])
 
 
 def resume(
@@ -99,31 +107,32 @@ def resume(
     from qlora_exp.system.distributed import check_single_rank
 
     check_single_rank()  # before a damaged study is rebuilt
-    from qlora_exp.config.override_values import escape_interpolations, hydra_value
+    from qlora_exp.config.overrides import escape_interpolations, hydra_value
+    from qlora_exp.orchestration.hydra_app import main
     from qlora_exp.study.spec import STORAGE_VARIABLE, storage_of
 
     spec, paths = _find_study(study, output_root)
     _check_unchanged(spec, overrides or [])
     url = storage_of(spec, storage)
-    overrides = [*(overrides or []), *forced(force)]
+    changes = [*(overrides or []), *forced(force)]
     if rebuild:
         _rebuild(spec, paths, url)
     if retry is not None:
         _retry(spec, paths, retry, url)
-    changed = {text.lstrip("+~").partition("=")[0] for text in overrides or []}
+    changed_keys = {text.lstrip("+~").partition("=")[0] for text in changes}
     recorded = [*spec.overrides, *(f"{axis.key}={axis.text}" for axis in spec.axes if "ladder" not in axis.tags)]
-    unchanged = [text for text in recorded if text.lstrip("+~").partition("=")[0] not in changed]
+    unchanged = [text for text in recorded if text.lstrip("+~").partition("=")[0] not in changed_keys]
     _check_secrets(unchanged, spec)
+    name = f"sweep.name={hydra_value(escape_interpolations(spec.name))}"
     # Not as an override: a launcher writes overrides to disk, and the URL may have a password.
-    with _in_environment(STORAGE_VARIABLE, url):
-        return _hydra(
-            [
-                *unchanged,
-                *(overrides or []),
-                f"sweep.name={hydra_value(escape_interpolations(spec.name))}",
-                *_join(join),
-            ]
-        )
+    previous = os.environ.get(STORAGE_VARIABLE)
+    os.environ[STORAGE_VARIABLE] = url
+    try:
+        return main(["--multirun", *unchanged, *changes, name, *(["sweep.join=true"] if join else [])])
+    finally:
+        del os.environ[STORAGE_VARIABLE]
+        if previous is not None:
+            os.environ[STORAGE_VARIABLE] = previous
 
 
 def status(
@@ -136,29 +145,23 @@ def status(
 
     It shows running, finished, pruned and failed trials, the best so far, the time left, CPU and GPU use.
     """
-    from qlora_exp.orchestration.orchestrator import current_orchestrator
-    from qlora_exp.orchestration.status import show_status, watch_status
+    from qlora_exp.formatting import print_table
+    from qlora_exp.orchestration.status import study_status, watch_status
+    from qlora_exp.system.orchestrator_lease import held_lease
+    from qlora_exp.tracking.state import not_delivered
 
     spec, paths = _find_study(study, output_root)
     opened = _read_study(spec, paths, storage)
     if watch:
-        watch_status(spec, opened, paths, current_orchestrator)
-    else:
-        show_status(spec, opened, paths, current_orchestrator(paths))
-        _show_not_delivered(spec, opened, paths)
-    return 0
-
-
-def _show_not_delivered(spec: StudySpec, opened: Any, paths: StudyPaths) -> None:
-    from qlora_exp.orchestration.orchestrator import current_orchestrator
-    from qlora_exp.paths import OutputPaths
-    from qlora_exp.tracking.pending import not_delivered
-
+        watch_status(spec, opened, paths)
+        return 0
+    print_table(study_status(spec, opened, paths, held_lease(paths.orchestrator)))
     runs = [row.run_id for row in opened.trials() if row.run_id is not None]
-    busy = current_orchestrator(paths) is not None
-    missing = not_delivered(OutputPaths(paths.folder.parent.parent), runs, spec.name, busy)
+    busy = held_lease(paths.orchestrator) is not None
+    missing = not_delivered(paths.outputs, runs, spec.name, busy)
     if missing is not None:
         print(missing)
+    return 0
 
 
 def stop(
@@ -169,8 +172,6 @@ def stop(
     output_root: OutputRoot = None,
 ) -> int:
     """Stop a study after its running trials; a second call stops these, too."""
-    import shlex
-
     from qlora_exp.orchestration.orchestrator import request_stop
 
     spec, paths = _find_study(study, output_root)
@@ -189,18 +190,16 @@ def best(study: Study, storage: Storage = None, output_root: OutputRoot = None) 
 
     Of several objectives, the Pareto front; of rank doubling, the recommended rank and its runs.
     """
-    import shlex
-
     from qlora_exp.errors import RecordError
     from qlora_exp.formatting import print_table
     from qlora_exp.orchestration.status import best_table
-    from qlora_exp.rank_doubling import ladder_sweep
+    from qlora_exp.rank_doubling.answers import print_answers
 
     spec, paths = _find_study(study, output_root)
     opened = _read_study(spec, paths, storage)
     rows = opened.best()
     if spec.ladder is not None:
-        ladder_sweep.show_answers(opened, spec)
+        print_answers(spec, paths, opened.trials())
     elif not rows:
         completed, name = opened.counts().completed, shlex.quote(spec.name)
         problem = f"none of {completed} completed trials satisfies {', '.join(spec.constraints)}"
@@ -215,8 +214,6 @@ def best(study: Study, storage: Storage = None, output_root: OutputRoot = None) 
 
 def _commands(rows: Sequence[TrialRow], spec: StudySpec) -> Iterator[str]:
     """Yield one command per trial. A ladder's runs that differ only in their seed give one command, the first."""
-    import shlex
-
     from qlora_exp.orchestration.command import run_overrides
 
     seen = set()
@@ -263,13 +260,12 @@ def clean(
     """
     from qlora_exp.formatting import bytes_text
     from qlora_exp.orchestration.retention import best_runs_first, deletable, delete, kept_numbers
-    from qlora_exp.paths import OutputPaths
 
     spec, paths = _find_study(study, output_root, whole_name=yes)  # deletion needs the study's whole name
     opened = _read_study(spec, paths, storage)
     rows = opened.trials()
     ranked = best_runs_first(rows, opened.best(), spec.objectives[0].startswith("maximize"))
-    items = deletable(rows, kept_numbers(keep, ranked, rows), OutputPaths(paths.folder.parent.parent))
+    items = deletable(rows, kept_numbers(keep, ranked, rows), paths.outputs)
     if yes:
         print(f"{bytes_text(delete(items))} freed in {len(items)} folders")
         return 0
@@ -282,24 +278,6 @@ def clean(
     return 0
 
 
-def _hydra(overrides: list[str]) -> int:
-    from qlora_exp.orchestration.hydra_app import main
-
-    return main(["--multirun", *overrides])
-
-
-def _join(join: bool) -> list[str]:
-    return ["sweep.join=true"] if join else []
-
-
-def _root(output_root: str | None) -> list[str]:
-    from pathlib import Path
-
-    from qlora_exp.config.override_values import hydra_value
-
-    return [f"output_root={hydra_value(str(Path(output_root).expanduser().absolute()))}"] if output_root else []
-
-
 def _find_study(study: str, output_root: str | None, whole_name: bool = False) -> tuple[StudySpec, StudyPaths]:
     from qlora_exp.records.find import find_study
     from qlora_exp.study.spec import read_spec
@@ -309,28 +287,15 @@ def _find_study(study: str, output_root: str | None, whole_name: bool = False) -
 
 
 def _read_study(spec: StudySpec, paths: StudyPaths, storage: str | None) -> Any:
+    from qlora_exp.rank_doubling.ladder import proposer_of
     from qlora_exp.study.spec import storage_of
     from qlora_exp.study.study import Study
 
-    return Study.read(spec, paths, storage_of(spec, storage))
-
-
-@contextlib.contextmanager
-def _in_environment(variable: str, value: str) -> Iterator[None]:
-    previous = os.environ.get(variable)
-    os.environ[variable] = value
-    try:
-        yield
-    finally:
-        del os.environ[variable]
-        if previous is not None:
-            os.environ[variable] = previous
+    return Study.read(spec, paths, proposer_of(spec, paths), storage_of(spec, storage))
 
 
 def _check_unchanged(spec: StudySpec, overrides: Sequence[str]) -> None:
     """Raise ConfigError if an override changes the study's name or output root, which a resumed study keeps."""
-    import shlex
-
     from qlora_exp.errors import ConfigError
 
     hints = {
@@ -345,35 +310,36 @@ def _check_unchanged(spec: StudySpec, overrides: Sequence[str]) -> None:
 
 
 def _rebuild(spec: StudySpec, paths: StudyPaths, url: str) -> None:
-    from qlora_exp.paths import OutputPaths
     from qlora_exp.records.find import read_runs
+    from qlora_exp.study.open import rebuild_study
     from qlora_exp.study.spec import is_trial_of
-    from qlora_exp.study.study import Study
 
-    records, _ = read_runs(OutputPaths(paths.folder.parent.parent))
+    records, _ = read_runs(paths.outputs)
     study_records = [record for record in records if is_trial_of(record, spec)]
-    Study.rebuild(spec, paths, study_records, url)
+    rebuild_study(spec, paths, study_records, url)
     print(f"study {spec.name} rebuilt from {len(study_records)} runs")
 
 
 def _retry(spec: StudySpec, paths: StudyPaths, what: str, url: str) -> None:
     from qlora_exp.errors import ConfigError, RecordError, nearest
-    from qlora_exp.orchestration.orchestrator import current_orchestrator
-    from qlora_exp.orchestration.status import running_slots
-    from qlora_exp.study.reopen_trials import RETRY_CHOICES, numbers_text, retry_trials
+    from qlora_exp.orchestration.live_state import running_slots
+    from qlora_exp.study.reopen_trials import RETRY_CHOICES, retry_trials
+    from qlora_exp.system.orchestrator_lease import held_lease
 
     if what not in RETRY_CHOICES:
         raise ConfigError(f"invalid trial result {what!r}", "--retry", nearest(what, RETRY_CHOICES))
-    if current_orchestrator(paths) is not None or running_slots(paths):
+    if held_lease(paths.orchestrator) is not None or running_slots(paths):
         raise RecordError("the study is running", f"study {spec.name}", "wait for it, then --retry")
     numbers = retry_trials(spec, paths, what, url)
     result = what.replace("_", " ")
-    print(f"run again: {numbers_text(numbers)} ({result})" if numbers else f"no trial ended as {result}", flush=True)
+    if numbers:
+        plural = "s" if len(numbers) > 1 else ""
+        print(f"run again: trial{plural} {', '.join(map(str, numbers))} ({result})", flush=True)
+    else:
+        print(f"no trial ended as {result}", flush=True)
 
 
 def _check_secrets(overrides: list[str], spec: StudySpec) -> None:
-    import shlex
-
     from qlora_exp.errors import RecordError
     from qlora_exp.records.redaction import REDACTED
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -11,11 +11,11 @@ from rich.text import Text
 from qlora_exp.config.choices import Choice
 from qlora_exp.formatting import UNKNOWN_CELL, bytes_text, flatten, number, simple_table
 from qlora_exp.records.schema import to_dict
-from qlora_exp.records.types import RunRecord, Scores, Status
+from qlora_exp.records.types import RunRecord, Status
 
 STATUS_STYLES = {Status.COMPLETED: "green", Status.RUNNING: "cyan", Status.PRUNED: "yellow"}
-NOT_COMPARED = ("run_id", "name", "started_at", "ended_at", "process", "config.name", "config.output_root")
-"""Keys that differ between any two runs and explain nothing."""
+NOT_COMPARED = ("run_id.", "name.", "started_at.", "ended_at.", "process.", "config.name.", "config.output_root.")
+"""Beginnings of the keys that differ between any two runs and explain nothing; a dot ends a key."""
 
 
 def runs_table(records: Sequence[RunRecord]) -> Table:
@@ -24,16 +24,17 @@ def runs_table(records: Sequence[RunRecord]) -> Table:
     for heading in ("quality before → after", "base weights", "peak memory", "tokens/s", "status"):
         table.add_column(heading, justify="right" if heading in ("base weights", "peak memory", "tokens/s") else "left")
     for record in records:
+        settings, memory = dict(flatten(record.config)), record.memory
+        names = ("model.family", "model.variant", "quantization.mode", "lora.r")
+        modules = settings.get("targets.modules")
+        weights = [size for size in (memory.base_weight_bytes, memory.quantization_state_bytes) if size is not None]
         table.add_row(
             record.run_id,
-            _setting(record, "model", "family"),
-            _setting(record, "model", "variant"),
-            _setting(record, "quantization", "mode"),
-            _setting(record, "lora", "r"),
-            _targets(record),
+            *(_plain(settings.get(name)) for name in names),
+            "+".join(map(str, modules)) if modules else _plain(settings.get("targets.set")),
             quality(record),
-            bytes_text(_sum_of_known(record.memory.base_weight_bytes, record.memory.quantization_state_bytes)),
-            bytes_text(record.memory.peak_train_bytes),
+            bytes_text(sum(weights) if weights else None),
+            bytes_text(memory.peak_train_bytes),
             number(record.speed.train_tokens_per_second, 0),
             Text(record.status.value, style=STATUS_STYLES.get(record.status, "red")),
         )
@@ -51,7 +52,8 @@ def quality(record: RunRecord) -> str:
         return UNKNOWN_CELL
     name = next((n for n in ("accuracy", "exact_match", "rouge_l", "loss") if getattr(shown, n) is not None), "loss")
     split = f" ({shown.split})" if shown.split != "validation" else ""
-    return f"{name} {_score(before, name)} → {_score(after, name)}{split}"
+    values = [number(getattr(scores, name) if scores is not None else None) for scores in (before, after)]
+    return f"{name} {' → '.join(values)}{split}"
 
 
 def choices_table(choices: Iterable[Choice], keys: Sequence[str] = ()) -> Table:
@@ -61,7 +63,8 @@ def choices_table(choices: Iterable[Choice], keys: Sequence[str] = ()) -> Table:
     columns = (*(key.rsplit(".", 1)[-1] for key in keys), "meaning", *(["cost"] if costs else []))
     table = simple_table("name", *columns, "command")
     for choice in rows:
-        values = [_plain(_lookup(choice.keys, key)) for key in keys]
+        settings = dict(flatten(choice.keys))
+        values = [_plain(settings.get(key)) for key in keys]
         cost = [choice.cost or UNKNOWN_CELL] if costs else []
         table.add_row(choice.name, *values, choice.meaning or UNKNOWN_CELL, *cost, choice.command or UNKNOWN_CELL)
     return table
@@ -78,46 +81,18 @@ def record_table(record: RunRecord) -> Table:
     return table
 
 
-def differing_settings(left: RunRecord, right: RunRecord) -> list[tuple[str, Any, Any]]:
-    """Return (key, left, right) for everything that differs, in the record's order; ``None`` if unknown."""
-    first, second = dict(flatten(to_dict(left))), dict(flatten(to_dict(right)))
-    keys = [*first, *(key for key in second if key not in first)]
-    return [
-        (key, first.get(key), second.get(key))
-        for key in keys
-        if first.get(key) != second.get(key) and not _matches(key, NOT_COMPARED)
-    ]
-
-
 def difference_table(left: RunRecord, right: RunRecord) -> Table:
-    """Return what differs: settings, environment and figures, with the change if both are numbers."""
+    """Return what differs, in the record's order: settings, environment and figures, with the change if both are
+    numbers."""
     table = simple_table("key")
     for heading in (left.run_id, right.run_id, "change"):
         table.add_column(heading, overflow="fold", justify="right")
-    for key, first, second in differing_settings(left, right):
-        table.add_row(key, _value(key, first), _value(key, second), _change(key, first, second))
+    before, after = dict(flatten(to_dict(left))), dict(flatten(to_dict(right)))
+    for key in before | after:
+        first, second = before.get(key), after.get(key)
+        if first != second and not f"{key}.".startswith(NOT_COMPARED):
+            table.add_row(key, _value(key, first), _value(key, second), _change(key, first, second))
     return table
-
-
-def _score(scores: Scores | None, name: str) -> str:
-    return number(getattr(scores, name) if scores is not None else None)
-
-
-def _setting(record: RunRecord, group: str, key: str) -> str:
-    return _plain((record.config.get(group) or {}).get(key))
-
-
-def _targets(record: RunRecord) -> str:
-    targets = record.config.get("targets") or {}
-    modules = targets.get("modules")
-    return "+".join(map(str, modules)) if modules else _plain(targets.get("set"))
-
-
-def _lookup(keys: Mapping[str, Any], dotted: str) -> Any:
-    value: Any = keys
-    for part in dotted.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value
 
 
 def _plain(value: Any) -> str:
@@ -130,34 +105,26 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
-def _value(key: str, value: Any) -> str:
-    """Return a figure as text, by the unit in its key's name; anything else as it is."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        if key.endswith("_bytes"):
-            return f"{bytes_text(value)} ({value:,.0f})" if abs(value) >= 1000 else bytes_text(value)
-        if key.endswith("_seconds"):
-            return f"{value:.3f} s"
-        return f"{value:,}" if isinstance(value, int) and abs(value) >= 10_000 else f"{value:.6g}"
-    return _plain(value)
-
-
-def _change(key: str, first: Any, second: Any) -> str:
-    if key.startswith("config.") or not all(_is_number(value) for value in (first, second)):
-        return ""
-    share = f" ({(second - first) / abs(first):+.1%})" if first else ""
-    difference = second - first
-    shown = bytes_text(difference) if key.endswith("_bytes") else f"{difference:+.6g}"
-    return f"{'+' if key.endswith('_bytes') and difference > 0 else ''}{shown}{share}"
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _sum_of_known(*parts: int | None) -> int | None:
-    present = [part for part in parts if part is not None]
-    return sum(present) if present else None
+def _value(key: str, value: Any) -> str:
+    """Return a figure as text, by the unit in its key's name; anything else as it is."""
+    if not _is_number(value):
+        return _plain(value)
+    if key.endswith("_bytes"):
+        return f"{bytes_text(value)} ({value:,.0f})" if abs(value) >= 1000 else bytes_text(value)
+    if key.endswith("_seconds"):
+        return f"{value:.3f} s"
+    return f"{value:,}" if isinstance(value, int) and abs(value) >= 10_000 else f"{value:.6g}"
 
 
-def _matches(key: str, names: Sequence[str]) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in names)
+def _change(key: str, first: Any, second: Any) -> str:
+    if key.startswith("config.") or not (_is_number(first) and _is_number(second)):
+        return ""
+    difference = second - first
+    share = f" ({difference / abs(first):+.1%})" if first else ""
+    if key.endswith("_bytes"):
+        return f"{'+' if difference > 0 else ''}{bytes_text(difference)}{share}"
+    return f"{difference:+.6g}{share}"

@@ -1,10 +1,13 @@
-"""The names that a configuration may use, and which of them can be combined."""
+"""The names and numbers that a configuration may use, and the checks of single values."""
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterator
 
 from qlora_exp.config.schema import Quantization
+from qlora_exp.errors import ConfigError, nearest
 
 TARGET_SETS = ("attention", "attention_qv", "mlp", "all_linear")
 ALPHA_POLICIES = ("2r", "r", "fixed")
@@ -47,5 +50,39 @@ NaN."""
 MAX_THREADS = 1024
 """More than any machine has cores. A thousand times as many threads crash the process."""
 
+MAX_WORKERS = 1024
+"""Each worker is a process with a connection to the study's database."""
+
 MAX_RANK = 65_536
 """More than the width of any model; a higher rank adds nothing."""
+
+
+def config_error(what: str, key: str, value: object, hint: str) -> ConfigError:
+    return ConfigError(what, f"{key} = {'null' if value is None else value}", hint)
+
+
+def at_least(key: str, value: float | None, minimum: float) -> Iterator[ConfigError]:
+    """Yield an error unless the number is null, or finite and at least ``minimum``."""
+    if value is not None and not (math.isfinite(value) and value >= minimum):
+        finite = "" if math.isfinite(value) else " and finite"
+        yield config_error(f"{key} must be at least {minimum:g}{finite}", key, value, f"try {key}={minimum:g} or more")
+
+
+def above_zero(key: str, value: float | None) -> Iterator[ConfigError]:
+    """Yield an error unless the number is null, or finite and above 0."""
+    if value is not None and not (math.isfinite(value) and value > 0):
+        finite = "" if math.isfinite(value) else " and finite"
+        yield config_error(f"{key} must be above 0{finite}", key, value, f"give {key} a positive number")
+
+
+def within(key: str, value: float | None, low: float, high: float, open_end: bool = False) -> Iterator[ConfigError]:
+    """Yield an error unless the number is null, or ``low`` ≤ ``value`` ≤ ``high``; with ``open_end``, it must be below
+    ``high``."""
+    if value is not None and not (low <= value < high if open_end else low <= value <= high):
+        upper = f"below {high:g}" if open_end else f"{high:.10g}"
+        yield config_error(f"{key} must lie between {low:g} and {upper}", key, value, f"e.g. {key}={low:g}")
+
+
+def one_of(key: str, value: str, valid: tuple[str, ...]) -> Iterator[ConfigError]:
+    if value not in valid:
+        yield config_error(f"{key} has no choice called {value}", key, value, nearest(value, valid))

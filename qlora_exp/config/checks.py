@@ -1,60 +1,156 @@
-"""Checks between the keys of a configuration. All problems are found at once, before anything is loaded."""
+"""What must hold in a configuration: bounds of single numbers, and what fits together. All problems are found at once,
+before anything is loaded."""
 
 from __future__ import annotations
 
+import dataclasses
+import operator
+import re
 from collections.abc import Iterator
+from typing import Any
 
-from qlora_exp.config.bounds import above_zero, at_least, config_error, within
+from qlora_exp.config.allowed_values import (
+    ALPHA_POLICIES,
+    ATTENTIONS,
+    MAX_RANK,
+    MAX_THREADS,
+    MAX_WORKERS,
+    OPTIMIZERS,
+    SCHEDULERS,
+    UNSUPPORTED_OPTIMIZERS,
+    UNSUPPORTED_SCHEDULERS,
+    above_zero,
+    at_least,
+    config_error,
+    one_of,
+    within,
+)
 from qlora_exp.config.checks_lora import lora_problems, model_problems, quantization_problems, targets_problems
 from qlora_exp.config.checks_task import goal_problems, task_problems
-from qlora_exp.config.checks_training import training_problems
-from qlora_exp.config.schema import Config, EvaluationConfig, SweepConfig, WorkersConfig
+from qlora_exp.config.schema import BudgetConfig, Config, EvaluationConfig, TrainingConfig, WorkersConfig
 from qlora_exp.errors import ConfigError
+
+MINIMUM = {
+    0: (
+        *("quantization.int8_threshold", "task.split_seed", "training.weight_decay", "training.max_grad_norm"),
+        *("training.sleep_seconds", "budget.usd_per_hour", "sweep.max_failures", "sweep.out_of_memory_retries"),
+    ),
+    1: (
+        *("task.max_train_items", "task.max_validation_items", "task.max_test_items"),
+        *("training.max_steps", "training.max_tokens", "training.batch_size", "training.micro_batch_size"),
+        *("training.logging_steps", "training.evaluate_every_steps", "training.save_every_steps"),
+        *("training.early_stopping_patience", "sweep.n_trials", "sweep.max_attempts"),
+        *("evaluation.batch_size", "evaluation.max_new_tokens", "evaluation.max_items"),
+        *("evaluation.forgetting_documents", "evaluation.few_shots", "evaluation.few_shot_draws"),
+    ),
+    2: ("training.max_length",),
+}
+"""The smallest number that is allowed → the keys for which it holds."""
+ABOVE_ZERO = (
+    *("lora.alpha", "training.learning_rate", "tracking.timeout_seconds"),
+    *("budget.seconds", "budget.tokens", "budget.usd", "budget.kwh", "budget.memory_bytes"),
+    *("workers.heartbeat_seconds", "workers.lease_seconds", "workers.hang_seconds"),
+)
+BETWEEN = {
+    "seed": (0, 2**32 - 1),  # numpy and transformers take 32 bits
+    "lora.r": (1, MAX_RANK),
+    "training.warmup_ratio": (0, 1),
+    "training.threads": (1, MAX_THREADS),
+    "workers.count": (1, MAX_WORKERS),
+    "workers.jobs": (1, MAX_WORKERS),
+}
+"""Key → the smallest and the largest number it may have."""
+BELOW_ONE = ("lora.dropout", "task.validation_fraction", "task.test_fraction")
+"""Shares from 0 to less than 1."""
+CHOICES = {
+    "model.attention": ATTENTIONS,
+    "lora.alpha_policy": ALPHA_POLICIES,
+    "training.scheduler": SCHEDULERS,
+    "training.optimizer": OPTIMIZERS,
+}
 
 
 def check(config: Config) -> list[ConfigError]:
-    """Return every problem between keys, without raising; an empty list if there is none."""
+    """Return every problem, in the order of the configuration's groups, without raising; an empty list if there is
+    none."""
     parts = (
+        _single_values(config),
         model_problems(config.model),
         quantization_problems(config.quantization),
         lora_problems(config),
         targets_problems(config.targets),
         task_problems(config.task),
         goal_problems(config),
-        training_problems(config.training),
-        evaluation_problems(config.evaluation),
-        _other_problems(config),
-        _sweep(config.sweep),
+        _training(config.training),
+        _evaluation(config.evaluation),
+        _budget(config.budget, config.training.batch_size),
         _workers(config.workers),
+        _names(config),
     )
-    return [problem for part in parts for problem in part]
+    groups = [field.name for field in dataclasses.fields(config)]
+    problems = [problem for part in parts for problem in part]
+    return sorted(problems, key=lambda problem: groups.index(re.split(r"\W", str(problem.where), maxsplit=1)[0]))
 
 
-def evaluation_problems(evaluation: EvaluationConfig) -> Iterator[ConfigError]:
-    for key in ("batch_size", "max_new_tokens", "max_items", "forgetting_documents", "few_shots", "few_shot_draws"):
-        yield from at_least(f"evaluation.{key}", getattr(evaluation, key), 1)
+def _single_values(config: Config) -> Iterator[ConfigError]:
+    for minimum, keys in MINIMUM.items():
+        for key in keys:
+            yield from at_least(key, _value(config, key), minimum)
+    for key in ABOVE_ZERO:
+        yield from above_zero(key, _value(config, key))
+    for key, (low, high) in BETWEEN.items():
+        yield from within(key, _value(config, key), low, high)
+    for key in BELOW_ONE:
+        yield from within(key, _value(config, key), 0, 1, open_end=True)
+    for key, valid in CHOICES.items():
+        yield from one_of(key, _value(config, key), valid)
+
+
+def _value(config: Config, key: str) -> Any:
+    """Return the value at ``key``; ``None`` in a group that the configuration lacks (``sweep``, ``workers``)."""
+    group = key.partition(".")[0]
+    return None if getattr(config, group) is None else operator.attrgetter(key)(config)
+
+
+def _training(training: TrainingConfig) -> Iterator[ConfigError]:
+    if training.max_steps is None and training.max_tokens is None:
+        hint = "training.max_steps=200, or training.max_tokens=100000 instead"
+        yield config_error("the length of the training is not set", "training.max_steps", None, hint)
+    if training.max_steps is not None and training.max_tokens is not None:
+        what = f"training.max_steps={training.max_steps} is set, too: only one of them may end the training"
+        hint = "training.max_steps=null, or training.max_tokens=null"
+        yield config_error(what, "training.max_tokens", training.max_tokens, hint)
+    micro_batch, batch = training.micro_batch_size, training.batch_size
+    if micro_batch is not None and micro_batch >= 1 and batch >= 1 and batch % micro_batch:
+        divisors = ", ".join(str(size) for size in range(1, batch + 1) if batch % size == 0)
+        what = f"training.batch_size={batch} is not a multiple of training.micro_batch_size={micro_batch}"
+        yield config_error(what, "training.micro_batch_size", micro_batch, f"a divisor of {batch}: {divisors}")
+    if reason := UNSUPPORTED_SCHEDULERS.get(training.scheduler):
+        what = f"the scheduler {training.scheduler} can't be set up here: {reason}"
+        yield config_error(what, "training.scheduler", training.scheduler, "training.scheduler=cosine")
+    if training.optimizer in OPTIMIZERS and UNSUPPORTED_OPTIMIZERS.search(training.optimizer):
+        what = f"{training.optimizer} needs a package, a machine or arguments that qlora-exp doesn't provide"
+        hint = "training.optimizer=adamw_torch, or adamw_8bit"
+        yield config_error(what, "training.optimizer", training.optimizer, hint)
+    for key in ("early_stopping_patience", "keep_best"):
+        if getattr(training, key) and training.evaluate_every_steps is None:
+            what = f"training.{key} needs validation losses during training"
+            yield config_error(what, f"training.{key}", getattr(training, key), "training.evaluate_every_steps=20")
+    evaluates, saves = training.evaluate_every_steps, training.save_every_steps
+    if training.keep_best and evaluates is not None and saves not in (None, evaluates):
+        what = f"training.keep_best saves at every evaluation, every {evaluates} steps"
+        hint = f"training.save_every_steps=null, or {evaluates} for both"
+        yield config_error(what, "training.save_every_steps", saves, hint)
+
+
+def _evaluation(evaluation: EvaluationConfig) -> Iterator[ConfigError]:
     if evaluation.metrics and not evaluation.generate:
         what = "these metrics are computed on generated answers, but nothing is generated"
-        yield config_error(
-            what, "evaluation.metrics", evaluation.metrics, "evaluation.generate=true, or evaluation.metrics=[]"
-        )
+        hint = "evaluation.generate=true, or evaluation.metrics=[]"
+        yield config_error(what, "evaluation.metrics", evaluation.metrics, hint)
 
 
-def _other_problems(config: Config) -> Iterator[ConfigError]:
-    yield from within("seed", config.seed, 0, 2**32 - 1)  # numpy and transformers take 32 bits
-    yield from above_zero("tracking.timeout_seconds", config.tracking.timeout_seconds)
-    yield from _budget(config)
-    if not config.tracking.experiment.strip():
-        yield config_error("the experiment needs a name", "tracking.experiment", "''", "tracking.experiment=qlora-exp")
-    if not config.output_root.strip():
-        yield config_error("no output folder is set", "output_root", "''", "output_root=outputs")
-
-
-def _budget(config: Config) -> Iterator[ConfigError]:
-    budget, batch = config.budget, config.training.batch_size
-    yield from at_least("budget.usd_per_hour", budget.usd_per_hour, 0)
-    for key in ("seconds", "tokens", "usd", "kwh", "memory_bytes"):
-        yield from above_zero(f"budget.{key}", getattr(budget, key))
+def _budget(budget: BudgetConfig, batch: int) -> Iterator[ConfigError]:
     if budget.usd is not None and not budget.usd_per_hour:
         what = "a limit in dollars needs the hourly price of this machine"
         yield config_error(what, "budget.usd", budget.usd, "budget.usd_per_hour=2.5")
@@ -63,27 +159,15 @@ def _budget(config: Config) -> Iterator[ConfigError]:
         yield config_error(what, "budget.tokens", budget.tokens, "more tokens, or a smaller training.batch_size")
 
 
-def _sweep(sweep: SweepConfig | None) -> Iterator[ConfigError]:
-    if sweep is not None:
-        yield from at_least("sweep.n_trials", sweep.n_trials, 1)
-        yield from at_least("sweep.max_failures", sweep.max_failures, 0)
-        yield from at_least("sweep.max_attempts", sweep.max_attempts, 1)
-        yield from at_least("sweep.out_of_memory_retries", sweep.out_of_memory_retries, 0)
-
-
-MAX_WORKERS = 1024
-"""Each worker is a process with a connection to the study's database."""
-
-
 def _workers(workers: WorkersConfig | None) -> Iterator[ConfigError]:
-    if workers is None:
-        return
-    for key in ("count", "jobs"):
-        if (number := getattr(workers, key)) is not None:
-            yield from within(f"workers.{key}", number, 1, MAX_WORKERS)
-    for key in ("heartbeat_seconds", "lease_seconds", "hang_seconds"):
-        yield from above_zero(f"workers.{key}", getattr(workers, key))
-    if not workers.lease_seconds > workers.heartbeat_seconds:
+    if workers is not None and not workers.lease_seconds > workers.heartbeat_seconds:
         what = "a trial's lease ends before its next heartbeat"
         hint = f"more than workers.heartbeat_seconds={workers.heartbeat_seconds:g}"
         yield config_error(what, "workers.lease_seconds", workers.lease_seconds, hint)
+
+
+def _names(config: Config) -> Iterator[ConfigError]:
+    if not config.tracking.experiment.strip():
+        yield config_error("the experiment needs a name", "tracking.experiment", "''", "tracking.experiment=qlora-exp")
+    if not config.output_root.strip():
+        yield config_error("no output folder is set", "output_root", "''", "output_root=outputs")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from qlora_exp.paths import CONF, SWEEPS
 
 LISTED = {"models": "model", "quantizations": "quantization", "targets": "targets", "tasks": "task"}
 """The names of configuration groups in ``ls`` → the group's folder in conf/."""
+OVERLAYS = ("model_training",)
+"""Folders of conf/ that Hydra merges over a group automatically; their files aren't chosen by name."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,21 @@ class Choice:
     cost: str | None = None
 
 
-OVERLAYS = ("model_training",)
-"""Folders of conf/ that Hydra merges over a group automatically; their files aren't chosen by name."""
-
-
 def group_names() -> list[str]:
     """Return the configuration groups, e.g. ``model``, ``quantization``."""
     return sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in OVERLAYS)
+
+
+def groups(searched: Sequence[Path] = (SWEEPS.parent,)) -> dict[str, list[str]]:
+    """Return the choices of each configuration group, e.g. ``{"quantization": ["bf16", "fp16", …]}``; ``sweeps`` are
+    those in the folders ``searched``."""
+    of_sweeps = sorted({name for folder in searched for name in choice_names(folder / "sweeps")})
+    return {**{name: choice_names(CONF / name) for name in group_names()}, "sweeps": of_sweeps}
+
+
+def choice_names(folder: Path) -> list[str]:
+    """Return the names of a folder's choices. Files that start with ``_`` are shared parts, not choices."""
+    return sorted(path.stem for path in folder.glob("*.yaml") if not path.name.startswith("_"))
 
 
 def group_keys(group: str) -> list[str]:
@@ -44,7 +55,7 @@ def group_keys(group: str) -> list[str]:
 
 
 def choices(group: str) -> list[Choice]:
-    """Return the choices of a configuration group, by name. Files that start with ``_`` are shared parts, not choices.
+    """Return the choices of a configuration group, by name.
 
     Raises:
         ConfigError: there is no such group.
@@ -59,7 +70,7 @@ def sweeps() -> list[Choice]:
     """Return the sweeps, one file per question: those of the package, then those of the current folder."""
     local = Path.cwd() / "sweeps"
     folders = [SWEEPS, *([local] if local.resolve() != SWEEPS else [])]
-    return [choice for folder in folders if folder.is_dir() for choice in _choices_in(folder)]
+    return [choice for folder in folders for choice in _choices_in(folder)]
 
 
 def default_output_root() -> str:
@@ -68,7 +79,7 @@ def default_output_root() -> str:
 
 
 def _choices_in(folder: Path) -> list[Choice]:
-    return [_read(path) for path in sorted(folder.glob("*.yaml")) if not path.name.startswith("_")]
+    return [_read(folder / f"{name}.yaml") for name in choice_names(folder)]
 
 
 def _read(path: Path) -> Choice:

@@ -6,25 +6,33 @@ import copy
 import itertools
 import re
 import shlex
+import typing
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.override_parser.types import OverrideType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from qlora_exp.config.checks import check
-from qlora_exp.config.groups import groups
+from qlora_exp.config.choices import groups
 from qlora_exp.config.interpolations import unresolved_error
 from qlora_exp.config.override_errors import problems_of
-from qlora_exp.config.override_values import has_interpolation
-from qlora_exp.config.overrides import choices_of, is_ours, override_key, parse, parse_all, without_globs
+from qlora_exp.config.overrides import (
+    SEARCH_PATH,
+    has_interpolation,
+    is_hydra,
+    override_key,
+    parse,
+    search_folders,
+    search_path,
+    without_globs,
+)
 from qlora_exp.config.schema import Config, register, typed
-from qlora_exp.config.search_path import SEARCH_PATH, search_folders, search_path
 from qlora_exp.errors import ConfigError, QloraExpError, nearest, raise_all
 from qlora_exp.paths import CONF
 
@@ -40,44 +48,17 @@ def compose(overrides: Sequence[str]) -> Config:
     """
     raise_all(problems_of(overrides, multirun=False))
     check_hydra(overrides)
-    return _compose_checked(overrides)
-
-
-def check_hydra(overrides: Sequence[str]) -> None:
-    """Check Hydra's own settings (``hydra.launcher.njobs=2``). Hydra reports an error in its own format, and only if
-    something is launched.
-
-    Raises:
-        ConfigError: a setting is wrong.
-    """
-    hydra_overrides = [text for text in overrides if not is_ours(parse(text)) and override_key(text) != SEARCH_PATH]
-    # Choices first, as in Hydra: they define the keys.
-    hydra_overrides.sort(key=lambda text: "/" not in override_key(text))
-    for number, text in enumerate(hydra_overrides):
-        try:
-            _composed_by_hydra(hydra_overrides[: number + 1])
-        except (HydraException, OmegaConfBaseException) as error:
-            key = override_key(text)
-            parent, _, name = key.rpartition(".")
-            node = OmegaConf.select(_composed_by_hydra(hydra_overrides[:number]), parent) if parent else None
-            hint = nearest(name, map(str, node)) if isinstance(node, DictConfig) and name not in node else None
-            what = str(error.__cause__ or error).splitlines()[0]
-            raise ConfigError(what, text, hint or f"{key}=VALUE, or leave it out") from None
-
-
-def _composed_by_hydra(overrides: Sequence[str]) -> DictConfig:
-    """Return what Hydra composes, its own settings included."""
-    register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
+    return as_checked_config(compose_raw(overrides))
 
 
 def check_multirun(overrides: Sequence[str]) -> None:
     """Raise every problem of a grid's points (``lora.r=8,16``) before its first run starts."""
     raise_all(problems_of(overrides, multirun=True))
-    listed = without_globs(overrides, overrides)
-    axes = [choices_of(override) for override in parse_all(listed) if is_ours(override)]
+    axes = []
+    for override in map(parse, without_globs(_ours(overrides), overrides)):
+        texts = override.sweep_string_iterator() if override.is_sweep_override() else None
+        key = override.get_key_element()
+        axes.append([str(override.input_line)] if texts is None else [f"{key}={text}" for text in texts])
     check_candidates(itertools.islice(itertools.product(*axes), GRID_CHECK_LIMIT))
 
 
@@ -92,6 +73,30 @@ def check_candidates(points: Iterable[Sequence[str]]) -> None:
             for problem in getattr(error, "errors", (error,)):
                 errors.setdefault(str(problem), problem)
     raise_all(list(errors.values()))
+
+
+def check_hydra(overrides: Sequence[str]) -> None:
+    """Check Hydra's own settings (``hydra.launcher.njobs=2``). Hydra reports an error in its own format, and only if
+    something is launched.
+
+    Raises:
+        ConfigError: a setting is wrong.
+    """
+    ours = _ours(overrides)
+    hydras = [text for text in overrides if text not in ours and override_key(text) != SEARCH_PATH]
+    # Choices first, as in Hydra: they define the keys.
+    hydras.sort(key=lambda text: "/" not in override_key(text))
+    for number, text in enumerate(hydras):
+        try:
+            _composed_by_hydra(hydras[: number + 1], with_hydra=True)
+        except (HydraException, OmegaConfBaseException) as error:
+            key = override_key(text)
+            parent, _, name = key.rpartition(".")
+            before = _composed_by_hydra(hydras[:number], with_hydra=True)
+            node = OmegaConf.select(before, parent) if parent else None
+            hint = nearest(name, map(str, node)) if isinstance(node, DictConfig) and name not in node else None
+            what = str(error.__cause__ or error).splitlines()[0]
+            raise ConfigError(what, text, hint or f"{key}=VALUE, or leave it out") from None
 
 
 class Composer:
@@ -109,28 +114,21 @@ class Composer:
 
     def raw(self, overrides: Sequence[str]) -> DictConfig:
         """Return the unchecked configuration; see :func:`compose_raw`."""
-        group_overrides: list[str] = []
-        values: list[Override] = []
-        for text in overrides:
-            override = parse(text)
-            is_change = override.type is OverrideType.CHANGE and is_ours(override)
-            if is_change and override.key_or_group not in self._groups:
-                values.append(override)
-            else:
-                group_overrides.append(text)
-        if tuple(group_overrides) not in self._composed:
-            self._composed[tuple(group_overrides)] = compose_raw(group_overrides)
-        config = copy.deepcopy(self._composed[tuple(group_overrides)])
+        values = [
+            text
+            for text in _ours(overrides)
+            if parse(text).type is OverrideType.CHANGE and override_key(text) not in self._groups
+        ]
+        others = tuple(text for text in overrides if text not in values)
+        if others not in self._composed:
+            self._composed[others] = compose_raw(others)
+        config = copy.deepcopy(self._composed[others])
         try:
-            for override in values:
-                OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
+            for text in values:
+                OmegaConf.update(config, override_key(text), parse(text).value(), merge=True)
         except OmegaConfBaseException:
             return compose_raw(overrides)  # raises with a message that says what is wrong
         return config
-
-
-def _compose_checked(overrides: Sequence[str]) -> Config:
-    return as_checked_config(compose_raw(overrides))
 
 
 def compose_raw(overrides: Sequence[str]) -> DictConfig:
@@ -139,30 +137,31 @@ def compose_raw(overrides: Sequence[str]) -> DictConfig:
     Raises:
         ConfigError: it can't be composed.
     """
-    register()
-    our_overrides = [text for text in overrides if is_ours(parse(text))]
-    GlobalHydra.instance().clear()
+    ours = _ours(overrides)
     try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return hydra_compose("config", overrides=[search_path(search_folders(overrides)), *our_overrides])
+        return _composed_by_hydra([search_path(search_folders(overrides)), *ours])
     except (HydraException, OmegaConfBaseException) as error:
-        raise _compose_error(error, our_overrides) from None
-
-
-def _compose_error(error: Exception, overrides: Sequence[str] = ()) -> ConfigError:
-    refused = re.match(r"Could not override '([\w.]+)'", str(error))
-    for text in overrides if refused else ():
+        refused = re.match(r"Could not override '([\w.]+)'", str(error))
         # The overrides fit the schema (checked before), so Hydra can only refuse a new entry of a mapping.
-        if refused and override_key(text) == refused[1]:
-            return ConfigError(
-                f"{refused[1]} doesn't exist yet", text, f"a + in front adds it: {shlex.quote(f'+{text}')}"
-            )
-    return ConfigError(str(error).splitlines()[0], " ".join(overrides) or "conf/", "qlora-exp validate …")
+        for text in ours:
+            if refused and override_key(text) == refused[1]:
+                hint = f"a + in front adds it: {shlex.quote(f'+{text}')}"
+                raise ConfigError(f"{refused[1]} doesn't exist yet", text, hint) from None
+        where = " ".join(ours) or "conf/"
+        raise ConfigError(str(error).splitlines()[0], where, "qlora-exp validate …") from None
 
 
-def _missing_error(error: MissingMandatoryValue) -> ConfigError:
-    key = str(getattr(error, "full_key", None) or "a key")
-    return ConfigError(f"{key} must be given", "command line", f"{key}=VALUE")
+def _ours(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides of the configuration, without those of Hydra's own settings."""
+    return [text for text in overrides if not is_hydra(override_key(text))]
+
+
+def _composed_by_hydra(overrides: Sequence[str], with_hydra: bool = False) -> DictConfig:
+    """Return what Hydra composes; ``with_hydra``: its own settings included."""
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra_compose("config", overrides=list(overrides), return_hydra_config=with_hydra)
 
 
 def as_checked_config(config: Any) -> Config:
@@ -170,26 +169,6 @@ def as_checked_config(config: Any) -> Config:
     result = as_config(config)
     raise_all(check(result))
     return result
-
-
-def _without_search(config: Any) -> Any:
-    """Return ``config`` without those axes of its sweep that hold interpolations.
-
-    Only the sweep can resolve them, and a trial may be composed on a machine where an environment variable isn't set.
-    """
-    search = config.get("sweep")
-    if search is None:
-        return config
-    plain = OmegaConf.to_container(search, resolve=False)
-    assert isinstance(plain, dict)
-    empty: dict[str, Any] = {"params": {}, "conditions": {}, "enqueue": []}
-    cleared = {key: value for key, value in empty.items() if has_interpolation(plain.get(key))}
-    if not cleared:
-        return config
-    config = copy.deepcopy(config)
-    for key, value in cleared.items():
-        OmegaConf.update(config, f"sweep.{key}", value, merge=False)
-    return config
 
 
 def as_config(config: Any) -> Config:
@@ -201,7 +180,49 @@ def as_config(config: Any) -> Config:
     try:
         return typed(_without_search(config))
     except MissingMandatoryValue as error:
-        raise _missing_error(error) from None
+        key = str(getattr(error, "full_key", None) or "a key")
+        raise ConfigError(f"{key} must be given", "command line", f"{key}=VALUE") from None
     except OmegaConfBaseException as error:
-        key = str(getattr(error, "full_key", None) or "the configuration")
-        raise unresolved_error(error, key) from None
+        raise unresolved_error(error, str(getattr(error, "full_key", None) or "the configuration")) from None
+
+
+def _without_search(config: Any) -> Any:
+    """Return ``config`` without those axes of its sweep that hold interpolations.
+
+    Only the sweep can resolve them, and a trial may be composed on a machine where an environment variable isn't set.
+    """
+    search = config.get("sweep")
+    plain: Any = OmegaConf.to_container(search, resolve=False) if search is not None else {}
+    empty: dict[str, Any] = {"params": {}, "conditions": {}, "enqueue": []}
+    cleared = {key: value for key, value in empty.items() if has_interpolation(plain.get(key))}
+    if not cleared:
+        return config
+    config = copy.deepcopy(config)
+    for key, value in cleared.items():
+        OmegaConf.update(config, f"sweep.{key}", value, merge=False)
+    return config
+
+
+def default_choices() -> dict[str, str]:
+    """Return group → choice, as in conf/config.yaml."""
+    raw: Any = OmegaConf.to_container(OmegaConf.load(CONF / "config.yaml"), resolve=False)
+    entries = [entry for entry in raw["defaults"] if isinstance(entry, dict)]
+    names = groups()
+    return {key: name for entry in entries for key, name in entry.items() if key in names and key != "sweeps"}
+
+
+def read_choice(group: str, name: str) -> Any:
+    """Return the file ``conf/GROUP/NAME.yaml`` typed by the schema, with its folder's shared parts; ``None`` if only
+    Hydra can compose it: other defaults, interpolations, missing values."""
+    node = OmegaConf.load(CONF / group / f"{name}.yaml")
+    assert isinstance(node, DictConfig)
+    parts = node.pop("defaults", ["_self_"])
+    if any(not isinstance(part, str) or not part.startswith("_") for part in parts):
+        return None
+    schema = typing.get_type_hints(Config)[group]
+    schema = next((kind for kind in typing.get_args(schema) if kind is not type(None)), schema)
+    files = [node if part == "_self_" else OmegaConf.load(CONF / group / f"{part}.yaml") for part in parts]
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), *files))
+    except OmegaConfBaseException:
+        return None

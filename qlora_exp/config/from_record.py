@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qlora_exp.config.choices import choices
+from qlora_exp.config.choices import choices, groups
 from qlora_exp.config.compose import compose
-from qlora_exp.config.groups import groups
-from qlora_exp.config.override_values import escape_interpolations, hydra_value
+from qlora_exp.config.overrides import escape_interpolations, hydra_value
 from qlora_exp.config.schema import to_plain
 from qlora_exp.errors import RecordError
+from qlora_exp.formatting import flatten
 from qlora_exp.records.redaction import REDACTED
 from qlora_exp.records.types import RunRecord
 
@@ -32,8 +32,16 @@ def recorded_overrides(record: RunRecord, changes: Sequence[str] = ()) -> list[s
     if not isinstance(record.config.get("model"), Mapping):
         raise RecordError("the record has no configuration", record.run_id, "start a new run with its overrides")
     changed = {change.lstrip("+~").partition("=")[0] for change in changes}
-    chosen = [text for group, text in _chosen_groups(record.config) if group not in changed]
-    needed = _needed(record.config, changed)
+    chosen, needed = [], []
+    for group, name_key in GROUP_KEYS.items():
+        values = record.config.get(group, {})
+        file = next((choice for choice in choices(group) if choice.name == str(values.get(name_key))), None)
+        if file is None or group in changed:
+            continue
+        chosen.append(f"{group}={file.name}")
+        # What a chosen file leaves to the user (???): without it nothing composes.
+        left_out = [key for key, value in file.keys.items() if value == "???" and f"{group}.{key}" not in changed]
+        needed += [f"{group}.{key}={hydra_value(escape_interpolations(values.get(key)))}" for key in left_out]
     composed = to_plain(compose([*chosen, *needed]))
     needed_keys = {text.partition("=")[0] for text in needed}
     differing = [
@@ -47,48 +55,16 @@ def recorded_overrides(record: RunRecord, changes: Sequence[str] = ()) -> list[s
 def flat_overrides(settings: Mapping[str, Any]) -> list[str]:
     """Return e.g. ``task=local lora.r=8`` for ``{"task": "local", "lora": {"r": 8}}``; group choices first, as in
     Hydra."""
-    leaves = list(_leaves(settings))
-    groups_first = sorted(leaves, key=lambda leaf: leaf[0] not in groups())
+    groups_first = sorted(flatten(settings), key=lambda leaf: leaf[0] not in groups())
     return [f"{path}={hydra_value(value)}" for path, value in groups_first]
-
-
-def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        path = f"{prefix}.{key}" if prefix else str(key)
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, path)
-        else:
-            yield path, value
-
-
-def _chosen_groups(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for group, key in GROUP_KEYS.items():
-        name = str(config.get(group, {}).get(key))
-        if name in groups().get(group, []):
-            yield group, f"{group}={name}"
-
-
-def _needed(config: Mapping[str, Any], changed: set[str]) -> list[str]:
-    """Return the keys that a chosen group leaves to the user (``???``): without them nothing composes."""
-    needed = []
-    for group, key in GROUP_KEYS.items():
-        name = config.get(group, {}).get(key)
-        for choice in choices(group):
-            if choice.name != name or group in changed:
-                continue
-            for entry, value in choice.keys.items():
-                if value == "???" and f"{group}.{entry}" not in changed:
-                    needed.append(f"{group}.{entry}={hydra_value(escape_interpolations(config[group].get(entry)))}")
-    return needed
 
 
 def _different(recorded: Mapping[str, Any], composed: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in recorded.items():
         path = f"{prefix}.{key}" if prefix else str(key)
         if key not in composed:
-            if (
-                prefix
-            ):  # an open mapping such as task.splits; at the top level it is a setting that this version doesn't know
+            # An open mapping such as task.splits; at the top level, a setting that this version doesn't know.
+            if prefix:
                 yield f"++{path}", value
         elif isinstance(value, Mapping) and isinstance(composed[key], Mapping):
             yield from _different(value, composed[key], path)

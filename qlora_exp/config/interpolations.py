@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.override_parser.types import ChoiceSweep, Transformer
@@ -16,11 +17,19 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qlora_exp.config.groups import groups
+from qlora_exp.config.choices import groups
 from qlora_exp.config.override_errors import typed_value
-from qlora_exp.config.override_values import escape_interpolations, has_interpolation, hydra_value
-from qlora_exp.config.overrides import is_ours, override_value, parse, values_of
+from qlora_exp.config.overrides import (
+    escape_interpolations,
+    has_interpolation,
+    hydra_value,
+    is_hydra,
+    override_value,
+    parse,
+    values_of,
+)
 from qlora_exp.errors import ConfigError, QloraExpError, raise_all
+from qlora_exp.formatting import flatten
 
 OUTSIDE_RESOLVERS = ("oc.decode", "oc.create", "now", "python_version")
 """Resolvers whose value depends only on their arguments, or on the time. ``oc.env`` is handled separately."""
@@ -29,11 +38,11 @@ RESOLVER = re.compile(r"\s*([A-Za-z_][\w.]*)\s*:(.*)", re.DOTALL)
 HYDRA_SETTING = re.compile(r"\s*hydra\s*[:.]")
 
 
+@dataclass(frozen=True)
 class Constant:
     """The value of a resolved part of a text."""
 
-    def __init__(self, value: Any) -> None:
-        self.value = value
+    value: Any
 
 
 def unresolved_error(error: Exception, key: str) -> ConfigError:
@@ -90,7 +99,7 @@ def _override_without_outside(text: str) -> str:
         return text
     try:
         override = parse(text)
-        if override.is_delete() or not is_ours(override):
+        if override.is_delete() or is_hydra(override.key_or_group):
             return text
         swept = override.value() if override.is_sweep_override() else None
         if swept is not None and not isinstance(swept, ChoiceSweep):
@@ -122,8 +131,10 @@ def resolve_value(value: Any, where: str) -> Any:
         ConfigError: an environment variable is not set, or a setting of Hydra's is named.
     """
     if isinstance(value, str):
-        resolved = _resolve_text(value, where)
-        return escape_interpolations(resolved.value) if isinstance(resolved, Constant) else resolved
+        parts = [_resolve_interpolation(part, where) if part.startswith("${") else part for part in _parts(value)]
+        if len(parts) == 1 and isinstance(parts[0], Constant):
+            return escape_interpolations(parts[0].value)  # of any type
+        return "".join(escape_interpolations(str(part.value)) if isinstance(part, Constant) else part for part in parts)
     if isinstance(value, Mapping):
         return {key: resolve_value(entry, where) for key, entry in value.items()}
     return [resolve_value(entry, where) for entry in value] if isinstance(value, list | tuple) else value
@@ -137,10 +148,9 @@ def settings_from_outside(raw: DictConfig, others: Collection[str] = ()) -> dict
         as :func:`resolve_outside`.
     """
     settings, errors = {}, []
-    for key, value in _leaves(OmegaConf.to_container(raw, resolve=False, enum_to_str=True)):
-        if any(key == excluded or key.startswith(f"{excluded}.") for excluded in others) or not has_interpolation(
-            value
-        ):
+    for key, value in flatten(OmegaConf.to_container(raw, resolve=False, enum_to_str=True)):
+        is_excluded = any(key == other or key.startswith(f"{other}.") for other in others)
+        if is_excluded or not has_interpolation(value):
             continue
         try:
             resolved = resolve_value(value, key)
@@ -160,63 +170,34 @@ def depends_on(raw: DictConfig, value: Any, keys: Collection[str]) -> bool:
 
 def _depends(plain: Any, value: Any, keys: Collection[str], seen: set[str]) -> bool:
     for name in _names_read(value):
-        if name is None or any(_overlap(name, key) for key in keys):
+        if name is None or any(f"{name}.".startswith(f"{key}.") or key.startswith(f"{name}.") for key in keys):
             return True
         if name not in seen:
             seen.add(name)
-            if _depends(plain, _at(plain, name), keys, seen):
+            setting = plain
+            for part in name.split("."):
+                setting = setting.get(part) if isinstance(setting, Mapping) else None
+            if _depends(plain, setting, keys, seen):
                 return True
     return False
 
 
-def _at(plain: Any, name: str) -> Any:
-    for part in name.split("."):
-        plain = plain.get(part) if isinstance(plain, Mapping) else None
-    return plain
-
-
-def _overlap(name: str, key: str) -> bool:
-    return name == key or name.startswith(f"{key}.") or key.startswith(f"{name}.")
-
-
 def _names_read(value: Any) -> Iterator[str | None]:
     """Yield the settings that the texts of ``value`` name; ``None`` for one that can't be determined."""
-    if isinstance(value, str):
-        for part in _parts(value):
-            if not part.startswith("${"):
-                continue
-            inner = part[2:-1]
-            resolver = RESOLVER.fullmatch(inner)
-            name = resolver[2] if resolver and resolver[1] == "oc.select" else None if resolver else inner
-            if resolver and resolver[1] != "oc.select":
-                yield from _names_read(resolver[2])
-                if resolver[1] not in ("oc.env", *OUTSIDE_RESOLVERS):
-                    yield None
-            else:
-                name = str(name).partition(",")[0].strip()
-                yield name if re.fullmatch(r"\w+(\.\w+)*", name) else None
-    elif isinstance(value, Mapping):
-        for entry in value.values():
+    if not isinstance(value, str):
+        entries = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+        for entry in entries:
             yield from _names_read(entry)
-    elif isinstance(value, list | tuple):
-        for entry in value:
-            yield from _names_read(entry)
-
-
-def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping) and value:
-        for key, entry in value.items():
-            yield from _leaves(entry, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, value
-
-
-def _resolve_text(text: str, where: str) -> Constant | str:
-    parts = _parts(text)
-    resolved = [_resolve_interpolation(part, where) if part.startswith("${") else part for part in parts]
-    if len(resolved) == 1:
-        return resolved[0]
-    return "".join(escape_interpolations(str(part.value)) if isinstance(part, Constant) else part for part in resolved)
+        return
+    for inner in (part[2:-1] for part in _parts(value) if part.startswith("${")):
+        resolver = RESOLVER.fullmatch(inner)
+        if resolver is None or resolver[1] == "oc.select":
+            name = (resolver[2] if resolver else inner).partition(",")[0].strip()
+            yield name if re.fullmatch(r"\w+(\.\w+)*", name) else None
+            continue
+        yield from _names_read(resolver[2])
+        if resolver[1] not in ("oc.env", *OUTSIDE_RESOLVERS):
+            yield None
 
 
 def _parts(text: str) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,12 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qlora_exp.config.groups import groups
-from qlora_exp.config.official_sweeper import official_sweeper_problem
-from qlora_exp.config.overrides import glob_matches, is_ours, parse, values_of
+from qlora_exp.config.choices import groups
+from qlora_exp.config.overrides import glob_matches, is_hydra, parse, search_folders, values_of
 from qlora_exp.config.schema import Config
-from qlora_exp.config.search_path import search_folders
 from qlora_exp.errors import ConfigError, QloraExpError, nearest
 
 UNSAFE_KEYS = ("_target_", "trust_remote_code")
-
 
 KEY_ALIASES = {
     "lr": "training.learning_rate",
@@ -50,6 +47,21 @@ LAUNCHER_PACKAGES = {
 }
 """Launchers that are in separate packages."""
 
+OWN_SWEEPER_KEYS = ("_target_", "params")
+"""The keys that ``hydra/sweeper=qlora_optuna`` has."""
+OFFICIAL_SWEEPER_REPLACEMENTS = {
+    "n_trials": "sweep.n_trials={value}",
+    "storage": "sweep.storage={value}",
+    "study_name": "sweep.name={value}",
+    "n_jobs": "workers.count={value}",
+    "direction": "sweep.objectives='[{value} scores.after.accuracy]'",
+    "max_failure_rate": "sweep.max_failures={value}",
+    "sampler": "sweep.sampler=tpe, random, grid, … and sweep.seed; its other options: sweep.sampler_options",
+    "search_space": "KEY=choice(…) or KEY=interval(…) on the command line, or sweep.params={{KEY: '…'}}",
+    "custom_search_space": "sweep.conditions, which says when an axis is searched",
+}
+"""Option of Hydra's official Optuna sweeper → what to write here instead."""
+
 
 def problems_of(overrides: Sequence[str], multirun: bool) -> list[QloraExpError]:
     """Return every problem that single overrides show."""
@@ -61,15 +73,10 @@ def problems_of(overrides: Sequence[str], multirun: bool) -> list[QloraExpError]
     for text in overrides:
         try:
             override = parse(text)
-            if is_ours(override):
-                problems.extend(_problems_of_one(override, text, multirun, folders))
-            elif sweeper_problem := official_sweeper_problem(override.key_or_group, _text_as_typed(override), text):
-                problems.append(sweeper_problem)
-            elif override.is_sweep_override():
-                what = f"{override.key_or_group} configures how runs are launched, and takes one value"
-                problems.append(ConfigError(what, text, "choose one of them"))
-            elif override.key_or_group in PLUGIN_GROUPS:
-                problems.extend(_problems_of_plugin(override, text))
+            if is_hydra(override.key_or_group):
+                problems.extend(_problems_of_hydras_own(override, text))
+            else:
+                problems.extend(_problems_of_ours(override, text, multirun, folders))
         except ConfigError as error:
             problems.append(error)
         except HydraException as error:  # a sweep whose values can't be listed
@@ -78,140 +85,91 @@ def problems_of(overrides: Sequence[str], multirun: bool) -> list[QloraExpError]
     return problems
 
 
-def _text_as_typed(override: Override) -> object:
-    """Return the value as the user typed it, without quotes."""
-    return None if override.is_delete() else str(override.input_line).partition("=")[2].strip("'\"")
-
-
-def _problems_of_one(override: Override, text: str, multirun: bool, folders: Sequence[Path]) -> Iterable[QloraExpError]:
+def _problems_of_ours(
+    override: Override, text: str, multirun: bool, folders: Sequence[Path]
+) -> Iterable[QloraExpError]:
     key = override.key_or_group
     if any(name in key.split(".") for name in UNSAFE_KEYS):
-        yield ConfigError(f"{key} can't be set", text, "remote code and object construction are disabled on purpose")
-        return
+        raise ConfigError(f"{key} can't be set", text, "remote code and object construction are disabled on purpose")
     if isinstance(override.value(), Glob) and multirun:
         if not glob_matches(override):
-            yield ConfigError(
-                f"{text} matches no choice", "command line", f"a glob works for a group: {', '.join(groups())}"
-            )
+            hint = f"a glob works for a group: {', '.join(groups())}"
+            raise ConfigError(f"{text} matches no choice", "command line", hint)
         return
     if override.is_sweep_override() and not multirun:
-        yield ConfigError(
-            f"{key} has several values, but this is a single run",
-            text,
-            f"python -m qlora_exp -m {text} runs them all; in a list use brackets: {key}=[a,b]",
-        )
-        return
+        hint = f"python -m qlora_exp -m {text} runs them all; in a list use brackets: {key}=[a,b]"
+        raise ConfigError(f"{key} has several values, but this is a single run", text, hint)
     if not key:
-        yield ConfigError("an override without a key", text, "write key=value")
-        return
-    choices = groups(folders)
-    if key in choices:
-        yield from _problems_of_choice(override, text, choices[key])
+        raise ConfigError("an override without a key", text, "write key=value")
+    valid = groups(folders).get(key)
+    if valid is not None:
+        if override.is_delete():
+            hint = f"choose one: {' '.join(f'{key}={choice}' for choice in valid)}"
+            raise ConfigError(f"the group {key} can't be left out", text, hint)
+        for name in map(str, values_of(override)):
+            if name not in valid:
+                is_path = key == "model" and Path(name).expanduser().exists()
+                hint = f"model=local model.path={name}" if is_path else nearest(name, valid)
+                where = f"{text} ({'sweeps' if key == 'sweeps' else f'conf/{key}'}/)"
+                yield ConfigError(f"{key} has no choice {name!r}", where, hint)
         return
     if override.is_delete():
-        yield ConfigError(f"{key} can't be deleted", text, "set it to null where it may be unknown")
-        return
+        raise ConfigError(f"{key} can't be deleted", text, "set it to null where it may be unknown")
     kind = _schema_type(key)
-    if isinstance(kind, ConfigError):
-        yield kind
-        return
     for value in values_of(override):
-        problem = _problem_of_value(key, value, kind, text)
-        if problem is not None:
-            yield problem
-
-
-def _problems_of_choice(override: Override, text: str, valid: list[str]) -> Iterable[ConfigError]:
-    key = override.key_or_group
-    if override.is_delete():
-        yield ConfigError(
-            f"the group {key} can't be left out", text, f"choose one: {' '.join(f'{key}={choice}' for choice in valid)}"
-        )
-        return
-    for value in values_of(override):
-        name = str(value)
-        if name not in valid:
-            hint = nearest(name, valid)
-            if key == "model" and Path(name).expanduser().exists():
-                hint = f"model=local model.path={name}"
-            yield ConfigError(
-                f"{key} has no choice {name!r}", f"{text} ({'sweeps' if key == 'sweeps' else f'conf/{key}'}/)", hint
-            )
-
-
-def _problems_of_plugin(override: Override, text: str) -> Iterable[ConfigError]:
-    """Yield an error for a plugin that isn't installed. Hydra alone reports it only when a sweep starts, and never for
-    a single run."""
-    Plugins.instance()  # imports the installed plugins, which register themselves
-    valid = [name.removesuffix(".yaml") for name in ConfigStore.instance().list(override.key_or_group)]
-    for value in values_of(override):
-        if value not in valid:
-            package = LAUNCHER_PACKAGES.get(str(value))
-            hint = f"pip install {package}" if package else nearest(str(value), valid)
-            yield ConfigError(f"{override.key_or_group} has no choice {value!r}", text, hint)
-
-
-def _schema_type(key: str) -> Any:
-    """Return the type of ``a.b.c`` in the schema, or the error that names the nearest keys."""
-    current: Any = Config
-    prefix: list[str] = []
-    for part in key.split("."):
-        if not dataclasses.is_dataclass(current):
-            if typing.get_origin(current) is dict:
-                return typing.get_args(current)[1]
-            return ConfigError(f"{'.'.join(prefix)} holds a single value", key, f"{'.'.join(prefix)}=VALUE")
-        hints = _hints(current)
-        if part not in hints:
-            where = ".".join(prefix) or "the configuration"
-            return ConfigError(f"there is no key {key!r}", where, _nearest_key(part, prefix, hints))
-        prefix.append(part)
-        current = hints[part]
-    return current
-
-
-def _hints(kind: Any) -> dict[str, Any]:
-    """Return a schema's keys and types; a group that may be null counts as the group."""
-    return {name: _without_null(hint) for name, hint in typing.get_type_hints(kind).items()}
-
-
-def _without_null(hint: Any) -> Any:
-    return next((kind for kind in typing.get_args(hint) if dataclasses.is_dataclass(kind)), hint)
-
-
-def _nearest_key(part: str, parents: list[str], hints: dict[str, Any]) -> str:
-    prefix = "".join(f"{name}." for name in parents)
-    known = KEY_ALIASES.get(part)
-    same_name = [path for path in _all_keys(Config) if path.rsplit(".", 1)[-1] == part]
-    if known is not None:
-        return f"did you mean {known}?"
-    if same_name:
-        return f"did you mean {' or '.join(same_name[:3])}?"
-    suggestion = nearest(part, hints)
-    return (
-        suggestion
-        if suggestion.startswith("valid")
-        else nearest(f"{prefix}{part}", [f"{prefix}{name}" for name in hints])
-    )
-
-
-def _all_keys(kind: Any, prefix: str = "") -> list[str]:
-    keys = []
-    for name, hint in _hints(kind).items():
-        path = f"{prefix}{name}"
-        keys.extend(_all_keys(hint, f"{path}.") if dataclasses.is_dataclass(hint) else [path])
-    return keys
-
-
-def _problem_of_value(key: str, value: Any, kind: Any, text: str) -> ConfigError | None:
-    holder = dataclasses.make_dataclass("Holder", [("value", kind)])
-    try:
-        node = OmegaConf.structured(holder)
         # Hydra resolves an interpolation later; any other value must have the right type now.
         if not (isinstance(value, str) and "${" in value):
-            node.value = value
-    except (OmegaConfBaseException, ValueError, TypeError):
-        return ConfigError(f"{key} must be {_describe(kind)}, not {value!r}", text, _hint_for(kind, value))
-    return None
+            try:
+                _typed_node(key, value, kind, text)
+            except ConfigError as error:
+                yield error
+
+
+def _problems_of_hydras_own(override: Override, text: str) -> Iterable[QloraExpError]:
+    key = override.key_or_group
+    value_text = None if override.is_delete() else text.partition("=")[2].strip("'\"")
+    if problem := _official_sweeper_problem(key, value_text, text):
+        raise problem
+    if override.is_sweep_override():
+        raise ConfigError(f"{key} configures how runs are launched, and takes one value", text, "choose one of them")
+    if key in PLUGIN_GROUPS:
+        # Hydra alone reports a plugin that isn't installed only when a sweep starts, and never for a single run.
+        Plugins.instance()  # imports the installed plugins, which register themselves
+        valid = [name.removesuffix(".yaml") for name in ConfigStore.instance().list(key)]
+        for value in values_of(override):
+            if value not in valid:
+                package = LAUNCHER_PACKAGES.get(str(value))
+                hint = f"pip install {package}" if package else nearest(str(value), valid)
+                yield ConfigError(f"{key} has no choice {value!r}", text, hint)
+
+
+def _official_sweeper_problem(key: str, value: str | None, text: str) -> ConfigError | None:
+    """Return the error for an option of the official sweeper, with what to write instead; ``None``: it isn't one."""
+    if key == "hydra/sweeper" and value == "optuna":
+        hint = "leave it out: python -m qlora_exp -m … searches with Optuna"
+        return ConfigError("the official Optuna sweeper is not used here", text, hint)
+    if key.startswith("hydra/sweeper/"):
+        return _replacement_error(key.split("/")[2], value, text)
+    section, _, option = key.removeprefix("hydra.").partition(".")
+    name, _, rest = option.partition(".")
+    if section != "sweeper":
+        return None
+    if name == "params" and rest:
+        hint = f"{rest}=VALUES on the command line, or in a file of sweeps/ sweep.params: {{{rest}: 'VALUES'}}"
+        return ConfigError("an axis of the official Optuna sweeper", text, hint)
+    return _replacement_error(name, value, text) if name in OFFICIAL_SWEEPER_REPLACEMENTS else None
+
+
+def official_sweeper_problems(options: Collection[str]) -> list[ConfigError]:
+    """Return the errors for ``options`` that a file of sweeps/ sets under ``hydra.sweeper``."""
+    own = OWN_SWEEPER_KEYS
+    return [_replacement_error(name, "VALUE", f"hydra.sweeper.{name}") for name in options if name not in own]
+
+
+def _replacement_error(name: str, value: str | None, text: str) -> ConfigError:
+    replacement = OFFICIAL_SWEEPER_REPLACEMENTS.get(name, "python -m qlora_exp --cfg job -p sweep shows ours")
+    what = f"{name} is an option of the official Optuna sweeper, which is not used here"
+    return ConfigError(what, text, replacement.format(value="VALUE" if value is None else value))
 
 
 def typed_value(key: str, value: Any) -> Any:
@@ -220,33 +178,81 @@ def typed_value(key: str, value: Any) -> Any:
     Raises:
         ConfigError: there is no such key, or the value has the wrong type.
     """
-    kind = _schema_type(key)
-    problem = kind if isinstance(kind, ConfigError) else _problem_of_value(key, value, kind, f"{key}={value}")
-    if problem is not None:
-        raise problem
-    node = OmegaConf.structured(dataclasses.make_dataclass("Holder", [("value", kind)]))
-    node.value = value
-    return typing.cast(Any, OmegaConf.to_object(node)).value
+    node: Any = OmegaConf.to_object(_typed_node(key, value, _schema_type(key), f"{key}={value}"))
+    return node.value
+
+
+def _typed_node(key: str, value: Any, kind: Any, text: str) -> Any:
+    """Return an OmegaConf node whose ``value`` is typed by ``kind``, or raise the error of the override ``text``."""
+    try:
+        node = OmegaConf.structured(dataclasses.make_dataclass("Holder", [("value", kind)]))
+        node.value = value
+    except (OmegaConfBaseException, ValueError, TypeError):
+        is_choice = isinstance(kind, type) and issubclass(kind, Enum)
+        hint = nearest(str(value), kind.__members__) if is_choice else f"give it {_describe(kind)}"
+        raise ConfigError(f"{key} must be {_describe(kind)}, not {value!r}", text, hint) from None
+    return node
 
 
 def _describe(kind: Any) -> str:
     origin = typing.get_origin(kind)
     if origin in (types.UnionType, typing.Union):
-        inner = [option for option in typing.get_args(kind) if option is not type(None)]
-        return f"{_describe(inner[0])} or null"
+        inner = next(option for option in typing.get_args(kind) if option is not type(None))
+        return f"{_describe(inner)} or null"
     if isinstance(kind, type) and issubclass(kind, Enum):
         return f"one of {', '.join(kind.__members__)}"
     if dataclasses.is_dataclass(kind):
         return "a group of keys"
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     if origin is list:
         return f"a list, e.g. [{'a,b' if typing.get_args(kind)[0] is str else '1,2'}]"
     if origin is dict:
         return "a mapping, e.g. {a: b}"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     return names.get(kind, str(kind))
 
 
-def _hint_for(kind: Any, value: Any) -> str:
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return nearest(str(value), kind.__members__)
-    return f"give it {_describe(kind)}"
+def _schema_type(key: str) -> Any:
+    """Return the type of ``a.b.c`` in the schema, or raise the error that names the nearest keys."""
+    current: Any = Config
+    prefix: list[str] = []
+    for part in key.split("."):
+        if not dataclasses.is_dataclass(current):
+            if typing.get_origin(current) is dict:
+                return typing.get_args(current)[1]
+            raise ConfigError(f"{'.'.join(prefix)} holds a single value", key, f"{'.'.join(prefix)}=VALUE")
+        hints = _hints(current)
+        if part not in hints:
+            where = ".".join(prefix) or "the configuration"
+            raise ConfigError(f"there is no key {key!r}", where, _nearest_key(part, prefix, hints))
+        prefix.append(part)
+        current = hints[part]
+    return current
+
+
+def _hints(kind: Any) -> dict[str, Any]:
+    """Return a schema's keys and types; a group that may be null counts as the group."""
+    return {
+        name: next((option for option in typing.get_args(hint) if dataclasses.is_dataclass(option)), hint)
+        for name, hint in typing.get_type_hints(kind).items()
+    }
+
+
+def _nearest_key(part: str, parents: list[str], hints: dict[str, Any]) -> str:
+    if part in KEY_ALIASES:
+        return f"did you mean {KEY_ALIASES[part]}?"
+    same_name = [path for path in _all_keys(Config) if path.rsplit(".", 1)[-1] == part]
+    if same_name:
+        return f"did you mean {' or '.join(same_name[:3])}?"
+    suggestion = nearest(part, hints)
+    if suggestion.startswith("valid"):
+        return suggestion
+    prefix = "".join(f"{name}." for name in parents)
+    return nearest(f"{prefix}{part}", [f"{prefix}{name}" for name in hints])
+
+
+def _all_keys(kind: Any, prefix: str = "") -> list[str]:
+    keys = []
+    for name, hint in _hints(kind).items():
+        path = f"{prefix}{name}"
+        keys.extend(_all_keys(hint, f"{path}.") if dataclasses.is_dataclass(hint) else [path])
+    return keys

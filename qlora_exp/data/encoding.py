@@ -4,29 +4,25 @@ TRL tokenizes the prompt and prompt + completion. The completion is what the sec
 (``trl/trainer/sft_trainer.py``, ``_prepare_dataset.tokenize_fn``). If the prompt's tokens change when the completion
 follows, TRL warns once and trains on. Here the row is refused: it would be trained and scored on different tokens.
 
-plain: the prompt and the completion as in the file, then EOS. ``task.separator`` stands between them. Its default is
-       one space, or nothing if one text has white space there or is in a script without spaces. Spaces at the prompt's
-       end are learned with the completion; so is all white space there if the prompt's tokens would change otherwise.
-chat:  the tokenizer's template over the messages (data/chat_encoding.py). The answer and its end are learned. What the
-       template writes by itself before the answer belongs to the prompt, whereas TRL learns it.
+In the plain format, all white space at the prompt's end is learned with the completion if the prompt's tokens would
+change otherwise. In the chat format, what the template writes by itself before the answer belongs to the prompt,
+whereas TRL learns it.
 """
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qlora_exp.config.schema import Config, Format, SpecialTokens, Variant
-from qlora_exp.data.assistant_mask import learned_mask
-from qlora_exp.data.chat_encoding import ChatWriter, refuse_chat_only_content
-from qlora_exp.data.example_text import RowRefused as _Refused
-from qlora_exp.data.example_text import Texts as _Texts
-from qlora_exp.data.round_trip import answer_as_written
-from qlora_exp.data.row_problems import RowProblem
+from qlora_exp.config.schema import Config, Format, Variant
+from qlora_exp.data.chat_encoding import ChatWriter
+from qlora_exp.data.items import InvalidRow, RowProblem
+from qlora_exp.data.plain_text import Texts, plain_texts
 from qlora_exp.data.rows import Example
-from qlora_exp.data.texts import separator_between
+from qlora_exp.data.texts import comparable
 from qlora_exp.errors import DataError
 
 Tokenizer = Any
@@ -37,21 +33,18 @@ _NO_BOUNDARY = "no token boundary"
 class Encoding:
     """One example's texts and token ids, before ``max_length`` is applied."""
 
-    prompt: str
-    completion: str
+    texts: Texts
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
     end_ids: tuple[int, ...]
     answer: str = ""
     """The text that generation should give: the completion in the Unicode form that the tokenizer writes."""
-    structured: bool = False
-    """The completion holds more than the answer's text: tool calls, or reasoning in a field."""
-    prefix: str = ""
-    """The end of ``prompt`` that the chat template writes after its generation prompt."""
-    variables: Mapping[str, Any] | None = None
-    """Template variables that make the generation prompt end in ``prefix``; ``None``: none are needed, or none do."""
     learned: tuple[bool, ...] | None = None
-    """For each token of the sequence, whether it has a loss, if earlier answers are learned, too."""
+    """For each of ``ids``, whether it has a loss, if earlier answers are learned, too."""
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return self.prompt_ids + self.completion_ids + self.end_ids
 
 
 def resolve_format(config: Config) -> str:
@@ -93,35 +86,30 @@ def encode_rows(
     ``date``: the current date for chat templates. ``every_turn``: add the mask of all learned answers
     (``task.learn=all``).
     """
-    texts: list[_Texts | RowProblem] = []
     special_tokens = _special_tokens(tokenizer)
     writer = ChatWriter(tokenizer, date, special_tokens) if format == "chat" else None
+    texts: list[Texts | InvalidRow] = []
     for example in examples:
         try:
             if writer is not None:
-                _refuse_special_tokens(example, special_tokens)
                 texts.append(writer.texts(example, every_turn))
             else:
-                refuse_chat_only_content(example)
-                texts.append(_plain_texts(example, tokenizer, special_tokens))
-        except _Refused as refusal:
-            texts.append(_problem(example, refusal))
-    rendered = [text for text in texts if isinstance(text, _Texts)]
-    encodings = iter(_encode_texts(rendered, tokenizer, plain=format == "plain"))
+                texts.append(plain_texts(example, tokenizer, special_tokens))
+        except InvalidRow as error:
+            texts.append(error)
+    encodings = iter(_encode_texts([text for text in texts if isinstance(text, Texts)], tokenizer, writer is None))
     results: list[Encoding | RowProblem] = []
     for example, text in zip(examples, texts, strict=True):
-        if isinstance(text, RowProblem):
-            results.append(text)
-            continue
-        encoding = next(encodings)
         try:
-            if isinstance(encoding, _Refused):
+            if isinstance(text, InvalidRow):
+                raise text
+            encoding = next(encodings)
+            if isinstance(encoding, InvalidRow):
                 raise encoding
-            full_ids = [*encoding.prompt_ids, *encoding.completion_ids, *encoding.end_ids]
-            learned = learned_mask(text, full_ids, tokenizer)
+            learned = _learned_mask(encoding, tokenizer)
             results.append(replace(encoding, answer=_expected_answer(example, encoding, tokenizer), learned=learned))
-        except _Refused as refusal:
-            results.append(_problem(example, refusal))
+        except InvalidRow as error:
+            results.append(error.at(example.file, example.row))
     return results
 
 
@@ -135,86 +123,19 @@ def template_tokens(tokenizer: Tokenizer, format: str, date: datetime.date) -> i
     return len(ids[0]) - len(ids[1])
 
 
-def plain_prompt(example: Example) -> str:
-    """Return the prompt without a template: system text and text, or a conversation with its roles written out."""
-    return unstripped_prompt(example).rstrip(" \t")
-
-
-def plain_text(example: Example) -> str:
-    """Return prompt and completion as the plain format writes them, with what stands between them."""
-    prompt, completion = unstripped_prompt(example), example.plain.space_before + example.completion
-    separator = example.plain.separator
-    if separator is None:
-        separator = separator_between(prompt, completion)
-    return prompt + separator + completion + example.plain.space_after
-
-
-def unstripped_prompt(example: Example) -> str:
-    """Return the same as :func:`plain_prompt`, with the white space at its end."""
-    if not example.conversation:
-        return "\n\n".join(message.content for message in example.messages)
-    lines = [f"{message.role.capitalize()}: {message.content.strip()}" for message in example.messages]
-    return "\n".join([*lines, "Assistant:"])
-
-
-def _problem(example: Example, refused: _Refused) -> RowProblem:
-    return RowProblem(
-        example.file, example.row, None, refused.reason, refused.detail, refused.hint, refused.of_template
-    )
-
-
 def _special_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
     added = [str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
     return tuple(dict.fromkeys([*tokenizer.all_special_tokens, *added]))
 
 
-def _refuse_special_tokens(example: Example, special: Sequence[str]) -> None:
-    """Refuse a row that contains a special token: it would end the answer early, or forge a turn of the chat."""
-    for text in (example.completion, *(message.content for message in example.messages)):
-        if token := _find_special_token(text, special):
-            raise _special_token_refusal(token, "take it out: the format adds the tokens it needs")
-
-
-def _find_special_token(text: str, special: Sequence[str]) -> str | None:
-    """Return a special token that ``text`` contains."""
-    return next((token for token in special if token and token in text), None)
-
-
-def _special_token_refusal(token: str, hint: str) -> _Refused:
-    detail = f"the text holds {token!r}, which this tokenizer reads as a control token"
-    return _Refused("special token in the text", detail, hint)
-
-
-def _plain_texts(example: Example, tokenizer: Tokenizer, special: Sequence[str]) -> _Texts:
-    full, answer = plain_text(example), example.plain.space_before + example.completion + example.plain.space_after
-    prompt = full[: len(full) - len(answer)].rstrip(" \t")
-    completion = full[len(prompt) :]
-    policy, token = example.plain.special_tokens, _find_special_token(full, special)
-    if token and policy is SpecialTokens.refuse:
-        hint = "take it out; or task.special_tokens=text (ordinary text) or token (in prompts, the token itself)"
-        if tokenizer.chat_template:
-            hint += "; if the prompts contain the chat template already: task.format=chat with the messages themselves"
-        raise _special_token_refusal(token, hint)
-    if token and policy is SpecialTokens.token:
-        if in_completion := _find_special_token(completion, special):
-            raise _special_token_refusal(
-                in_completion, "take it out: in a completion it would end the answer; the format adds EOS"
-            )
-        if not _find_special_token(prompt, special):
-            raise _special_token_refusal(
-                token, "it begins in the prompt and ends in the completion: divide them elsewhere"
-            )
-    literal = token is not None and policy is SpecialTokens.text
-    return _Texts(prompt, completion, str(tokenizer.eos_token), literal=literal)
-
-
-def _encode_texts(texts: Sequence[_Texts], tokenizer: Tokenizer, plain: bool) -> list[Encoding | _Refused]:
+def _encode_texts(texts: Sequence[Texts], tokenizer: Tokenizer, plain: bool) -> list[Encoding | InvalidRow]:
     """Encode each text. If a plain prompt's tokens would change, the white space at its end is learned, too."""
     results = _divide_all(texts, tokenizer, plain)
     numbers, shorter = [], []
     for number, (text, result) in enumerate(zip(texts, results, strict=True)):
         prompt = text.prompt.rstrip()
-        if plain and isinstance(result, _Refused) and result.reason == _NO_BOUNDARY and prompt not in ("", text.prompt):
+        no_boundary = isinstance(result, InvalidRow) and result.reason == _NO_BOUNDARY
+        if plain and no_boundary and prompt not in ("", text.prompt):
             numbers.append(number)
             shorter.append(replace(text, prompt=prompt, completion=text.prompt[len(prompt) :] + text.completion))
     for number, result in zip(numbers, _divide_all(shorter, tokenizer, plain), strict=True):
@@ -223,8 +144,8 @@ def _encode_texts(texts: Sequence[_Texts], tokenizer: Tokenizer, plain: bool) ->
     return results
 
 
-def _divide_all(texts: Sequence[_Texts], tokenizer: Tokenizer, plain: bool) -> list[Encoding | _Refused]:
-    results: dict[int, Encoding | _Refused] = {}
+def _divide_all(texts: Sequence[Texts], tokenizer: Tokenizer, plain: bool) -> list[Encoding | InvalidRow]:
+    results: dict[int, Encoding | InvalidRow] = {}
     for literal in (False, True):
         numbers = [number for number, text in enumerate(texts) if text.literal is literal]
         group = [texts[number] for number in numbers]
@@ -233,13 +154,13 @@ def _divide_all(texts: Sequence[_Texts], tokenizer: Tokenizer, plain: bool) -> l
                 if literal:
                     _refuse_remaining_special_tokens(ids[1], tokenizer)
                 results[number] = _divide(text, *ids)
-            except _Refused as refusal:
+            except InvalidRow as refusal:
                 results[number] = refusal
     return [results[number] for number in range(len(texts))]
 
 
 def _tokenize(
-    texts: Sequence[_Texts], tokenizer: Tokenizer, special_tokens: bool, literal: bool = False
+    texts: Sequence[Texts], tokenizer: Tokenizer, special_tokens: bool, literal: bool = False
 ) -> list[tuple[list[int], list[int], list[int]]]:
     """Return the ids of prompt, prompt + completion and prompt + completion + end, with BOS if the tokenizer adds it.
 
@@ -287,39 +208,61 @@ def _refuse_remaining_special_tokens(ids: Sequence[int], tokenizer: Tokenizer) -
         token = str(tokenizer.added_tokens_decoder[number].content) if number in special else None
         if token is not None and token != tokenizer.unk_token:
             detail = f"this tokenizer has no other way to write {token!r}"
-            raise _Refused("special token in the text", detail, "take it out of the row")
+            raise InvalidRow("special token in the text", detail, "take it out of the row")
 
 
-def _expected_answer(example: Example, encoding: Encoding, tokenizer: Tokenizer) -> str:
-    """Return the text that generation should give for the example."""
-    settings = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    decoded = str(tokenizer.decode(list(encoding.completion_ids), **settings))
-    answer = answer_as_written(example.completion, encoding.completion, decoded)
-    if answer is None:
-        lost = "".join(dict.fromkeys(character for character in encoding.completion if character not in decoded))[:10]
-        detail = f"{encoding.completion.strip()[:40]!r} reads back as {decoded.strip()[:40]!r}"
-        detail += f", without {lost!r}" if lost else ""
-        hint = "take out what this tokenizer doesn't know, or use a model whose tokenizer keeps the text"
-        raise _Refused("tokenizer changes the answer", detail, hint)
-    return answer
-
-
-def _divide(text: _Texts, prompt_ids: list[int], head_ids: list[int], full_ids: list[int]) -> Encoding:
+def _divide(text: Texts, prompt_ids: list[int], head_ids: list[int], full_ids: list[int]) -> Encoding:
     """Divide the full sequence into prompt, completion and end. ``head_ids``: prompt + completion."""
     prompt_length, head_length = len(prompt_ids), len(head_ids)
     if full_ids[:prompt_length] != prompt_ids or not prompt_ids:
         detail = f"the prompt's last tokens change when the completion follows ({text.prompt[-20:]!r})"
-        raise _Refused(_NO_BOUNDARY, detail, "end the prompt on a whole word, a colon or a newline")
+        raise InvalidRow(_NO_BOUNDARY, detail, "end the prompt on a whole word, a colon or a newline")
     if full_ids[:head_length] != head_ids or not prompt_length < head_length < len(full_ids):
         detail = f"the completion's last tokens change when the end follows ({text.completion[-20:]!r})"
-        raise _Refused(_NO_BOUNDARY, detail, "use a tokenizer with a separate end token")
-    return Encoding(
-        text.prompt,
-        text.completion,
-        tuple(prompt_ids),
-        tuple(full_ids[prompt_length:head_length]),
-        tuple(full_ids[head_length:]),
-        structured=text.structured,
-        prefix=text.prefix,
-        variables=text.variables,
-    )
+        raise InvalidRow(_NO_BOUNDARY, detail, "use a tokenizer with a separate end token")
+    completion_ids, end_ids = full_ids[prompt_length:head_length], full_ids[head_length:]
+    return Encoding(text, tuple(prompt_ids), tuple(completion_ids), tuple(end_ids))
+
+
+def _learned_mask(encoding: Encoding, tokenizer: Tokenizer) -> tuple[bool, ...] | None:
+    """Return whether each token has a loss. Raises :class:`InvalidRow` if a learned range ends inside a token."""
+    texts, ids = encoding.texts, encoding.ids
+    if texts.learned is None:
+        return None
+    full = texts.prompt + texts.completion + texts.end
+    borders = sorted({border for span in texts.learned for border in span})
+    counts = {}
+    parts = tokenizer([full[:border] for border in borders], add_special_tokens=False)["input_ids"]
+    for border, part in zip(borders, parts, strict=True):
+        if tuple(part) != ids[: len(part)]:
+            detail = f"a token spans the border of an earlier answer ({full[max(0, border - 20) : border]!r})"
+            raise InvalidRow(_NO_BOUNDARY, detail, "task.learn=last, or another tokenizer or template")
+        counts[border] = len(part)
+    mask = [False] * len(ids)
+    for begin, end in texts.learned:
+        mask[counts[begin] : counts[end]] = [True] * (counts[end] - counts[begin])
+    return tuple(mask)
+
+
+def _expected_answer(example: Example, encoding: Encoding, tokenizer: Tokenizer) -> str:
+    """Return the example's answer as the tokenizer writes it, to compare generated answers with.
+
+    Comparisons ignore case and use the Unicode form NFC anyway. The form NFKC ("①" becomes "1") and the spaces of a
+    one-line answer are taken from the decoded tokens.
+
+    Raises :class:`InvalidRow` if the tokenizer changes the answer: no generated answer could equal it.
+    """
+    settings = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    decoded = str(tokenizer.decode(list(encoding.completion_ids), **settings))
+    answer, completion = example.completion, encoding.texts.completion
+    written, read_back = completion.strip(), decoded.strip()
+    if comparable(read_back) == comparable(written):
+        return answer
+    first, second = (comparable(unicodedata.normalize("NFKC", text)) for text in (read_back, written))
+    one_line = "\n" not in written and answer == answer.strip()
+    if first == second or (one_line and "".join(first.split()) == "".join(second.split())):
+        return read_back if written == answer.strip() else answer
+    lost = "".join(dict.fromkeys(character for character in completion if character not in decoded))[:10]
+    detail = f"{written[:40]!r} reads back as {read_back[:40]!r}" + (f", without {lost!r}" if lost else "")
+    hint = "take out what this tokenizer doesn't know, or use a model whose tokenizer keeps the text"
+    raise InvalidRow("tokenizer changes the answer", detail, hint)

@@ -7,16 +7,15 @@ format, it is the prompt with its completion; an empty line separates examples a
 
 from __future__ import annotations
 
-import datetime
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from qlora_exp.config.schema import Config
-from qlora_exp.data.encoding import Tokenizer, date_of, encode_rows, plain_text, unstripped_prompt
-from qlora_exp.data.items import Item, Splits
+from qlora_exp.data.encoding import Tokenizer, date_of, encode_rows
+from qlora_exp.data.items import Item, RowProblem, Splits
 from qlora_exp.data.messages import Message
-from qlora_exp.data.row_problems import RowProblem
+from qlora_exp.data.plain_text import plain_prompt, plain_text
 from qlora_exp.data.rows import Example
 from qlora_exp.data.splits import load_rows
 from qlora_exp.errors import DataError
@@ -50,76 +49,52 @@ def few_shot_draws(
     Raises:
         DataError: not even one example fits, or a prompt can't be written with examples before it.
     """
-    assert config.evaluation.few_shots is not None
-    rows = load_rows(config.task)
-    example_by_id = {example.item_id: example for part in (rows.train, rows.validation, rows.test) for example in part}
+    requested = config.evaluation.few_shots
+    assert requested is not None
+    examples = {example.item_id: example for split in load_rows(config.task).examples.values() for example in split}
+    date = date_of(config)
+
+    def after_shots(items: Sequence[Item], shots: Sequence[Example]) -> tuple[Item, ...]:
+        """Return the items with ``shots`` in their prompts; what is scored stays the same."""
+        with_shots = [_with_shots(examples[item.item_id], shots, splits.format) for item in items]
+        changed = []
+        for item, encoded in zip(items, encode_rows(with_shots, tokenizer, splits.format, date=date), strict=True):
+            if isinstance(encoded, RowProblem):
+                raise encoded.error()
+            if encoded.completion_ids[: len(item.completion_ids)] != item.completion_ids:
+                what = "the answer has other tokens after worked examples than without them"
+                raise DataError(what, item.item_id, "evaluation.few_shots=null, or a prompt that ends on a colon")
+            changed.append(replace(item, prompt=encoded.texts.prompt, prompt_ids=encoded.prompt_ids, learned=None))
+        return tuple(changed)
+
     draws = []
     for number in range(1, config.evaluation.few_shot_draws + 1):
         draw = random.Random(f"few shots/{config.task.split_seed}/{number}")
-        shots = [example_by_id[item.item_id] for item in draw.sample(splits.train, config.evaluation.few_shots)]
-        draws.append(
-            _fit_draw(number, shots, example_by_id, tokenizer, splits, validation, test, positions, date_of(config))
-        )
+        shots = [examples[item.item_id] for item in draw.sample(splits.train, requested)]
+        for count in range(requested, 0, -1):
+            parts = [after_shots(part, shots[:count]) for part in (validation, test)]
+            needed, _ = splits.positions_for(item for part in parts for item in part)
+            if positions is None or needed <= positions:
+                draws.append(FewShotDraw(number, tuple(shot.item_id for shot in shots[:count]), *parts))
+                break
+        else:
+            what = (
+                f"one example and the longest prompt have {needed} tokens with the answer; the model takes {positions}"
+            )
+            raise DataError(what, "evaluation.few_shots", "evaluation.few_shots=null, or a model with a longer context")
     return draws
-
-
-def _fit_draw(
-    number: int,
-    shots: list[Example],
-    example_by_id: dict[str, Example],
-    tokenizer: Tokenizer,
-    splits: Splits,
-    validation: Sequence[Item],
-    test: Sequence[Item],
-    positions: int | None,
-    date: datetime.date,
-) -> FewShotDraw:
-    longest_label = max((len(ids) for ids in splits.option_ids.values()), default=0)
-    while shots:
-        parts = [
-            _with_examples(part, example_by_id, shots, tokenizer, splits.format, date) for part in (validation, test)
-        ]
-        needed = max(max(len(i.ids), len(i.prompt_ids) + longest_label) for part in parts for i in part)
-        if positions is None or needed <= positions:
-            return FewShotDraw(number, tuple(shot.item_id for shot in shots), *parts)
-        shots = shots[:-1]
-    what = f"one example and the longest prompt have {needed} tokens with the answer; the model takes {positions}"
-    raise DataError(what, "evaluation.few_shots", "evaluation.few_shots=null, or a model with a longer context")
-
-
-def _with_examples(
-    items: Sequence[Item],
-    example_by_id: dict[str, Example],
-    shots: Sequence[Example],
-    tokenizer: Tokenizer,
-    format: str,
-    date: datetime.date,
-) -> tuple[Item, ...]:
-    """Return the items with ``shots`` in their prompts; what is scored stays the same."""
-    with_shots = [_with_shots(example_by_id[item.item_id], shots, format) for item in items]
-    changed = []
-    for item, encoded in zip(items, encode_rows(with_shots, tokenizer, format, date=date), strict=True):
-        if isinstance(encoded, RowProblem):
-            raise encoded.error()
-        if encoded.completion_ids[: len(item.completion_ids)] != item.completion_ids:
-            what = "the answer has other tokens after worked examples than without them"
-            raise DataError(what, item.item_id, "evaluation.few_shots=null, or a prompt that ends on a colon")
-        changed.append(replace(item, prompt=encoded.prompt, prompt_ids=encoded.prompt_ids, learned=None))
-    return tuple(changed)
 
 
 def _with_shots(example: Example, shots: Sequence[Example], format: str) -> Example:
     """Return ``example`` with this prompt: its system text, ``shots`` with their answers, its own prompt."""
     system = tuple(message for message in example.messages if message.role == "system")
-    own = _without_system(example)
-    before = [_without_system(shot) for shot in shots]
+    own, *before = (
+        replace(row, messages=tuple(message for message in row.messages if message.role != "system"))
+        for row in (example, *shots)
+    )
     if format == "chat":
-        turns = [m for shot in before for m in (*shot.messages, shot.answer or Message("assistant", shot.completion))]
+        turns = [message for shot in before for message in shot.all_messages]
         return replace(example, messages=(*system, *turns, *own.messages))
     texts = [plain_text(shot).rstrip() for shot in before]
-    messages = tuple(Message("user", text) for text in (*texts, unstripped_prompt(own)))
+    messages = tuple(Message("user", text) for text in (*texts, plain_prompt(own)))
     return replace(example, messages=(*system, *messages), conversation=False)
-
-
-def _without_system(example: Example) -> Example:
-    return replace(example, messages=tuple(m for m in example.messages if m.role != "system"))

@@ -5,32 +5,33 @@ A problem of the whole file is raised at once. Problems of single rows are retur
 
 from __future__ import annotations
 
+import csv
+import functools
+import io
 import json
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from qlora_exp.data.compression import (
+from qlora_exp.data.contents import (
     ARCHIVES,
     COMPRESSED,
     ENDINGS,
     OTHER_ENDINGS,
-    check_content,
-    decompress,
+    DuplicateKey,
+    decode_utf8,
     ending_of,
+    parse_json,
+    read_content,
 )
-from qlora_exp.data.json_text import DuplicateKey, unique_keys
-from qlora_exp.data.row_problems import RowProblem
-from qlora_exp.data.split_names import SPLIT_NAMES
+from qlora_exp.data.items import SPLIT_NAMES, InvalidRow, RowProblem
 from qlora_exp.errors import DataError, nearest
 
-_UTF32 = (b"\xff\xfe\0\0", b"\0\0\xfe\xff")
-_UTF16 = (b"\xff\xfe", b"\xfe\xff")
-_BYTE_ORDER_MARKS = re.compile("(?:^|(?<=[\n\r]))\ufeff+")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,6 @@ class Unlabelled(int):
     """-1 in a column of class labels: the row has no label. In another column, -1 is an ordinary number."""
 
 
-class _InvalidRow(Exception):
-    """A row that can't be read: the reason (rows are counted by it), the detail and what to do."""
-
-    def __init__(self, reason: str, detail: str, hint: str) -> None:
-        super().__init__(reason)
-        self.reason, self.detail, self.hint = reason, detail, hint
-
-
 def read_file(path: Path, name: str | None = None) -> DataFile:
     """Read one data file by its ending. ``name`` (default: the file's own name) becomes part of its rows' ids.
 
@@ -78,38 +71,14 @@ def read_file(path: Path, name: str | None = None) -> DataFile:
     """
     ending, name = ending_of(path), name or path.name
     if ending not in ENDINGS:
-        raise DataError(
-            f"data files end in {', '.join(ENDINGS)}, this one in {ending or 'nothing'}",
-            str(path),
-            _ending_hint(path.suffix.lower()),
-        )
+        what = f"data files end in {', '.join(ENDINGS)}, this one in {ending or 'nothing'}"
+        raise DataError(what, str(path), _ending_hint(path.suffix.lower()))
     if path.exists() and not path.is_file():
         raise DataError("this is not a regular file: reading it might never end", str(path), "save its rows in a file")
-    content = decompress(path, _read_bytes(path))
-    if not content.strip():
-        raise DataError("the file is empty", str(path), "give a file with at least one row")
-    check_content(path, content)
-    file = _reader(ending)(path, name, content)
+    file = _READERS[ending](path, name, read_content(path))
     if not file.rows and not file.problems:
         raise DataError("the file holds no row", str(path), "give a file with at least one row")
     return file
-
-
-def _reader(ending: str) -> Callable[[Path, str, bytes], DataFile]:
-    from qlora_exp.data import (
-        arrow_files,  # here because they import this module
-        csv_files,
-    )
-
-    readers = {
-        ".json": _read_json,
-        ".csv": csv_files.read_csv,
-        ".tsv": csv_files.read_tsv,
-        ".parquet": arrow_files.read_parquet,
-    }
-    if ending in (".arrow", ".feather"):
-        return arrow_files.read_arrow
-    return readers.get(ending, _read_jsonl)
 
 
 def _ending_hint(ending: str) -> str:
@@ -124,67 +93,78 @@ def _ending_hint(ending: str) -> str:
     return nearest(ending, ENDINGS)
 
 
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"the file can't be read: {error.strerror}", str(path), "check its name and permissions"
-        ) from None
+def rows_and_problems(
+    file: str, entries: Iterable[tuple[int, T]], read: Callable[[T], dict[str, Any]]
+) -> tuple[tuple[RawRow, ...], tuple[RowProblem, ...]]:
+    """Return the rows that ``read`` makes of the numbered entries, and the problems of the others.
+
+    ``read`` raises :class:`InvalidRow` for an entry that can't be read.
+    """
+    rows, problems = [], []
+    for number, entry in entries:
+        try:
+            rows.append(RawRow(file, number, read(entry)))
+        except InvalidRow as error:
+            problems.append(error.at(file, number))
+    return tuple(rows), tuple(problems)
 
 
-def decode_utf8(path: Path, content: bytes) -> str:
-    """Return the UTF-8 text without byte order marks. Spreadsheets write one; concatenated files have several."""
-    for marks, encoding in ((_UTF32, "UTF-32"), (_UTF16, "UTF-16")):
-        if content.startswith(marks):
-            hint = f"iconv -f {encoding} -t UTF-8 '{path.name}' > NEW"
-            raise DataError(f"the file is {encoding}, not UTF-8", str(path), hint)
-    if wide := _guess_utf16(content[:1000]):
-        hint = f"iconv -f {wide} -t UTF-8 '{path.name}' > NEW"
-        raise DataError("the file holds NUL bytes: it seems to be UTF-16, not UTF-8", str(path), hint)
-    try:
-        text = content.decode("utf-8")
-        return _BYTE_ORDER_MARKS.sub("", text) if "\ufeff" in text else text
-    except UnicodeDecodeError as error:
-        row = content.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"row {row} is not UTF-8: byte 0x{content[error.start]:02x}",
-            f"{path}, row {row}",
-            f"save the file as UTF-8: iconv -f ENCODING -t UTF-8 '{path.name}' > NEW, where ENCODING is its "
-            "present one: WINDOWS-1252 in western Europe, SHIFT_JIS in Japan, GB18030 in China; "
-            "then look at a few rows",
-        ) from None
+def _columns_of(rows: Iterable[RawRow]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(column for row in rows for column in row.values))
 
 
-def _guess_utf16(start: bytes) -> str | None:
-    """Return the kind of UTF-16 that the text seems to be, if any: each ASCII character has a NUL byte on one side."""
-    even_nuls, odd_nuls = start[::2].count(0), start[1::2].count(0)
-    few_nuls = even_nuls + odd_nuls <= len(start) // 4
-    if few_nuls and (max(even_nuls, odd_nuls) < 8 or min(even_nuls, odd_nuls) > max(even_nuls, odd_nuls) // 4):
-        return None
-    return "UTF-16BE" if even_nuls > odd_nuls else "UTF-16LE"
+def _check_columns(columns: Sequence[str], path: Path) -> None:
+    """Raise :class:`DataError` if a column has no name, or two have the same."""
+    for column, count in Counter(columns).items():
+        if count > 1:
+            raise DataError(f"column {column!r} occurs twice", f"{path}, row 1", "rename one of the two")
+    for number, column in enumerate(columns, start=1):
+        if not column.strip():
+            what = f"column number {number} has no name"
+            raise DataError(what, f"{path}, row 1", "name every column in the first row")
 
 
 def _read_jsonl(path: Path, name: str, content: bytes) -> DataFile:
     # Not str.splitlines: it also cuts at U+2028 and other characters that a JSON string may contain.
     text = decode_utf8(path, content)
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    rows, problems = [], []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(RawRow(name, number, _json_object(line)))
-        except _InvalidRow as error:
-            problems.append(RowProblem(name, number, None, error.reason, error.detail, error.hint))
+    entries = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+    rows, problems = rows_and_problems(name, entries, _read_json_line)
     if problems:
         _check_layout(path, text)
-    return DataFile(name, tuple(rows), columns_of(rows), tuple(problems))
+    return DataFile(name, rows, _columns_of(rows), problems)
+
+
+def _read_json_line(line: str) -> dict[str, Any]:
+    hint = 'write one JSON object per line, e.g. {"prompt": "…", "completion": "…"}'
+    try:
+        value = parse_json(line)
+    except DuplicateKey as duplicate:
+        raise InvalidRow("duplicate key", str(duplicate), "keep one of the two") from None
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and line.rstrip().endswith("},"):
+            hint = "take the comma off the end of each line"
+        raise InvalidRow("invalid JSON", f"{error.msg} at character {error.pos + 1}", hint) from None
+    except RecursionError:
+        raise InvalidRow("invalid JSON", "nested too deeply", hint) from None
+    except ValueError as error:  # a number with more than 4300 digits
+        raise InvalidRow("invalid JSON", str(error), hint) from None
+    return _json_object(value, hint)
+
+
+def _json_object(value: object, hint: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InvalidRow("not a JSON object", f"found {_json_type(value)}", hint)
+    return value
 
 
 def _check_layout(path: Path, text: str) -> None:
     """Raise :class:`DataError` if the rows aren't one per line: a JSON array, or objects that span several lines."""
-    if _is_json_array(text):
+    try:
+        is_array = isinstance(json.loads(text), list)
+    except (ValueError, RecursionError):
+        is_array = False
+    if is_array:
         raise DataError("the file is one JSON array, not a JSON object per line", str(path), "name it .json")
     begin, decoder = text.lstrip(), json.JSONDecoder()
     try:
@@ -200,32 +180,6 @@ def _check_layout(path: Path, text: str) -> None:
         raise DataError("the objects run over several lines; one JSON object per line is read", str(path), hint)
 
 
-def _is_json_array(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text), list)
-    except (ValueError, RecursionError):
-        return False
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    hint = 'write one JSON object per line, e.g. {"prompt": "…", "completion": "…"}'
-    try:
-        value = json.loads(text, object_pairs_hook=unique_keys)
-    except DuplicateKey as duplicate:
-        raise _InvalidRow("duplicate key", str(duplicate), "keep one of the two") from None
-    except json.JSONDecodeError as error:
-        detail = f"{error.msg} at character {error.pos + 1}"
-        if error.msg == "Extra data" and text.rstrip().endswith("},"):
-            hint = "take the comma off the end of each line"
-        raise _InvalidRow("invalid JSON", detail, hint) from None
-    except (RecursionError, ValueError) as error:  # ValueError: a number with more than 4300 digits
-        detail = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise _InvalidRow("invalid JSON", detail, hint) from None
-    if not isinstance(value, dict):
-        raise _InvalidRow("not a JSON object", f"found {_json_type(value)}", hint)
-    return value
-
-
 def _json_type(value: object) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
@@ -234,7 +188,7 @@ def _json_type(value: object) -> str:
 def _read_json(path: Path, name: str, content: bytes) -> DataFile:
     text = decode_utf8(path, content)
     try:
-        value = json.loads(text, object_pairs_hook=unique_keys)
+        value = parse_json(text)
     except DuplicateKey as duplicate:
         raise DataError(f"duplicate key: {duplicate}", str(path), "keep one of the two") from None
     except (ValueError, RecursionError) as error:
@@ -244,14 +198,10 @@ def _read_json(path: Path, name: str, content: bytes) -> DataFile:
     if not isinstance(value, list):
         hint = _list_hint(path, value) if isinstance(value, dict) else "write [{…}, {…}]"
         raise DataError(f"the file holds {_json_type(value)}, not a list of objects", str(path), hint)
-    rows, problems = [], []
-    for number, entry in enumerate(value, start=1):
-        if isinstance(entry, dict):
-            rows.append(RawRow(name, number, entry))
-        else:
-            detail = f"found {_json_type(entry)}"
-            problems.append(RowProblem(name, number, None, "not a JSON object", detail, "write [{…}, {…}]"))
-    return DataFile(name, tuple(rows), columns_of(rows), tuple(problems))
+    rows, problems = rows_and_problems(
+        name, enumerate(value, start=1), lambda entry: _json_object(entry, "write [{…}, {…}]")
+    )
+    return DataFile(name, rows, _columns_of(rows), problems)
 
 
 def _list_hint(path: Path, value: dict[str, Any]) -> str:
@@ -267,16 +217,182 @@ def _list_hint(path: Path, value: dict[str, Any]) -> str:
     return "write [{…}, {…}]"
 
 
-def check_columns(columns: Sequence[str], path: Path) -> None:
-    """Raise :class:`DataError` if a column has no name, or two have the same."""
-    repeated = [column for column, count in Counter(columns).items() if count > 1]
-    if repeated:
-        raise DataError(f"column {repeated[0]!r} occurs twice", f"{path}, row 1", "rename one of the two")
-    if any(not column.strip() for column in columns):
-        number = [bool(column.strip()) for column in columns].index(False) + 1
-        raise DataError(f"column number {number} has no name", f"{path}, row 1", "name every column in the first row")
+_MAX_FIELD_CHARACTERS = 2**31 - 1  # Python's own limit, 128 KiB, is shorter than some documents
+INDEX_COLUMN = "Unnamed: 0"
+"""The name that pandas gives its own nameless index column when it reads it back."""
+_SPACE_BEFORE_QUOTES = re.compile(r'[ \t]+".*"[ \t]*', re.DOTALL)
 
 
-def columns_of(rows: Sequence[RawRow]) -> tuple[str, ...]:
-    """Return the columns of all rows, in order of appearance."""
-    return tuple(dict.fromkeys(column for row in rows for column in row.values))
+def _read_csv(path: Path, name: str, content: bytes, delimiter: str = ",") -> DataFile:
+    """Read by Python's strict reader. Every value is text: no type is guessed, none is missing."""
+    text = decode_utf8(path, content)
+    if "\0" in text:
+        raise DataError("the file holds NUL bytes, so it is not CSV", str(path), "save it as CSV (UTF-8)")
+    records = list(_csv_records(path, text, delimiter))
+    if records and records[0][1] == [f"sep={delimiter}".rstrip(delimiter), ""]:
+        del records[0]  # Excel may write a line "sep=," above the header
+    if not records:
+        raise DataError("the file holds no header", str(path), "the first row names the columns")
+    (_, header_row), *entries = records
+    header = header_row
+    if len(header) > 1 and not header[0].strip() and all(row[0].isdecimal() for _, row in entries if row):
+        header = [INDEX_COLUMN, *header[1:]]  # pandas' index: nameless, and only whole numbers
+    _check_columns(header, path)
+    if len(header) == 1 and any(mark in header[0] for mark in (";", "\t", "|", ",") if mark != delimiter):
+        raise DataError(
+            f"there is one column, {header[0]!r}: the columns seem to be separated by something other than a "
+            f"{'comma' if delimiter == ',' else 'tab'}",
+            f"{path}, row 1",
+            "save it with commas between the columns" + (" (or name it .tsv)" if "\t" in header[0] else ""),
+        )
+    field_counts = {len(fields) for _, fields in entries if fields}
+    if len(field_counts) == 1 and field_counts != {len(header)}:
+        what = f"the first row has {len(header)} fields, and all others have {field_counts.pop()}"
+        raise DataError(what, f"{path}, row 1", "the first row must name the columns: remove what is above it")
+
+    def read(fields: list[str]) -> dict[str, Any]:
+        _check_fields(fields, header, header_row, delimiter)
+        return dict(zip(header, fields, strict=True))
+
+    rows, problems = rows_and_problems(name, ((number, fields) for number, fields in entries if fields), read)
+    if not rows and not problems:
+        raise DataError("the file holds a header and no row", str(path), "give at least one row below the header")
+    notes: tuple[str, ...] = ()
+    if count := sum(any("\r\n" in text for text in row.values.values()) for row in rows):
+        what = "rows hold Windows line breaks (\\r\\n) inside a field; they are learned as they are"
+        notes = (f"{name}: {count} {what}",)
+    return DataFile(name, rows, tuple(header), problems, notes)
+
+
+def _csv_records(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line where the record begins, its fields). A quoted field may span several lines."""
+    # With a header like ``prompt, completion``, a quote may follow the space.
+    columns = text.split("\n", 1)[0].rstrip("\r").split(",")
+    spaces = delimiter == "," and len(columns) > 1 and all(re.match(r" +[^ ]", column) for column in columns[1:])
+    csv.field_size_limit(_MAX_FIELD_CHARACTERS)
+    stream = io.StringIO(text, newline="")
+    reader = csv.reader(stream, strict=True, delimiter=delimiter, skipinitialspace=spaces)
+    while True:
+        line = reader.line_num + 1
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            hint = 'close every quote; a quote inside a quoted field is written twice: ""'
+            if '\\"' in text:
+                hint += '; the file writes it \\" instead'
+            raise DataError(f"the file is not CSV: {error}", f"{path}, row {line}", hint) from None
+        yield line, fields
+
+
+def _check_fields(fields: list[str], header: list[str], header_row: list[str], delimiter: str) -> None:
+    """Raise :class:`InvalidRow` if the row can't be read. ``header_row``: the header as written."""
+    if len(fields) != len(header):
+        detail = f"{len(fields)} fields under {len(header)} columns"
+        delimiter_in_quotes = 'a comma in quotes: "a, b"' if delimiter == "," else "a tab in quotes"
+        raise InvalidRow("wrong number of fields", detail, f"put fields that hold {delimiter_in_quotes}")
+    if fields == header_row:
+        detail = "the row names the columns again"
+        raise InvalidRow("repeated header", detail, "take it out: were files joined there?")
+    if delimiter == "\t" and any("\t" in field for field in fields):
+        detail = "quotes run over a tab: without a closing quote, rows would be read as one"
+        hint = 'close the quotes, or write a quote at the beginning of a text as """'
+        raise InvalidRow("a tab inside a field", detail, hint)
+    for column, text in zip(header, fields, strict=True):
+        if _SPACE_BEFORE_QUOTES.fullmatch(text):
+            detail = f"column {column!r} holds a space, then quotes: they would be read as part of the text"
+            raise InvalidRow("quotes after a space", detail, 'write the quote directly after the comma: a,"b"')
+
+
+def _read_parquet(path: Path, name: str, content: bytes) -> DataFile:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"the file is not Parquet: {reason}", str(path), "write it again") from None
+    return _rows_of_table(table, path, name)
+
+
+def _read_arrow(path: Path, name: str, content: bytes) -> DataFile:
+    """Read Arrow's file format (Feather) or its stream format, which ``datasets`` writes."""
+    import pyarrow
+    import pyarrow.feather
+    import pyarrow.ipc
+
+    buffer = pyarrow.py_buffer(content)
+    try:
+        if content.startswith((b"ARROW1", b"FEA1")):
+            table = pyarrow.feather.read_table(pyarrow.BufferReader(buffer))
+        else:
+            table = pyarrow.ipc.open_stream(buffer).read_all()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"the file is not Arrow: {reason}", str(path), "write it again, e.g. as Parquet") from None
+    return _rows_of_table(table, path, name)
+
+
+def _rows_of_table(table: Any, path: Path, name: str) -> DataFile:
+    _check_columns(table.column_names, path)
+    names = _class_names(table.schema.metadata)
+    columns = [_python_values(table.column(column)) for column in table.column_names]
+    entries = (dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True))
+    rows, problems = rows_and_problems(name, enumerate(entries, start=1), lambda row: with_class_names(row, names))
+    classes = tuple(column for column in table.column_names if column in names)
+    return DataFile(name, rows, tuple(table.column_names), problems, classes=classes)
+
+
+def _python_values(column: Any) -> list[Any]:
+    """Return the column's values. If Python can't hold one, e.g. a date after 9999, all of the column are null."""
+    import pyarrow
+
+    try:
+        try:
+            return list(column.to_pylist(maps_as_pydicts="strict"))  # Spark writes maps
+        except KeyError:  # a key occurs twice in a map
+            return list(column.to_pylist())
+    except (ValueError, OverflowError, pyarrow.ArrowException):
+        return [None] * len(column)
+
+
+def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
+    """Return the class names by column, as ``datasets`` stores them in a schema's metadata."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"].items()
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}
+    return {
+        str(column): [str(name) for name in feature["names"]]
+        for column, feature in features
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and isinstance(feature.get("names"), list)
+    }
+
+
+def with_class_names(row: Mapping[str, Any], names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Return the row with class names for class numbers. -1, the Hub's mark of a row without a label, gets no name."""
+    named = dict(row)
+    for column, classes in names.items():
+        value = row.get(column)
+        if not isinstance(value, int) or isinstance(value, bool):
+            continue
+        if value >= len(classes):
+            detail = f"class {value}, but the file names only {len(classes)} classes"
+            raise InvalidRow("unknown class", detail, column=column)
+        named[column] = classes[value] if value >= 0 else Unlabelled(value)
+    return named
+
+
+_READERS: dict[str, Callable[[Path, str, bytes], DataFile]] = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": functools.partial(_read_csv, delimiter="\t"),
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+    ".feather": _read_arrow,
+}
+"""Each of ``ENDINGS``, with its reader."""

@@ -6,15 +6,25 @@ These are read: ``train.jsonl``, ``Test.CSV``, ``validation.jsonl.gz``; shards (
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from qlora_exp.data.compression import ARCHIVES, ENDINGS, OTHER_ENDINGS, ending_of, stem_of
-from qlora_exp.data.saved_datasets import is_saved, saved_files, saved_splits
-from qlora_exp.data.split_names import SPLIT_NAMES, SplitFile, parse_name, rename_hint
+from qlora_exp.data.contents import ARCHIVES, ENDINGS, OTHER_ENDINGS, ending_of, stem_of
+from qlora_exp.data.items import SPLIT_NAMES
 from qlora_exp.errors import DataError, QloraExpError, raise_all
+
+SPLIT_ALIASES = {
+    **dict.fromkeys(("training", "trainset"), "train"),
+    **dict.fromkeys(("valid", "val", "dev", "development"), "validation"),
+    **dict.fromkeys(("testing", "testset"), "test"),
+    **dict.fromkeys(("eval", "evaluation", "holdout", "heldout"), "validation or test"),
+}
+"""What other tools call a split. Such a file is not read; the error says what to rename it to."""
 
 _TABLE_ENDINGS: tuple[str, ...] = (
     *ARCHIVES,
@@ -30,6 +40,19 @@ _UNREAD_ENDINGS: tuple[str, ...] = (
 """Endings of data files that are not read. They are reported if the file has a split's name."""
 
 _SHARD = re.compile(r"(?P<before>.*?)(?P<number>\d+)[-_. ]?of[-_. ]?(?P<count>\d+)", re.IGNORECASE)
+_NAME = re.compile(
+    r"(?P<word>[a-z]+)(?:[-_. ]?(?P<number>\d+)(?:[-_. ]?of[-_. ]?(?P<count>\d+))?(?:-[0-9a-f]{8,40})?)?", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class SplitFile:
+    """A file of a split. ``name`` is relative to the task's folder. ``number`` and ``count`` are those of a shard."""
+
+    path: Path
+    name: str
+    number: int | None = None
+    count: int | None = None
 
 
 def files_by_split(folder: Path) -> dict[str, list[SplitFile]]:
@@ -62,13 +85,13 @@ def files_by_split(folder: Path) -> dict[str, list[SplitFile]]:
                 what = f"two sources for {split}: the folders {split_folders[split][0].relative_to(folder)} and {name}"
                 errors.append(DataError(what, str(folder), "keep one of the two"))
             elif files:
-                errors.append(_unread_error(f"the folder {name}", folder, rename_hint(path)))
+                errors.append(_unread_error(f"the folder {name}", folder, _rename_hint(path)))
         elif split in SPLIT_NAMES and ending_of(path) in ENDINGS:
             split_files.setdefault(split, []).append(SplitFile(path, name, number, count))
         elif problem := _unread_file_error(path, name, folder):
             errors.append(problem)
         elif _is_unfinished(path):
-            unfinished.append((parse_name(Path(path.name.split(".")[0]))[0], name))
+            unfinished.append((parse_name(Path(path.name.split(".")[0])).split, name))
     for split, name in unfinished:
         # If the split has files that are read, this one is a backup of one of them.
         if split is not None and split not in (*split_files, *split_folders):
@@ -97,11 +120,38 @@ def check_not_a_shard(path: Path) -> None:
         )
 
 
+class ParsedName(NamedTuple):
+    """What the name of a file or folder says: the split (our name or another tool's), shard number and count."""
+
+    split: str | None
+    shard: int | None
+    shards: int | None
+
+
+def parse_name(path: Path) -> ParsedName:
+    """``train-00000-of-00002.parquet`` gives ``("train", 0, 2)``; other names give ``(None, None, None)``."""
+    match = _NAME.fullmatch(stem_of(path) if ending_of(path) in ENDINGS or not path.is_dir() else path.name)
+    word = match["word"].lower() if match else None
+    if match is None or word not in {*SPLIT_NAMES, *SPLIT_ALIASES}:
+        return ParsedName(None, None, None)
+    number, count = (int(match[key]) if match[key] else None for key in ("number", "count"))
+    return ParsedName(word, number, count)
+
+
+def _rename_hint(path: Path) -> str:
+    """Return what to do about a file or folder with rows whose name is not read."""
+    split = parse_name(path).split
+    if split not in SPLIT_ALIASES:
+        return "name it train, validation or test, move it out of the folder, or give task.path=FILE"
+    names = [f"{ours}{path.name[len(split) :]}" for ours in SPLIT_ALIASES[split].split(" or ")]
+    return f"rename it to {' or to '.join(names)}"
+
+
 def _visible(folder: Path) -> list[Path]:
     try:
         return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except PermissionError:
-        if parse_name(folder)[0] is None:  # e.g. lost+found at the root of a disk
+        if parse_name(folder).split is None:  # e.g. lost+found at the root of a disk
             return []
         raise DataError("the folder can't be read", str(folder), "check its permissions") from None
 
@@ -133,14 +183,14 @@ def _files_below(folder: Path, name: str, above: tuple[Path, ...] = ()) -> Itera
 
 def _unread_files_in(folder: Path, name: str) -> list[str]:
     """Return files with rows in a split's own folder that are not read, except backups of files that are read."""
-    others = [(path, inner) for path, inner in _files_below(folder, name) if ending_of(path) not in ENDINGS]
-    unfinished = {path for path, _ in others if _is_unfinished(path) and not path.with_name(_original(path)).exists()}
-    return [inner for path, inner in others if path.suffix.lower() in _TABLE_ENDINGS or path in unfinished]
-
-
-def _original(path: Path) -> str:
-    """Return ``a.jsonl`` for both ``a.jsonl.bak`` and ``a.jsonl~``."""
-    return path.name.rstrip("~") if path.name.endswith("~") else path.stem
+    unread = []
+    for path, inner in _files_below(folder, name):
+        # a.jsonl for both a.jsonl.bak and a.jsonl~
+        original = path.with_name(path.name.rstrip("~") if path.name.endswith("~") else path.stem)
+        is_data = path.suffix.lower() in _TABLE_ENDINGS or (_is_unfinished(path) and not original.exists())
+        if is_data and ending_of(path) not in ENDINGS:
+            unread.append(inner)
+    return unread
 
 
 def _empty_folder_errors(folder: Path, name: str, task_folder: Path) -> list[QloraExpError]:
@@ -163,21 +213,22 @@ def _is_unfinished(path: Path) -> bool:
 
 def _nested_data_sets(folder: Path) -> list[Path]:
     """Return subfolders that hold splits themselves, e.g. the configurations of a Hub data set."""
-    folders = [path for path, _ in _entries(folder) if path.is_dir() and parse_name(path)[0] is None]
-    return [path for path in folders if any(_is_split(inner) for inner, _ in _entries(path))]
 
+    def is_split(path: Path) -> bool:
+        split = parse_name(path).split
+        if path.is_dir():
+            return split in SPLIT_NAMES and bool(_data_files_in(path, path.name))
+        return ending_of(path) in ENDINGS and split is not None
 
-def _is_split(path: Path) -> bool:
-    if path.is_dir():
-        return parse_name(path)[0] in SPLIT_NAMES and bool(_data_files_in(path, path.name))
-    return ending_of(path) in ENDINGS and parse_name(path)[0] is not None
+    folders = [path for path, _ in _entries(folder) if path.is_dir() and parse_name(path).split is None]
+    return [path for path in folders if any(is_split(inner) for inner, _ in _entries(path))]
 
 
 def _unread_file_error(path: Path, name: str, folder: Path) -> DataError | None:
     """Return the error for a file that seems to hold rows and would not be read, else ``None``."""
-    split, _, _ = parse_name(path)
+    split = parse_name(path).split
     if ending_of(path) in ENDINGS:
-        return None if _is_metadata(path) else _unread_error(name, folder, rename_hint(path))
+        return None if _is_metadata(path) else _unread_error(name, folder, _rename_hint(path))
     foreign = ending_of(path) in _UNREAD_ENDINGS or path.suffix.lower() in _UNREAD_ENDINGS
     if split is None or not foreign:
         return None
@@ -197,7 +248,7 @@ def _unread_error(name: str, folder: Path, hint: str) -> DataError:
 def _is_metadata(path: Path) -> bool:
     """Return whether a .json file without a split's name describes data: it holds neither a list of objects nor one
     object per line."""
-    if path.suffix.lower() != ".json" or parse_name(path)[0] is not None:
+    if path.suffix.lower() != ".json" or parse_name(path).split is not None:
         return False
     try:
         with path.open("rb") as stream:
@@ -229,26 +280,24 @@ def _sort_split_folder(folder: Path, files: Sequence[SplitFile]) -> list[SplitFi
     sets: dict[tuple[str, str], list[SplitFile]] = {}
     for file in files:
         if shard := _SHARD.search(stem_of(file.path)):
-            numbered = SplitFile(file.path, file.name, int(shard["number"]), int(shard["count"]))
+            numbered = replace(file, number=int(shard["number"]), count=int(shard["count"]))
             sets.setdefault((str(file.path.parent), shard["before"]), []).append(numbered)
     for shards in sets.values():
         _check_shards(folder.name, shards, folder)
-    return sorted(files, key=lambda file: _natural_sort_key(file.name))
 
+    def natural_order(file: SplitFile) -> list[tuple[int, str]]:  # part2 before part10
+        return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", file.name)]
 
-def _natural_sort_key(name: str) -> list[tuple[int, str]]:
-    """Return a sort key that puts ``part2`` before ``part10``."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return sorted(files, key=natural_order)
 
 
 def _sort_split_files(split: str, files: Sequence[SplitFile], folder: Path) -> list[SplitFile]:
     """Return a split's single file, or its complete shards in order."""
-    unsharded = [file for file in files if file.number is None]
-    if unsharded:
-        others = [file for file in files if file is not unsharded[0]]
-        if not others:
-            return list(files)
-        what = f"two files for {split}: {unsharded[0].name} and {others[0].name}"
+    if len(files) == 1 and files[0].number is None:
+        return list(files)
+    if whole := next((file for file in files if file.number is None), None):
+        other = next(file for file in files if file is not whole)
+        what = f"two files for {split}: {whole.name} and {other.name}"
         raise DataError(what, str(folder), "keep one of the two")
     _check_shards(split, files, folder)
     return sorted(files, key=lambda file: file.number or 0)
@@ -278,3 +327,50 @@ def _check_shards(split: str, shards: Sequence[SplitFile], folder: Path) -> None
         raise DataError(what, str(folder), f"add the missing files; here: {names}")
     if len(numbers) > len(expected):
         raise DataError(f"{split} has more shards than their names say: {names}", str(folder), "keep one set")
+
+
+def is_saved(folder: Path) -> bool:
+    """Return whether the folder is one saved ``Dataset``."""
+    return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+
+
+def saved_splits(folder: Path) -> dict[str, list[SplitFile]]:
+    """Return the Arrow files of each split of a saved ``DatasetDict``.
+
+    Raises :class:`DataError` for a split with an unknown name, which would not be read, and for a missing split.
+    """
+    names = [str(name) for name in _json(folder / "dataset_dict.json").get("splits", [])]
+    for name in names:
+        if name not in SPLIT_NAMES:
+            hint = (
+                f"save it again: d = datasets.load_from_disk({str(folder)!r}); d['validation'] = d.pop({name!r}) "
+                f"(or del d[{name!r}]); d.save_to_disk('NEW')"
+            )
+            raise DataError(f"the split {name!r} would not be read", str(folder), hint)
+    if "train" not in names:
+        raise DataError("the saved data set has no split 'train'", str(folder), f"here: {', '.join(names) or 'none'}")
+    for name in names:
+        if not is_saved(folder / name):
+            raise DataError(f"the split {name!r} is missing", str(folder / name), "copy the whole folder")
+    return {name: saved_files(folder / name, f"{name}/") for name in SPLIT_NAMES if name in names}
+
+
+def saved_files(folder: Path, prefix: str) -> list[SplitFile]:
+    """Return the Arrow files of one saved ``Dataset``, in order. Other Arrow files in the folder are caches.
+
+    Raises :class:`DataError` if one is missing.
+    """
+    names = [str(entry["filename"]) for entry in _json(folder / "state.json").get("_data_files", [])]
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing or not names:
+        what = f"{len(missing)} of {len(names)} files of the saved data set are missing: {', '.join(missing[:3])}"
+        raise DataError(what if names else "the saved data set names no file", str(folder), "copy the whole folder")
+    return [SplitFile(folder / name, f"{prefix}{name}") for name in names]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"the file can't be read: {error}", str(path), "copy the whole folder again") from None
+    return value if isinstance(value, dict) else {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,8 @@ from huggingface_hub.errors import (
 )
 
 from qlora_exp.config.schema import TaskConfig
-from qlora_exp.data.arrow_files import with_class_names
-from qlora_exp.data.files import DataFile, RawRow
-from qlora_exp.data.row_problems import RowProblem
-from qlora_exp.data.split_names import SPLIT_NAMES
+from qlora_exp.data.files import DataFile, rows_and_problems, with_class_names
+from qlora_exp.data.items import SPLIT_NAMES
 from qlora_exp.errors import DataError, nearest
 
 HUB_READ_SECONDS = 5.0
@@ -81,9 +79,8 @@ def _offline_mode(offline: bool) -> Iterator[None]:
 def _load_hub_split(task: TaskConfig, hub_split: str, reachable: bool) -> DataFile:
     import datasets
 
-    where = (
-        f"hub data set {task.hub_id}" + (f" [{task.hub_config}]" if task.hub_config else "") + f", split {hub_split}"
-    )
+    configuration = f" [{task.hub_config}]" if task.hub_config else ""
+    where = f"hub data set {task.hub_id}{configuration}, split {hub_split}"
     try:
         loaded = datasets.load_dataset(task.hub_id, task.hub_config, revision=task.hub_revision, split=hub_split)
     except (OSError, ConnectionError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -92,27 +89,18 @@ def _load_hub_split(task: TaskConfig, hub_split: str, reachable: bool) -> DataFi
             hint = "run it once on a machine with a network and this cache (HF_HOME), or task=local task.path=FILE"
             raise DataError(what, where, hint) from None
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        hint = "check the id, task.hub_config, task.splits, your access (hf auth login) and the network; "
-        raise DataError(
-            f"the data set can't be loaded: {reason}", where, hint + "offline: task=local task.path=FILE"
-        ) from None
+        hint = (
+            "check the id, task.hub_config, task.splits, your access (hf auth login) and the network; "
+            "offline: task=local task.path=FILE"
+        )
+        raise DataError(f"the data set can't be loaded: {reason}", where, hint) from None
     return rows_of_dataset(loaded, f"{task.hub_id}/{hub_split}")
 
 
 def rows_of_dataset(loaded: Any, name: str) -> DataFile:
     """Return the rows of a ``datasets.Dataset``, with class names for class numbers: numbers aren't answers."""
     names = {column: feature.names for column, feature in loaded.features.items() if hasattr(feature, "int2str")}
-    rows, problems = [], []
-    for number, values in enumerate(loaded, start=1):
-        row = with_class_names(values, names, name, number)
-        if isinstance(row, RowProblem):
-            problems.append(row)
-        else:
-            rows.append(RawRow(name, number, row))
+    rows, problems = rows_and_problems(name, enumerate(loaded, start=1), lambda row: with_class_names(row, names))
     if not rows:
         raise DataError("the split holds no row", name, "choose another split: task.splits.train=NAME")
-    return DataFile(name, tuple(rows), tuple(_columns_of(loaded)), tuple(problems))
-
-
-def _columns_of(loaded: Any) -> Iterable[str]:
-    return [str(column) for column in loaded.column_names]
+    return DataFile(name, rows, tuple(map(str, loaded.column_names)), problems)

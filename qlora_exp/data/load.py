@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from qlora_exp.config.schema import Config, Learn, SpecialTokens, TaskKind
+from qlora_exp.config.schema import Config, InvalidRows, Learn, SpecialTokens, TaskKind
 from qlora_exp.data.chat_template import reads_clock
 from qlora_exp.data.encoding import (
     Encoding,
@@ -18,21 +18,26 @@ from qlora_exp.data.encoding import (
     check_tokenizer,
     date_of,
     encode_rows,
-    plain_prompt,
-    plain_text,
     resolve_format,
     template_tokens,
 )
-from qlora_exp.data.items import Item, Splits
-from qlora_exp.data.labels import check_no_label_lost
-from qlora_exp.data.row_problems import RowProblem, add_counts, raise_or_count
+from qlora_exp.data.items import InvalidRow, Item, RowProblem, Splits
+from qlora_exp.data.plain_text import Texts, plain_prompt, plain_text, unusual_space_notes
 from qlora_exp.data.rows import Example
-from qlora_exp.data.rows_report import unusual_space_notes
 from qlora_exp.data.sources import read_general_chats, read_general_text
-from qlora_exp.data.split_names import SPLIT_NAMES
-from qlora_exp.data.splits import RawSplits, load_rows
+from qlora_exp.data.splits import (
+    RawSplits,
+    check_no_label_lost,
+    count_reasons,
+    load_rows,
+    raise_problems,
+    require_rows,
+)
 from qlora_exp.errors import DataError
 from qlora_exp.records.types import Data
+
+LOSS_IGNORE_INDEX = -100
+"""torch's ``ignore_index``: a position with this label has no loss."""
 
 
 def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSplits | None = None) -> Splits:
@@ -53,41 +58,47 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
     if learns_all and format == "plain":
         hint = "task.learn=last, or task.format=chat"
         raise DataError("the plain format learns the last answer alone", "task.learn=all", hint)
-    default_separator = format == "plain" and config.task.separator is None
     prefixes: set[str] = set()
-    sample: Encoding | None = None  # the first training row with a prefix, else the first one
+    sample: Texts | None = None  # the first training row with a prefix, else the first one
     used: dict[str, list[Example]] = {}
     items: dict[str, tuple[Item, ...]] = {}
     problems: list[RowProblem] = []
     truncated: list[RowProblem] = []
-    for split, examples in _by_split(rows):
+    for split, examples in rows.examples.items():
+        used[split], made = [], []
         every_turn = learns_all and split == "train"  # the other splits are scored on the last answer
         encodings = encode_rows(examples, tokenizer, format, date=date, every_turn=every_turn)
-        written = [encoding for encoding in encodings if isinstance(encoding, Encoding)]
-        prefixes |= {encoding.prefix for encoding in written}
-        if split == "train":
-            sample = next((encoding for encoding in written if encoding.prefix), written[0] if written else None)
-        results = [
-            result if isinstance(result, RowProblem) else _make_item(example, result, tokenizer, max_length, uncut)
-            for example, result in zip(examples, encodings, strict=True)
-        ]
-        problems += [result for result in results if isinstance(result, RowProblem)]
-        valid = [(e, r) for e, r in zip(examples, results, strict=True) if not isinstance(r, RowProblem)]
-        used[split] = [example for example, _ in valid]
-        items[split] = tuple(item for _, (item, _) in valid)
-        truncated += [
-            _truncation_problem(example, encoding, max_length)
-            for example, encoding, result in zip(examples, encodings, results, strict=True)
-            if isinstance(encoding, Encoding) and not isinstance(result, RowProblem) and result[1]
-        ]
-    dropped = add_counts(rows.dropped, raise_or_count(problems, config.task.invalid_rows))
-    _require_items(items, problems)
+        for example, encoding in zip(examples, encodings, strict=True):
+            if isinstance(encoding, RowProblem):
+                problems.append(encoding)
+                continue
+            prefixes.add(encoding.texts.prefix)
+            if split == "train" and (sample is None or (encoding.texts.prefix and not sample.prefix)):
+                sample = encoding.texts
+            try:
+                item = _make_item(example, encoding, tokenizer, max_length, uncut)
+            except InvalidRow as error:
+                problems.append(error.at(example.file, example.row))
+                continue
+            used[split].append(example)
+            made.append(item)
+            if len(encoding.ids) > max_length:
+                reason = f"truncated to training.max_length={max_length}: the end of the answer is not learned"
+                truncated.append(RowProblem(example.file, example.row, None, reason, f"{len(encoding.ids)} tokens"))
+        items[split] = tuple(made)
+    if config.task.invalid_rows is InvalidRows.error:
+        raise_problems(problems)
+    left_out = (*rows.left_out, *problems)
+    dropped = count_reasons(left_out)
+    for split in ("train", "validation"):
+        require_rows(split, items[split], problems)
     check_no_label_lost(rows.train, used["train"], problems)
     label_ids, label_end_ids = _label_ids(rows, used["train"][0], tokenizer, format, date)
-    _check_labels([item for split in SPLIT_NAMES for item in items[split]], label_ids, label_end_ids)
+    _check_labels([item for split in items.values() for item in split], label_ids, label_end_ids)
     template = tokenizer.chat_template if format == "chat" else None
     chat_date = config.task.date if reads_clock(template) else None
     read_as = [format, template, *_fingerprint_extras(chat_date, prefixes, learns_all)]
+    notes = unusual_space_notes(used["train"]) if format == "plain" and config.task.separator is None else []
     record = Data(
         task=config.task.name,
         fingerprint=_fingerprint(read_as, config, used, rows),
@@ -101,7 +112,9 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
         mean_prompt_tokens=_mean([len(item.prompt_ids) for item in items["train"]]),
         mean_completion_tokens=_mean([len(item.completion_ids) for item in items["train"]]),
         template_tokens=template_tokens(tokenizer, format, date),
-        template_tokens_trained=_template_trained(config, format),
+        template_tokens_trained=config.model.template_tokens_trained.get(config.model.variant.name)
+        if format == "chat"
+        else None,
         truncated_items=len(truncated),
         rows_fingerprint=_fingerprint([], config, used, rows),
         answer_prefix=sample.prefix or None if sample is not None else None,
@@ -119,20 +132,10 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
         read_general_text(),
         _general_chats(tokenizer, date) if format == "chat" else (),
         label_end_ids=label_end_ids,
-        left_out=(*rows.left_out, *problems),
+        left_out=left_out,
         truncated=tuple(truncated),
-        notes=(*rows.notes, *(unusual_space_notes(used["train"]) if default_separator else ())),
+        notes=(*rows.notes, *notes),
     )
-
-
-def _truncation_problem(example: Example, encoding: Encoding, max_length: int) -> RowProblem:
-    tokens = len(encoding.prompt_ids) + len(encoding.completion_ids) + len(encoding.end_ids)
-    reason = f"truncated to training.max_length={max_length}: the end of the answer is not learned"
-    return RowProblem(example.file, example.row, None, reason, f"{tokens} tokens")
-
-
-LOSS_IGNORE_INDEX = -100
-"""torch's ``ignore_index``: a position with this label has no loss."""
 
 
 def to_training_dataset(items: Sequence[Item]) -> Any:
@@ -154,60 +157,47 @@ def to_training_dataset(items: Sequence[Item]) -> Any:
     return datasets.Dataset.from_dict(columns)
 
 
-def _by_split(rows: RawSplits) -> list[tuple[str, tuple[Example, ...]]]:
-    return list(zip(SPLIT_NAMES, (rows.train, rows.validation, rows.test), strict=True))
+def _make_item(example: Example, encoding: Encoding, tokenizer: Tokenizer, max_length: int, uncut: bool) -> Item:
+    """Return the item, cut at ``max_length`` tokens. ``uncut``: the completion is an option and can't be cut.
 
-
-def _make_item(
-    example: Example, encoding: Encoding, tokenizer: Tokenizer, max_length: int, uncut: bool
-) -> tuple[Item, bool] | RowProblem:
-    """Return the item, and whether ``max_length`` cuts it. ``uncut``: the completion is an option and can't be cut."""
-    prompt, completion, end = encoding.prompt_ids, encoding.completion_ids, encoding.end_ids
-    room = max_length - len(prompt)
-    if room <= 0 or (uncut and room < len(completion)):
-        detail = (
-            f"the prompt has {len(prompt)} tokens, the completion {len(completion)}, and max_length is {max_length}"
-        )
-        hint = f"training.max_length={len(prompt) + len(completion) + len(end)} or a shorter row"
-        return RowProblem(example.file, example.row, None, "completion truncated away", detail, hint)
-    item = Item(
+    Raises :class:`InvalidRow` if no token of the completion would be left.
+    """
+    prompt_ids, completion_ids = encoding.prompt_ids, encoding.completion_ids
+    room = max_length - len(prompt_ids)
+    if room <= 0 or (uncut and room < len(completion_ids)):
+        lengths = f"the prompt has {len(prompt_ids)} tokens, the completion {len(completion_ids)}"
+        hint = f"training.max_length={len(encoding.ids)} or a shorter row"
+        raise InvalidRow("completion truncated away", f"{lengths}, and max_length is {max_length}", hint)
+    answer, completion, scored_text = encoding.answer, encoding.texts.completion, example.completion
+    if encoding.texts.structured:
+        settings = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        answer, scored_text = str(tokenizer.decode(completion_ids, **settings)).strip(), completion
+    if room < len(completion_ids):
+        completion = scored_text = str(tokenizer.decode(completion_ids[:room], clean_up_tokenization_spaces=False))
+    return Item(
         item_id=example.item_id,
-        prompt=encoding.prompt,
-        completion=encoding.completion,
-        prompt_ids=prompt,
-        completion_ids=completion,
-        end_ids=end[: max(0, room - len(completion))],
+        prompt=encoding.texts.prompt,
+        completion=completion,
+        prompt_ids=prompt_ids,
+        completion_ids=completion_ids[:room],
+        end_ids=encoding.end_ids[: max(0, room - len(completion_ids))],
         label=example.label,
-        answer=encoding.answer,
-        completion_bytes=len(example.completion.strip().encode("utf-8")),
+        answer=answer,
+        completion_bytes=len(scored_text.strip().encode("utf-8")),
         extra=example.extra,
         learned=encoding.learned[:max_length] if encoding.learned is not None else None,
     )
-    if encoding.structured:
-        text = str(tokenizer.decode(completion, skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
-        item = replace(item, answer=text, completion_bytes=len(encoding.completion.strip().encode("utf-8")))
-    if room < len(completion):
-        text = str(tokenizer.decode(completion[:room], clean_up_tokenization_spaces=False))
-        cut_bytes = len(text.strip().encode("utf-8"))
-        item = replace(item, completion=text, completion_ids=completion[:room], completion_bytes=cut_bytes)
-    return item, room < len(completion) + len(end)
 
 
 def _general_chats(tokenizer: Tokenizer, date: datetime.date) -> tuple[Item, ...]:
     """Return the general chats that this tokenizer's template can write, uncut. Many take no system message."""
     examples = read_general_chats()
-    results = zip(examples, encode_rows(examples, tokenizer, "chat", date=date), strict=True)
-    encoded = [(example, result) for example, result in results if isinstance(result, Encoding)]
-    items = [_make_item(example, result, tokenizer, sys.maxsize, False) for example, result in encoded]
-    return tuple(item[0] for item in items if not isinstance(item, RowProblem))
-
-
-def _require_items(items: dict[str, tuple[Item, ...]], problems: Sequence[RowProblem]) -> None:
-    for split in ("train", "validation"):
-        if not items[split]:
-            first = problems[0].error()
-            what = f"no usable row is left for {split}, {len(problems)} rows were refused; the first: {first.what}"
-            raise DataError(what, first.where, first.hint)
+    encodings = zip(examples, encode_rows(examples, tokenizer, "chat", date=date), strict=True)
+    return tuple(
+        _make_item(example, encoding, tokenizer, sys.maxsize, uncut=False)
+        for example, encoding in encodings
+        if isinstance(encoding, Encoding)
+    )
 
 
 def _label_ids(
@@ -216,7 +206,8 @@ def _label_ids(
     """Return each option's completion ids, and the tokens of the end that are needed to distinguish the options.
 
     The ids are those after the prompt of ``context``, because the boundary may change a label's first token."""
-    encodings: dict[str, Encoding] = {}
+    label_ids: dict[str, tuple[int, ...]] = {}
+    first: Encoding | None = None
     examples = [
         replace(context, completion=completion, label=label, answer=None) for label, completion in rows.options.items()
     ]
@@ -224,22 +215,19 @@ def _label_ids(
         label = str(example.label)
         if isinstance(result, RowProblem):
             raise DataError(f"the label {label!r} can't be tokenized: {result.detail}", "task.labels", result.hint)
-        encodings[label] = result
-        first = next(iter(encodings.values()))
+        first = first or result
         if (result.prompt_ids, result.end_ids) != (first.prompt_ids, first.end_ids):
             what = (
-                f"the prompt ends in different tokens before the label {label!r} than before {next(iter(encodings))!r}"
+                f"the prompt ends in different tokens before the label {label!r} than before {next(iter(label_ids))!r}"
             )
             raise DataError(what, "task.labels", "let the prompt end on a word or a colon")
+        label_ids[label] = result.completion_ids
     label_by_ids: dict[tuple[int, ...], str] = {}
-    for label, encoding in encodings.items():
-        if label_by_ids.setdefault(encoding.completion_ids, label) != label:
-            what = f"the labels {label_by_ids[encoding.completion_ids]!r} and {label!r} have the same tokens"
+    for label, ids in label_ids.items():
+        if label_by_ids.setdefault(ids, label) != label:
+            what = f"the labels {label_by_ids[ids]!r} and {label!r} have the same tokens"
             raise DataError(what, "task.labels", "use labels that this tokenizer can tell apart")
-    end = next(iter(encodings.values())).end_ids if encodings else ()
-    return {label: encoding.completion_ids for label, encoding in encodings.items()}, _distinguishing_end(
-        label_by_ids, end
-    )
+    return label_ids, _distinguishing_end(label_by_ids, first.end_ids if first is not None else ())
 
 
 def _distinguishing_end(label_by_ids: dict[tuple[int, ...], str], end: tuple[int, ...]) -> tuple[int, ...]:
@@ -265,18 +253,17 @@ def _check_labels(items: Sequence[Item], label_ids: dict[str, tuple[int, ...]], 
 
     Otherwise its likelihoods could not be compared between items. ``label_end_ids`` must be in each row, too."""
     for item in items:
-        file, _, row = item.item_id.rpartition(":")
         if item.label is not None and item.completion_ids != label_ids[item.label]:
             raise DataError(
                 f"the label {item.label!r} has other tokens after this prompt than after the first one",
-                f"{file}, row {row}",
+                item.where,
                 "end all prompts in the same way, with the same white space before each label, e.g. by a template: "
                 "$'task.prompt=\"{COLUMN}\\nLabel:\"'",
             )
         if item.label is not None and item.end_ids[: len(label_end_ids)] != label_end_ids:
             what = "training.max_length cuts the end of the label, which tells it from a label that begins with it"
             longest = len(item.prompt_ids) + len(item.completion_ids) + len(label_end_ids)
-            raise DataError(what, f"{file}, row {row}", f"training.max_length={longest}, or a shorter row")
+            raise DataError(what, item.where, f"training.max_length={longest}, or a shorter row")
 
 
 def _fingerprint_extras(date_read: str | None, prefixes: set[str], learns_all: bool) -> list[str]:
@@ -317,15 +304,9 @@ def _fingerprint(read_as: list[str | None], config: Config, used: dict[str, list
 
 def _text_with_one_space(example: Example) -> str:
     """Return the row as earlier versions wrote it in the plain format: equal texts keep their recorded fingerprint."""
-    prompt = plain_prompt(example)
+    prompt = plain_prompt(example).rstrip(" \t")
     return prompt + ("" if prompt.endswith(("\n", "\r")) else " ") + example.completion
 
 
 def _mean(lengths: Sequence[int]) -> float | None:
     return sum(lengths) / len(lengths) if lengths else None
-
-
-def _template_trained(config: Config, format: str) -> bool | None:
-    if format == "plain":
-        return None
-    return config.model.template_tokens_trained.get(config.model.variant.name)

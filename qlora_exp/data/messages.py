@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from qlora_exp.data.json_text import DuplicateKey, unique_keys
+from qlora_exp.data.contents import DuplicateKey, parse_json
+from qlora_exp.data.items import InvalidRow
 from qlora_exp.errors import nearest
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -51,14 +52,6 @@ class Message:
         return {**self.fields, **parts, **weight}
 
 
-class InvalidMessages(Exception):
-    """A conversation that can't be used: the reason, the detail, the place in the row and what to do."""
-
-    def __init__(self, reason: str, detail: str, where: str, hint: str | None = None) -> None:
-        super().__init__(reason)
-        self.reason, self.detail, self.where, self.hint = reason, detail, where, hint
-
-
 def read_messages(
     value: object,
     column: str,
@@ -66,20 +59,31 @@ def read_messages(
     checked_text: Callable[[object, str], str],
     every_turn: bool,
 ) -> list[Message]:
-    """Return the conversation, which ends with the learned answer. Raises :class:`InvalidMessages`.
+    """Return the conversation, which ends with the learned answer. Raises :class:`InvalidRow`.
 
     ``checked_text`` reads and checks one text. ``every_turn``: earlier answers are learned, too.
     """
     shape = 'write [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]'
     entries = _list(value, column, "messages", shape)
     if not entries:
-        raise InvalidMessages("invalid messages", "expected a list of messages, found an empty list", column, shape)
+        raise InvalidRow("invalid messages", "expected a list of messages, found an empty list", shape, column)
     messages = [
         _read_message(entry, number, f"{column}[{number}]", ignored_fields, checked_text)
         for number, entry in enumerate(entries, 1)
     ]
-    _check_order(messages, column)
-    _check_weights(messages, column, every_turn)
+    roles = [message.role for message in messages]
+    if roles[-1] != "assistant" or len(roles) == 1:  # the chat template checks the other roles
+        hint = "the last message is the assistant's, and another one comes before it"
+        if "assistant" in roles[1:]:
+            hint = "take out the messages after the last answer, which are not learned; " + hint
+        raise InvalidRow("invalid messages", f"the roles are {', '.join(roles)}", hint, column)
+    if messages[-1].weight == 0:
+        hint = "leave the row out, or end the conversation on an answer that is learned"
+        raise InvalidRow("an answer that isn't learned", "the last answer has the weight 0", hint, column)
+    for number, message in enumerate(messages[:-1], 1):
+        if message.role == "assistant" and message.weight == 1 and not every_turn:
+            detail = f"message {number} has the weight 1, and task.learn=last learns the last answer alone"
+            raise InvalidRow("an answer that would not be learned", detail, "task.learn=all", column)
     return messages
 
 
@@ -92,7 +96,7 @@ def read_tools(value: object, column: str) -> tuple[Any, ...] | None:
     for number, tool in enumerate(tools, 1):
         if not isinstance(tool, dict):
             detail = f"tool {number} is {describe_value(tool)}, not an object"
-            raise InvalidMessages("invalid tools", detail, column, shape)
+            raise InvalidRow("invalid tools", detail, shape, column)
     _check_json(tools, column, "task.columns.tools=null")
     return tuple(tools) or None
 
@@ -106,7 +110,7 @@ def read_variables(value: object, column: str) -> Mapping[str, Any] | None:
         value = _parsed(value, column, "variables", shape)
     if not isinstance(value, dict):
         detail = f"expected an object, found {describe_value(value)}"
-        raise InvalidMessages("invalid variables", detail, column, shape)
+        raise InvalidRow("invalid variables", detail, shape, column)
     _check_json(value, column, "take it out of the column")
     return {name: item for name, item in value.items() if item is not None} or None
 
@@ -134,19 +138,19 @@ def _list(value: object, column: str, name: str, shape: str) -> list[Any]:
         value = _parsed(value, column, name, shape)
     if not isinstance(value, list):
         detail = f"expected a list of {name}, found {describe_value(value)}"
-        raise InvalidMessages(f"invalid {name}", detail, column, shape)
+        raise InvalidRow(f"invalid {name}", detail, shape, column)
     return value
 
 
 def _parsed(text: str, column: str, name: str, shape: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=unique_keys)
+        return parse_json(text)
     except DuplicateKey as duplicate:
-        raise InvalidMessages("duplicate key", str(duplicate), column, "keep one of the two") from None
+        raise InvalidRow("duplicate key", str(duplicate), "keep one of the two", column) from None
     except (ValueError, RecursionError) as error:
         if _PYTHON_LIST.match(text):
             shape = f"str() wrote it, not json.dumps: df[{column!r}] = df[{column!r}].map(json.dumps) before df.to_csv"
-        raise InvalidMessages(f"invalid {name}", f"the text is not JSON: {error}", column, shape) from None
+        raise InvalidRow(f"invalid {name}", f"the text is not JSON: {error}", shape, column) from None
 
 
 _PYTHON_LIST = re.compile(r"\s*[\[(]?\s*\{\s*'")
@@ -165,11 +169,11 @@ def _read_message(
         hint = 'each message is {"role": "…", "content": "…"}'
         if isinstance(entry, dict) and {"from", "value"} <= set(entry):
             hint = "rename from to role and value to content, human to user and gpt to assistant"
-        raise InvalidMessages("invalid messages", f"message {number} has no role and content", where, hint)
+        raise InvalidRow("invalid messages", f"message {number} has no role and content", hint, where)
     role = entry["role"]
     if not isinstance(role, str) or role not in ROLES:
         hint = f"did you mean {_SHAREGPT[str(role)]}?" if str(role) in _SHAREGPT else nearest(str(role), ROLES)
-        raise InvalidMessages("invalid messages", f"message {number} has the role {role!r}", where, hint)
+        raise InvalidRow("invalid messages", f"message {number} has the role {role!r}", hint, where)
     fields = {
         name: value
         for name, value in entry.items()
@@ -177,18 +181,23 @@ def _read_message(
     }
     for name, value in fields.items():
         _check_json(value, where, f"write it as text; or leave it out: task.ignore_fields=[{name}]")
-    weight = _weight(entry.get("weight"), number, where) if "weight" not in ignored else None
+    weight = entry.get("weight") if "weight" not in ignored else None
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if weight is not None and not (is_number and weight in (0, 1)):
+        detail = f"message {number} has the weight {describe_value(weight)}"
+        raise InvalidRow("invalid messages", detail, "0: not learned; 1, or no weight: learned", where)
+    weight = None if weight is None else float(weight)
     content = entry.get("content")
     if role == "assistant" and TOOL_CALLS in fields and (content is None or content == ""):
         return Message(role, "", fields, None, weight, has_content=content is not None)
     if role == "tool" and content == "":  # the tool returned nothing
         return Message(role, "", fields, None, weight)
     if "content" not in entry:
-        raise InvalidMessages("invalid messages", f"message {number} has no content", where, 'add "content": "…"')
+        raise InvalidRow("invalid messages", f"message {number} has no content", 'add "content": "…"', where)
     if isinstance(content, list):
         parts = tuple(_part(part, number, where, checked_text) for part in content)
         if not parts:
-            raise InvalidMessages("invalid messages", f"message {number} has no parts", where, "write its text")
+            raise InvalidRow("invalid messages", f"message {number} has no parts", "write its text", where)
         return Message(role, "".join(parts), fields, parts, weight)
     return Message(role, checked_text(content, where), fields, None, weight)
 
@@ -197,54 +206,22 @@ def _part(part: object, number: int, where: str, checked_text: Callable[[object,
     hint = 'write each part as {"type": "text", "text": "…"}; images, sounds and videos can\'t be trained on'
     if not isinstance(part, dict) or part.get("type") != "text":
         kind = repr(part.get("type")) if isinstance(part, dict) else describe_value(part)
-        raise InvalidMessages("invalid messages", f"message {number} has a part of the type {kind}", where, hint)
+        raise InvalidRow("invalid messages", f"message {number} has a part of the type {kind}", hint, where)
     unread = [name for name, value in part.items() if name not in ("type", "text") and value is not None]
     if unread:
         detail = f"a part of message {number} has the field {unread[0]!r}, which no template reads"
-        raise InvalidMessages("invalid messages", detail, where, hint)
+        raise InvalidRow("invalid messages", detail, hint, where)
     return checked_text(part.get("text"), where)
 
 
-def _weight(value: object, number: int, where: str) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or value not in (0, 1):
-        detail = f"message {number} has the weight {describe_value(value)}"
-        raise InvalidMessages("invalid messages", detail, where, "0: not learned; 1, or no weight: learned")
-    return float(value)
-
-
 def _check_json(value: object, where: str, hint: str) -> None:
-    """Raise :class:`InvalidMessages` unless ``value`` is JSON, which templates write. Parquet also holds dates."""
+    """Raise :class:`InvalidRow` unless ``value`` is JSON, which templates write. Parquet also holds dates."""
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except TypeError:
-        raise InvalidMessages("invalid messages", f"{describe_value(value)} is not a JSON value", where, hint) from None
+        raise InvalidRow("invalid messages", f"{describe_value(value)} is not a JSON value", hint, where) from None
     except UnicodeEncodeError:
         detail = "it holds half of a surrogate pair, which no tokenizer can read"
-        raise InvalidMessages("broken Unicode", detail, where) from None
+        raise InvalidRow("broken Unicode", detail, column=where) from None
     except RecursionError:
-        raise InvalidMessages("invalid messages", "a field is nested too deeply", where) from None
-
-
-def _check_order(messages: Sequence[Message], column: str) -> None:
-    """Raise :class:`InvalidMessages` unless the last message is an answer. The chat template checks the other roles."""
-    roles = [message.role for message in messages]
-    if roles[-1] == "assistant" and len(roles) > 1:
-        return
-    hint = "the last message is the assistant's, and another one comes before it"
-    if "assistant" in roles[1:]:
-        hint = "take out the messages after the last answer, which are not learned; " + hint
-    raise InvalidMessages("invalid messages", f"the roles are {', '.join(roles)}", column, hint)
-
-
-def _check_weights(messages: Sequence[Message], column: str, every_turn: bool) -> None:
-    """Raise :class:`InvalidMessages` if weights contradict what is learned."""
-    answers = [number for number, message in enumerate(messages, 1) if message.role == "assistant"]
-    if messages[-1].weight == 0:
-        hint = "leave the row out, or end the conversation on an answer that is learned"
-        raise InvalidMessages("an answer that isn't learned", "the last answer has the weight 0", column, hint)
-    for number in answers[:-1]:
-        if messages[number - 1].weight == 1 and not every_turn:
-            detail = f"message {number} has the weight 1, and task.learn=last learns the last answer alone"
-            raise InvalidMessages("an answer that would not be learned", detail, column, "task.learn=all")
+        raise InvalidRow("invalid messages", "a field is nested too deeply", column=where) from None

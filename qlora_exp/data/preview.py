@@ -1,17 +1,17 @@
-"""Items shown token by token, the trained tokens marked, so that a person can check them."""
+"""What a person checks before training: items token by token, rows that are left out or cut, and likely mistakes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from qlora_exp.data.encoding import Tokenizer
-from qlora_exp.data.items import Item, Splits
-from qlora_exp.data.split_names import SPLIT_NAMES
+from qlora_exp.data.items import SPLIT_NAMES, Item, RowProblem, Splits
 from qlora_exp.errors import DataError, nearest
 
-MAX_TOKENS_PER_CHARACTER = 4
+_MAX_SHOWN_ROWS = 5
+_MAX_TOKENS_PER_CHARACTER = 4
 """A character has at most four bytes in UTF-8."""
 
 
@@ -21,34 +21,24 @@ class PreviewToken(NamedTuple):
     trained: bool
 
 
-@dataclass(frozen=True)
-class PreviewItem:
-    """One item's tokens in order, and how many belong to the prompt, the completion and the end."""
+def preview_items(
+    splits: Splits, tokenizer: Tokenizer, split: str, count: int
+) -> list[tuple[Item, tuple[PreviewToken, ...]]]:
+    """Return the first ``count`` items of a split with their tokens.
 
-    item_id: str
-    tokens: tuple[PreviewToken, ...]
-    prompt_tokens: int
-    completion_tokens: int
-    end_tokens: int
-    label: str | None
-
-
-def preview_items(splits: Splits, tokenizer: Tokenizer, split: str, count: int) -> list[PreviewItem]:
-    """Return the first ``count`` items of a split. Raises :class:`DataError` for an unknown split or ``count < 1``."""
+    Raises :class:`DataError` for an unknown split or ``count < 1``.
+    """
     if split not in SPLIT_NAMES:
         raise DataError(f"there is no split {split!r}", "data preview", nearest(split, SPLIT_NAMES))
     if count < 1:
         raise DataError(f"{count} items can't be shown", "data preview", "a number of at least 1")
-    items: tuple[Item, ...] = getattr(splits, split)
-    return [_preview_item(item, tokenizer) for item in items[:count]]
-
-
-def _preview_item(item: Item, tokenizer: Tokenizer) -> PreviewItem:
-    trained = [bool(has_loss) for has_loss in item.completion_mask]
-    texts = _token_texts(list(item.ids), trained, tokenizer)
-    tokens = tuple(PreviewToken(*fields) for fields in zip(texts, item.ids, trained, strict=True))
-    lengths = (len(item.prompt_ids), len(item.completion_ids), len(item.end_ids))
-    return PreviewItem(item.item_id, tokens, *lengths, item.label)
+    shown = []
+    for item in getattr(splits, split)[:count]:
+        trained = [bool(has_loss) for has_loss in item.completion_mask]
+        texts = _token_texts(item.ids, trained, tokenizer)
+        tokens = tuple(PreviewToken(*fields) for fields in zip(texts, item.ids, trained, strict=True))
+        shown.append((item, tokens))
+    return shown
 
 
 def _token_texts(ids: Sequence[int], trained: Sequence[bool], tokenizer: Tokenizer) -> list[str]:
@@ -58,7 +48,7 @@ def _token_texts(ids: Sequence[int], trained: Sequence[bool], tokenizer: Tokeniz
     texts: list[str] = []
     while (start := len(texts)) < len(ids):
         text, stop = "", start
-        while stop < len(ids) and stop - start < MAX_TOKENS_PER_CHARACTER and trained[stop] == trained[start]:
+        while stop < len(ids) and stop - start < _MAX_TOKENS_PER_CHARACTER and trained[stop] == trained[start]:
             stop += 1
             text = str(tokenizer.decode(list(ids[start:stop]), clean_up_tokenization_spaces=False))
             if "\ufffd" not in text:
@@ -68,3 +58,25 @@ def _token_texts(ids: Sequence[int], trained: Sequence[bool], tokenizer: Tokeniz
         else:
             texts.append(str(tokenizer.convert_ids_to_tokens(ids[start])))
     return texts
+
+
+def rows_report(splits: Splits) -> list[str]:
+    """Return lines of text: files read as one split, rows left out by reason, rows cut by ``max_length``, notes."""
+    lines = []
+    for split in SPLIT_NAMES:
+        files = list(dict.fromkeys(item.item_id.rpartition(":")[0] for item in getattr(splits, split)))
+        if len(files) > 1:
+            more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+            lines.append(f"{split} rows come from {len(files)} files: {', '.join(files[:3])}{more}")
+    return [*lines, *_by_reason(splits.left_out, "left out"), *_by_reason(splits.truncated, "kept"), *splits.notes]
+
+
+def _by_reason(problems: Sequence[RowProblem], outcome: str) -> Iterator[str]:
+    for reason, count in Counter(problem.reason for problem in problems).most_common():
+        matching = [problem for problem in problems if problem.reason == reason]
+        yield f"{count} {'row' if count == 1 else 'rows'} {outcome}: {reason}"
+        for problem in matching[:_MAX_SHOWN_ROWS]:
+            column = f", column {problem.column}" if problem.column else ""
+            yield f"  {problem.file}, row {problem.row}{column}: {problem.detail}"
+        if count > _MAX_SHOWN_ROWS:
+            yield f"  … and {count - _MAX_SHOWN_ROWS} more"

@@ -13,23 +13,13 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 from qlora_exp.config.schema import Learn, SpecialTokens, TaskConfig, TaskKind, TaskSource
 from qlora_exp.data.files import DataFile, RawRow, Unlabelled
-from qlora_exp.data.known_formats import columns_hint
-from qlora_exp.data.messages import (
-    InvalidMessages,
-    Message,
-    describe_value,
-    read_messages,
-    read_tools,
-    read_variables,
-    without_nulls,
-)
-from qlora_exp.data.row_problems import RowProblem
-from qlora_exp.data.templates import RowTemplate, parse_template, with_line_breaks
+from qlora_exp.data.items import InvalidRow, RowProblem
+from qlora_exp.data.messages import Message, describe_value, read_messages, read_tools, read_variables, without_nulls
+from qlora_exp.data.templates import RowTemplate, columns_hint, parse_template, with_line_breaks
 from qlora_exp.data.texts import StrippedText, collapse_white_space, is_blank, strip_text
 from qlora_exp.errors import DataError, nearest
 
@@ -75,6 +65,16 @@ class Example:
         return f"{self.file}:{self.row}"
 
     @property
+    def all_messages(self) -> tuple[Message, ...]:
+        """Return the prompt's messages and the answer."""
+        return (*self.messages, self.answer or Message("assistant", self.completion))
+
+    @property
+    def has_structured_answer(self) -> bool:
+        """Return whether the answer is more than text: tool calls, or reasoning in a field."""
+        return self.answer is not None and bool(self.answer.fields)
+
+    @property
     def prompt_key(self) -> str:
         """Return a key that is equal for rows with the same prompt. Indentation counts, other white space doesn't.
 
@@ -93,37 +93,16 @@ class Example:
         return f"{self.completion}\x1f{json.dumps(differences, sort_keys=True)}" if differences else self.completion
 
 
-class _InvalidRow(Exception):
-    """A row that can't be used: the reason (rows are counted by it), the detail, the column and what to do."""
-
-    def __init__(self, reason: str, detail: str, column: str | None, hint: str | None = None) -> None:
-        super().__init__(reason)
-        self.reason, self.detail, self.column, self.hint = reason, detail, column, hint
-
-
 @dataclass(frozen=True)
-class _ColumnMapping:
-    """How the columns of one file become an example."""
+class _Sources:
+    """The columns and templates from which one file's examples are read."""
 
     prompt: str | RowTemplate | None
     completion: str | RowTemplate | None
     messages: str | None
     label: str | None
-    system: str | None
-    columns: tuple[str, ...]
-    plain: PlainText = PlainText()
-    tools: str | None = None
-    ignored_fields: tuple[str, ...] = ()
-    every_turn: bool = False
-    from_arrow: bool = False
-
-    @cached_property
-    def used(self) -> set[str]:
-        """Return the columns that an example is made of; all others are extra."""
-        used = {column for column in self.columns if self.messages and column in (self.tools, VARIABLES_COLUMN)}
-        for source in (self.prompt, self.completion, self.messages, self.label):
-            used |= set(source.columns) if isinstance(source, RowTemplate) else {source} if source else set()
-        return used
+    used: frozenset[str]
+    """The columns that an example is made of; all others are extra."""
 
 
 def read_examples(task: TaskConfig, raw: DataFile) -> tuple[list[Example], list[RowProblem]]:
@@ -134,8 +113,8 @@ def read_examples(task: TaskConfig, raw: DataFile) -> tuple[list[Example], list[
     problems = list(raw.problems)
     if not raw.rows:
         return [], problems
-    mapping = _column_mapping(task, raw)
-    for column in sorted(mapping.used & set(raw.mixed_classes)):
+    sources = _find_sources(task, raw)
+    for column in sorted(sources.used & set(raw.mixed_classes)):
         hint = (
             f"write all files with the same features, or write class names as text into column {column!r} of each file"
         )
@@ -143,45 +122,39 @@ def read_examples(task: TaskConfig, raw: DataFile) -> tuple[list[Example], list[
     examples = []
     for row in raw.rows:
         try:
-            examples.append(_read_example(row, mapping, task.kind))
-        except _InvalidRow as error:
-            problems.append(RowProblem(row.file, row.number, error.column, error.reason, error.detail, error.hint))
+            examples.append(_read_example(row, sources, task))
+        except InvalidRow as error:
+            problems.append(error.at(row.file, row.number))
     return examples, sorted(problems, key=lambda problem: problem.row)
 
 
-def _column_mapping(task: TaskConfig, raw: DataFile) -> _ColumnMapping:
-    columns, classifies = raw.columns, task.kind is TaskKind.classification
+def _find_sources(task: TaskConfig, raw: DataFile) -> _Sources:
     if re.search(r"\\[nrt]", task.separator or ""):
         what = f"the separator {task.separator!r} holds a backslash and a letter, not a newline or a tab"
         raise DataError(what, "task.separator", "in a shell: $'task.separator=\"\\n\"'; or in a file given with --from")
-    plain = PlainText(separator=task.separator, special_tokens=task.special_tokens)
-    system = with_line_breaks(task.system) if task.system else task.system
-    if task.columns.messages:
+    label = task.columns.label if task.kind is TaskKind.classification else None
+    messages = task.columns.messages
+    if messages:
         if task.prompt or task.completion:
             raise DataError(
                 "both a messages column and a template are given",
                 "task.columns.messages, task.prompt, task.completion",
                 "give one of them: task.columns.messages=null, or task.prompt=null task.completion=null",
             )
-        label = task.columns.label if classifies else None
-        for key, column in (("messages", task.columns.messages), ("label", label)):
-            _check_column(column, f"task.columns.{key}", raw)
-        return _ColumnMapping(
-            *(None, None, task.columns.messages, label, system, columns),
-            tools=task.columns.tools,
-            ignored_fields=tuple(task.ignore_fields),
-            every_turn=task.learn is Learn.all,
-            from_arrow=task.source is TaskSource.hub,
-            plain=plain,
-        )
-    label = task.columns.label if classifies else None
+        _check_column(messages, "task.columns.messages", raw)
+        _check_column(label, "task.columns.label", raw)
+        optional = {column for column in raw.columns if column in (task.columns.tools, VARIABLES_COLUMN)}
+        used = {messages, *optional, *([label] if label else [])}
+        return _Sources(None, None, messages, label, frozenset(used))
     completion_column = task.columns.completion
-    if label and not task.completion and completion_column not in columns:
+    if label and not task.completion and completion_column not in raw.columns:
         completion_column = label  # the label is the answer
     prompt = _text_source("prompt", task.prompt, task.columns.prompt, raw)
     completion = _text_source("completion", task.completion, completion_column, raw)
     _check_column(label, "task.columns.label", raw)
-    return _ColumnMapping(prompt, completion, None, label, system, columns, plain)
+    columns = [source.columns if isinstance(source, RowTemplate) else (source,) for source in (prompt, completion)]
+    used = {*columns[0], *columns[1], *([label] if label else [])}
+    return _Sources(prompt, completion, None, label, frozenset(used))
 
 
 def _text_source(name: str, template: str | None, column: str | None, raw: DataFile) -> str | RowTemplate:
@@ -203,52 +176,35 @@ def _text_source(name: str, template: str | None, column: str | None, raw: DataF
 def _check_column(column: str | None, key: str, raw: DataFile) -> None:
     if column is None or column in raw.columns:
         return
-    hint = _renaming_hint(column, raw.columns)
-    if hint is None and not key.endswith("messages"):
-        hint = columns_hint(raw.columns)
+    written = next((name for name in raw.columns if name.strip(" \t\ufeff'\"`") == column), None)
+    if written is not None:  # only quotes or invisible characters are added to the name
+        hint: str | None = f"the file names it {written!r}: write {column!r} there"
+    else:
+        hint = columns_hint(raw.columns) if not key.endswith("messages") else None
     hint = hint or f"{nearest(column, raw.columns)}; set {key}=COLUMN"
     raise DataError(f"missing column: no row has a column {column!r}", f"{raw.name} ({key})", hint)
 
 
-def _renaming_hint(column: str, columns: Sequence[str]) -> str | None:
-    """Return how the file writes the column, if it only adds quotes or invisible characters to the name."""
-    written = next((name for name in columns if name.strip(" \t\ufeff'\"`") == column), None)
-    return f"the file names it {written!r}: write {column!r} there" if written is not None else None
-
-
-def _missing_hint(column: str, columns: Sequence[str]) -> str:
-    """Return what to do about a row without a column that other rows have."""
-    if difflib.get_close_matches(column, columns, n=1, cutoff=0.6):
-        return nearest(column, columns)
-    return f"this row has {', '.join(columns) or 'no column'}: give all rows the same columns"
-
-
-def _read_example(row: RawRow, mapping: _ColumnMapping, kind: TaskKind) -> Example:
-    label = None
-    if kind is TaskKind.classification and mapping.label:
-        label = _column_text(row, mapping.label, whole_numbers=True).strip()
-    extra = {column: value for column, value in row.values.items() if column not in mapping.used}
-    if mapping.messages:
-        example = _read_conversation(row, mapping, kind, label, extra)
+def _read_example(row: RawRow, sources: _Sources, task: TaskConfig) -> Example:
+    label, classifies = None, task.kind is TaskKind.classification
+    if classifies and sources.label:
+        label = _column_text(row, sources.label, whole_numbers=True).strip()
+    if sources.messages:
+        example = _read_conversation(row, sources.messages, task)
     else:
-        answer = _completion_text(row, mapping, kind)
-        prompt = Message("user", _text(row, mapping.prompt))
-        plain = replace(mapping.plain, space_before=answer.before, space_after=answer.after)
-        example = Example(row.file, row.number, (prompt,), False, answer.text, label, extra, plain=plain)
-    if mapping.system and example.messages[0].role not in ("system", "developer"):
-        example = replace(example, messages=(Message("system", mapping.system), *example.messages))
-    if kind is TaskKind.classification and label is None:
-        example = replace(example, label=example.completion)
-    return example
-
-
-def _completion_text(row: RawRow, mapping: _ColumnMapping, kind: TaskKind) -> StrippedText:
-    """Return the completion. A label is a name: it has no indentation, and white space after it means nothing."""
-    classifies = kind is TaskKind.classification
-    text = _text(row, mapping.completion, is_class=classifies)
-    if classifies:
-        return StrippedText(text[: len(text) - len(text.lstrip())], text.strip(), "")
-    return strip_text(text)
+        text = _text(row, sources.completion, is_class=classifies)
+        answer = strip_text(text)
+        if classifies:  # a label is a name: it has no indentation, and white space after it means nothing
+            answer = StrippedText(text[: len(text) - len(text.lstrip())], text.strip(), "")
+        prompt = Message("user", _text(row, sources.prompt))
+        plain = PlainText(answer.before, answer.after, task.separator, task.special_tokens)
+        example = Example(row.file, row.number, (prompt,), False, answer.text, None, {}, plain)
+    messages = example.messages
+    if task.system and messages[0].role not in ("system", "developer"):
+        messages = (Message("system", with_line_breaks(task.system)), *messages)
+    extra = {column: value for column, value in row.values.items() if column not in sources.used}
+    label = example.completion if classifies and label is None else label
+    return replace(example, messages=messages, label=label, extra=extra)
 
 
 def _text(row: RawRow, source: str | RowTemplate | None, is_class: bool = False) -> str:
@@ -256,7 +212,8 @@ def _text(row: RawRow, source: str | RowTemplate | None, is_class: bool = False)
         several = len(source.columns) > 1
         texts = {column: _column_text(row, column, whole_numbers=True, empty=several) for column in source.columns}
         if not any(text.strip() for text in texts.values()):
-            raise _InvalidRow("empty", "all columns of the template are empty or only white space", next(iter(texts)))
+            detail = "all columns of the template are empty or only white space"
+            raise InvalidRow("empty", detail, column=next(iter(texts)))
         return source.render(texts)
     assert source is not None
     return _column_text(row, source, whole_numbers=is_class)
@@ -265,31 +222,40 @@ def _text(row: RawRow, source: str | RowTemplate | None, is_class: bool = False)
 def _column_text(row: RawRow, column: str, whole_numbers: bool, empty: bool = False) -> str:
     """Return the column's text. ``empty``: it may be empty, as another column may fill the template."""
     empty_hint = f'write "{column}": "" where it is empty (pandas: df.fillna(""))' if empty else None
-    if column not in row.values:
-        hint = _missing_hint(column, list(row.values)) + (f"; or {empty_hint}" if empty_hint else "")
-        raise _InvalidRow("missing column", f"{column!r} is not in this row", column, hint)
-    value = row.values[column]
+    value = _value(row, column, f"; or {empty_hint}" if empty_hint else "")
     if isinstance(value, Unlabelled):
-        raise _InvalidRow("no label", f"the class is {value:d}, which marks a row without a label", column)
+        raise InvalidRow("no label", f"the class is {value:d}, which marks a row without a label", column=column)
     if whole_numbers and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if value is None and empty_hint:
-        raise _InvalidRow("not text", "found null", column, empty_hint)
+        raise InvalidRow("not text", "found null", empty_hint, column)
     return value if empty and isinstance(value, str) and not value.strip() else _checked_text(value, column)
+
+
+def _value(row: RawRow, column: str, more_hint: str = "") -> object:
+    """Return the value of a column that other rows have. Raises :class:`InvalidRow` if this row doesn't have it."""
+    if column not in row.values:
+        columns = list(row.values)
+        if difflib.get_close_matches(column, columns, n=1, cutoff=0.6):
+            hint = nearest(column, columns)
+        else:
+            hint = f"this row has {', '.join(columns) or 'no column'}: give all rows the same columns"
+        raise InvalidRow("missing column", f"{column!r} is not in this row", hint + more_hint, column)
+    return row.values[column]
 
 
 def _checked_text(value: object, column: str) -> str:
     if not isinstance(value, str):
-        raise _InvalidRow("not text", f"found {describe_value(value)}", column, _text_hint(value, column))
+        raise InvalidRow("not text", f"found {describe_value(value)}", _text_hint(value, column), column)
     if not value.strip():
-        raise _InvalidRow("empty", "the text is empty or only white space", column)
+        raise InvalidRow("empty", "the text is empty or only white space", column=column)
     if is_blank(value):
-        raise _InvalidRow("empty", f"the text holds invisible characters only: {value[:10]!r}", column)
+        raise InvalidRow("empty", f"the text holds invisible characters only: {value[:10]!r}", column=column)
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
         detail = "it holds half of a surrogate pair, which no tokenizer can read"
-        raise _InvalidRow("broken Unicode", detail, column) from None
+        raise InvalidRow("broken Unicode", detail, column=column) from None
     return value
 
 
@@ -315,40 +281,27 @@ def _text_hint(value: object, column: str) -> str | None:
     return None if value is None else f'write it as text, e.g. "{value}"'
 
 
-def _read_conversation(
-    row: RawRow, mapping: _ColumnMapping, kind: TaskKind, label: str | None, extra: dict[str, Any]
-) -> Example:
-    column = mapping.messages
-    assert column is not None
-    if column not in row.values:
-        hint = _missing_hint(column, list(row.values))
-        raise _InvalidRow("missing column", f"{column!r} is not in this row", column, hint)
-    place = column
-    try:
-        conversation = row.values[column]
-        *messages, last = read_messages(conversation, column, mapping.ignored_fields, _checked_text, mapping.every_turn)
-        fields = [name for name, value in last.fields.items() if value != ""]
-        if kind is TaskKind.classification and fields:
-            detail = f"the last message has {', '.join(fields)}, and a label is text alone"
-            raise InvalidMessages("invalid messages", detail, column, "task.kind=generation")
-        place = mapping.tools or ""
-        tools = read_tools(row.values.get(place), place)
-        place = VARIABLES_COLUMN
-        variables = read_variables(row.values.get(place), place)
-        if mapping.from_arrow or row.file.lower().endswith(_ARROW_FILES):
-            *messages, last = (message.without_nulls() for message in (*messages, last))
-            tools = tuple(without_nulls(list(tools))) if tools is not None else None
-    except InvalidMessages as error:
-        raise _InvalidRow(error.reason, error.detail, error.where, error.hint) from None
+def _read_conversation(row: RawRow, column: str, task: TaskConfig) -> Example:
+    every_turn = task.learn is Learn.all
+    *messages, last = read_messages(_value(row, column), column, task.ignore_fields, _checked_text, every_turn)
+    fields = [name for name, value in last.fields.items() if value != ""]
+    if task.kind is TaskKind.classification and fields:
+        detail = f"the last message has {', '.join(fields)}, and a label is text alone"
+        raise InvalidRow("invalid messages", detail, "task.kind=generation", column)
+    tools_column = task.columns.tools or ""
+    tools = read_tools(row.values.get(tools_column), tools_column)
+    variables = read_variables(row.values.get(VARIABLES_COLUMN), VARIABLES_COLUMN)
+    if task.source is TaskSource.hub or row.file.lower().endswith(_ARROW_FILES):
+        *messages, last = (message.without_nulls() for message in (*messages, last))
+        tools = tuple(without_nulls(list(tools))) if tools is not None else None
     last = last.with_text(strip_text(last.content).text)
-    answer = last if last.more else None
-    plain = mapping.plain
-    if plain.separator is None and not last.content[:1].isspace():
-        plain = replace(plain, separator=" ")  # the same as after earlier turns' roles, in every script
+    separator = task.separator
+    if separator is None and not last.content[:1].isspace():
+        separator = " "  # the same as after earlier turns' roles, in every script
     return Example(
-        *(row.file, row.number, tuple(messages), True, last.content, label, extra),
-        plain=plain,
-        answer=answer,
+        *(row.file, row.number, tuple(messages), True, last.content, None, {}),
+        plain=PlainText(separator=separator, special_tokens=task.special_tokens),
+        answer=last if last.more else None,
         tools=tools,
         variables=variables,
     )

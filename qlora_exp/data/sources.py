@@ -7,12 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from qlora_exp.config.schema import TaskConfig, TaskSource
-from qlora_exp.data.compression import ARCHIVES, COMPRESSED, ENDINGS, ending_of
-from qlora_exp.data.files import DataFile, RawRow, read_file
-from qlora_exp.data.folders import check_not_a_shard, files_by_split
+from qlora_exp.data.contents import ARCHIVES, COMPRESSED, ENDINGS, ending_of
+from qlora_exp.data.files import DataFile, read_file
+from qlora_exp.data.folders import check_not_a_shard, files_by_split, parse_name
 from qlora_exp.data.messages import Message
 from qlora_exp.data.rows import Example
-from qlora_exp.data.split_names import parse_name
 from qlora_exp.errors import DataError, QloraExpError, nearest
 from qlora_exp.paths import EMBEDDED
 
@@ -42,10 +41,10 @@ def read_sources(task: TaskConfig) -> dict[str, DataFile]:
 
 def _unread_splits_note(path: Path) -> list[str]:
     """Return a note if the folder of a single train file holds other splits, too."""
-    if parse_name(path)[0] != "train":
+    if parse_name(path).split != "train":
         return []
     others = [file for file in sorted(path.parent.iterdir()) if ending_of(file) in ENDINGS and file.is_file()]
-    names = [file.name for file in others if parse_name(file)[0] in ("validation", "test")]
+    names = [file.name for file in others if parse_name(file).split in ("validation", "test")]
     return [f"not read: {', '.join(names)}; task.path={path.parent} reads them as splits"] if names else []
 
 
@@ -63,19 +62,16 @@ def state_of_files(path: str) -> Hashable:
 
 def read_general_text() -> tuple[str, ...]:
     """Return the fixed documents on which forgetting is measured, the same for every model and task."""
-    rows = read_file(EMBEDDED / "general_text.jsonl").rows
-    return tuple(str(row.values["text"]) for row in rows)
+    return tuple(str(row.values["text"]) for row in read_file(EMBEDDED / "general_text.jsonl").rows)
 
 
 def read_general_chats() -> tuple[Example, ...]:
     """Return the fixed chats on which forgetting is measured in the chat format. The last answer is the completion."""
-    file = read_file(EMBEDDED / "general_chat.jsonl")
-    return tuple(_chat_example(file.name, row) for row in file.rows)
-
-
-def _chat_example(file: str, row: RawRow) -> Example:
-    *prompt, answer = (Message(message["role"], message["content"]) for message in row.values["messages"])
-    return Example(file, row.number, tuple(prompt), True, answer.content, None, {})
+    chats = []
+    for row in read_file(EMBEDDED / "general_chat.jsonl").rows:
+        *prompt, answer = (Message(message["role"], message["content"]) for message in row.values["messages"])
+        chats.append(Example(row.file, row.number, tuple(prompt), True, answer.content, None, {}))
+    return tuple(chats)
 
 
 def _missing_path_hint(path: Path) -> str:
@@ -97,24 +93,24 @@ def _read_folder(folder: Path) -> dict[str, DataFile]:
         split: [read_file(file.path, file.name) for file in files] for split, files in files_by_split(folder).items()
     }
     mixed = _mixed_classes([file for files in shards.values() for file in files])
-    merged = {split: files[0] if len(files) == 1 else _merge_shards(files) for split, files in shards.items()}
-    return {split: replace(file, mixed_classes=mixed) for split, file in merged.items()}
+    return {split: replace(_merge_shards(files), mixed_classes=mixed) for split, files in shards.items()}
 
 
 def _mixed_classes(files: Sequence[DataFile]) -> dict[str, str]:
     """Return columns whose classes are named in one file's metadata and are bare numbers in another file."""
     named = {column: file.name for file in reversed(files) for column in file.classes}
-    mixed = {}
-    for column, naming_file in named.items():
-        for file in files:
-            values = [row.values.get(column) for row in file.rows if column not in file.classes]
-            if any(str(value).isdecimal() for value in values):
-                mixed[column] = f"{naming_file} names the classes of {column!r}, and {file.name} holds numbers"
-    return mixed
+    return {
+        column: f"{naming_file} names the classes of {column!r}, and {file.name} holds numbers"
+        for column, naming_file in named.items()
+        for file in files
+        if column not in file.classes and any(str(row.values.get(column)).isdecimal() for row in file.rows)
+    }
 
 
 def _merge_shards(files: Sequence[DataFile]) -> DataFile:
     """Return the shards of a split as one file."""
+    if len(files) == 1:
+        return files[0]
     return DataFile(
         name=f"{files[0].name} and {len(files) - 1} other files",
         rows=tuple(row for file in files for row in file.rows),

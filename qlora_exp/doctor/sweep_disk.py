@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import math
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_exp.doctor.result import Check
+from qlora_exp.config.compose import Composer, check_hydra, compose
+from qlora_exp.config.overrides import is_swept, override_key
+from qlora_exp.doctor.machine_checks import Check, nearest_folder
 from qlora_exp.errors import QloraExpError
+from qlora_exp.estimate.planner import Planner
+from qlora_exp.estimate.weights_and_optimizer import adapter_bytes
+from qlora_exp.formatting import bytes_text
+from qlora_exp.orchestration.command import run_overrides, study_spec
 from qlora_exp.paths import EMBEDDED, OutputPaths
 
 if TYPE_CHECKING:
@@ -43,9 +48,6 @@ def sweep_disk(overrides: Sequence[str], output_root: str | None) -> Check:
     Raises:
         ConfigError, ModelError, Problems: invalid overrides, with the messages of ``run`` and ``sweep``.
     """
-    from qlora_exp.config.compose import compose
-    from qlora_exp.config.overrides import override_key
-
     trials, points = _trials_and_points(overrides)
     output_overrides = [text for text in overrides if override_key(text) == "output_root"]
     outputs = OutputPaths.of(output_root or compose(output_overrides).output_root)
@@ -53,8 +55,8 @@ def sweep_disk(overrides: Sequence[str], output_root: str | None) -> Check:
     needed = trials * largest
     free = shutil.disk_usage(nearest_folder(outputs.root)).free
     count = f"{trials} trial{'s' if trials != 1 else ''}"
-    need = f"{count} of {_size_text(largest)} at most need {_size_text(needed)}"
-    detail = f"{need}; {_size_text(free)} free for {outputs.root}"
+    need = f"{count} of {bytes_text(largest)} at most need {bytes_text(needed)}"
+    detail = f"{need}; {bytes_text(free)} free for {outputs.root}"
     if needed > free:
         fix = "free disk space, set output_root=DIR on another disk, or run qlora-exp clean STUDY during the sweep"
         return Check("sweep's disk", False, detail, fix)
@@ -72,9 +74,6 @@ def _largest(points: Sequence[Sequence[str]]) -> int:
     Raises:
         ConfigError, ModelError, Problems: no point is valid.
     """
-    from qlora_exp.config.compose import Composer
-    from qlora_exp.estimate.estimator import Planner
-
     composer, planner = Composer(), Planner()
     sizes: list[int] = []
     first_error: QloraExpError | None = None
@@ -90,8 +89,6 @@ def _largest(points: Sequence[Sequence[str]]) -> int:
 
 
 def _bytes(config: Config, shapes: Sequence[WeightShape]) -> int:
-    from qlora_exp.estimate.weights_and_optimizer import adapter_bytes
-
     adapters = adapter_bytes(shapes, config.lora, config.training.optimizer)
     finished_bytes = adapters.adapter_bytes + RECORD_BYTES
     if config.training.save_every_steps is None and not config.training.keep_best:
@@ -110,21 +107,11 @@ def _tokenizer_bytes(model: ModelConfig) -> int:
     return int(INDENTATION_FACTOR * file.stat().st_size) if file is not None and file.is_file() else TOKENIZER_BYTES
 
 
-def nearest_folder(path: Path) -> Path:
-    """Return the folder itself, or its first parent that exists."""
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())
-
-
 def _trials_and_points(overrides: Sequence[str]) -> tuple[int, list[list[str]]]:
     """Return the number of trials, and the overrides of the candidates for the largest one."""
-    from qlora_exp.config.compose import check_hydra
-    from qlora_exp.config.overrides import is_swept, override_key
-
     if not any(override_key(text) == "sweeps" or is_swept(text) for text in overrides):
         check_hydra(overrides)
         return 1, [list(overrides)]
-    from qlora_exp.orchestration.command import run_overrides, study_spec
-
     spec = study_spec(overrides).spec
     choices = [[(axis.key, value) for value in _values(axis)] for axis in spec.axes]
     return spec.n_trials, [run_overrides(spec, dict(point)) for point in itertools.product(*choices)]
@@ -140,9 +127,3 @@ def _values(axis: Axis) -> Iterator[Any]:
         yield from axis.values
     else:
         yield axis.values[0]
-
-
-def _size_text(size: float) -> str:
-    """Return the size as text with three digits, e.g. ``1.2 GB``."""
-    power = max(0, min(4, int(math.log10(size) // 3))) if size >= 1 else 0
-    return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"

@@ -17,7 +17,6 @@ from functools import lru_cache
 
 from qlora_exp.architecture.shapes import Architecture, Experts, OtherTensor, WeightShape
 from qlora_exp.architecture.targets import qkv_of_name
-from qlora_exp.estimate.architecture_traits import ArchitectureTraits, traits_of
 
 FLOAT32_BYTES = 4
 LAYER_PREFIX = re.compile(r"^(?:.*?\.)?\d+\.")
@@ -26,6 +25,103 @@ DOWN_NAME = re.compile(r"(down|c_proj|4h_to_h|fc2|fc_out|w2|out_proj|dense)[^.]*
 
 DEFAULT_HEAD_WIDTH, MAX_HEAD_WIDTH = 64, 128
 """The head width assumed if the architecture doesn't give one, and the largest width of one head's keys and values."""
+
+
+@dataclass(frozen=True)
+class ArchitectureTraits:
+    """What an architecture's code does that the shapes of its layers don't show."""
+
+    rotary: bool = True
+    """Queries and keys are rotated (RoPE): new tensors in addition to the projections' outputs."""
+    parallel_residual: bool = False
+    """Attention and feed-forward read the same residual stream in parallel."""
+    activation_copies: int = 1
+    """Tensors of the intermediate width that the activation saves; 4 for ``gelu_new``, written in Python."""
+    activation_in_float32: bool = False
+    """The activation calls ``pow``, ``square`` or ``expm1``. CUDA's autocast computes them in float32, so the
+    activation's output is float32."""
+    activation_mask: bool = False
+    """The activation saves which of its inputs are positive, one byte each (xIELU)."""
+    saves_output: bool = False
+    """The activation saves its output (ReLU), which is also the next layer's input."""
+    dropout: bool = False
+    """The published configurations have dropout on both branches."""
+    attention_dropout: bool = False
+    """On CPUs, attention with dropout takes torch's math path, which saves the scores."""
+    logit_softcapping: bool = False
+    """Attention scores and logits go through tanh (Gemma 2), which saves its output."""
+    softmax_in_compute_dtype: bool = False
+    """Eager attention computes the softmax in the compute dtype, not in float32."""
+    softmax_names_dtype: bool = False
+    """It names the dtype, so CUDA's autocast doesn't choose float32."""
+    qk_in_float32: bool = False
+    """Eager attention multiplies queries and keys in float32."""
+    partial_rope: bool = False
+    """Only a part of each head is rotated, so queries are concatenated anew. Attention's output has their memory
+    layout, and is copied on CPUs before the projection reads it."""
+    unweighted_norms: int = 0
+    """The number of norms without weights, which shapes don't show."""
+    norm_copies: int = 1
+    """Copies of its input that a norm saves; 2 for a layer norm written in Python."""
+    expert_copies: int = 3
+    """Tensors of the intermediate width that a gated expert saves."""
+    gates_shared: bool = False
+    """The shared expert's output is multiplied by its own gate, so it is saved."""
+    norm_casts_back: bool = False
+    """Under autocast, the layer norm's code switches autocast off and computes in the compute dtype."""
+    multi_query: bool = False
+    """All query heads may share one head of keys and values (Falcon's ``multi_query``). CPUs take the math path for it,
+    too."""
+
+
+TRAITS = {
+    "apertus": ArchitectureTraits(activation_copies=3, activation_in_float32=True, activation_mask=True),
+    "arcee": ArchitectureTraits(activation_in_float32=True),
+    "biogpt": ArchitectureTraits(rotary=False, dropout=True, attention_dropout=True),
+    "codegen": ArchitectureTraits(
+        parallel_residual=True, activation_copies=4, activation_in_float32=True, qk_in_float32=True
+    ),
+    "cohere": ArchitectureTraits(parallel_residual=True, norm_copies=2),
+    "cohere2": ArchitectureTraits(parallel_residual=True, norm_copies=2),
+    "falcon": ArchitectureTraits(parallel_residual=True, multi_query=True),
+    "gemma2": ArchitectureTraits(logit_softcapping=True),
+    "glm": ArchitectureTraits(partial_rope=True),
+    "glm4": ArchitectureTraits(partial_rope=True),
+    "glm4_moe": ArchitectureTraits(partial_rope=True),
+    "gpt2": ArchitectureTraits(
+        rotary=False,
+        activation_copies=4,
+        activation_in_float32=True,
+        dropout=True,
+        attention_dropout=True,
+        softmax_in_compute_dtype=True,
+    ),
+    "gpt_bigcode": ArchitectureTraits(rotary=False, dropout=True, attention_dropout=True),
+    "gpt_neo": ArchitectureTraits(rotary=False, activation_copies=4, activation_in_float32=True, qk_in_float32=True),
+    "gpt_neox": ArchitectureTraits(parallel_residual=True),
+    "gpt_oss": ArchitectureTraits(expert_copies=6, softmax_in_compute_dtype=True, softmax_names_dtype=True),
+    "gptj": ArchitectureTraits(
+        parallel_residual=True, activation_copies=4, activation_in_float32=True, qk_in_float32=True
+    ),
+    "nemotron": ArchitectureTraits(activation_in_float32=True, partial_rope=True, norm_casts_back=True),
+    "olmo": ArchitectureTraits(unweighted_norms=2),
+    "opt": ArchitectureTraits(rotary=False, saves_output=True, dropout=True),
+    "persimmon": ArchitectureTraits(activation_in_float32=True),
+    "phi": ArchitectureTraits(
+        parallel_residual=True, activation_copies=4, activation_in_float32=True, partial_rope=True
+    ),
+    "qwen2_moe": ArchitectureTraits(gates_shared=True),
+    "seed_oss": ArchitectureTraits(dropout=True, attention_dropout=True),
+    "stablelm": ArchitectureTraits(partial_rope=True),
+    "vaultgemma": ArchitectureTraits(logit_softcapping=True),
+    "xglm": ArchitectureTraits(rotary=False, dropout=True, attention_dropout=True),
+}
+"""Other architectures are assumed to be built like Llama. What shapes do show is read from them: gates, fused
+projections, norms of queries and keys, the number and kind of norms."""
+
+
+def traits_of(model_type: str) -> ArchitectureTraits:
+    return TRAITS.get(model_type, ArchitectureTraits())
 
 
 def is_eager(attention: str, architecture: Architecture) -> bool:
@@ -49,6 +145,7 @@ class Layer:
     """The RMS norms are written in Python and save a float32 copy of their input."""
     normed_heads: bool
     heads: int
+    quantizable: bool
     traits: ArchitectureTraits
     experts: tuple[int, int, bool] = (0, 0, False)
     """Experts per token, the intermediate width of one expert, and whether it has a gate."""
@@ -79,57 +176,63 @@ class SavedActivations:
     outside: float
 
 
-def saved_bytes_per_token(
-    architecture: Architecture,
-    adapted: Collection[str],
-    *,
-    r: int,
-    compute_bytes: int,
-    adapter_bytes: int,
-    int8: bool,
-    length: int,
-    padded: bool,
-    cuda: bool = False,
-    lora_dropout: bool = False,
-    eager: bool = False,
-) -> SavedActivations:
-    """Return what forward saves for backward, per token (padding included) of a batch with rows of ``length`` tokens.
-
-    ``adapted``: full names of the weights with adapters. ``compute_bytes``, ``adapter_bytes``: bytes per element of the
-    two dtypes. ``padded``: rows differ in length, so attention gets a mask. ``eager``: attention is eager.
-    """
-    setting = _Setting(r, compute_bytes, adapter_bytes, int8, length, padded, cuda, lora_dropout, eager)
-    adapted_names = frozenset(adapted)
-    sizes: list[float] = []
-    width = architecture.hidden_size
-    inputs = 0
-    bytes_by_layer: dict[tuple[int, tuple[bool, ...], bool], tuple[float, int]] = {}
-    for kind, (layer, shapes) in zip(_kinds(architecture), layers_of(architecture), strict=True):
-        key = (kind, tuple([shape.name in adapted_names for shape in shapes]), not sizes)
-        if key not in bytes_by_layer:
-            layer_bytes = _layer_bytes(layer, shapes, key[1], setting, first=not sizes)
-            bytes_by_layer[key] = (
-                layer_bytes,
-                compute_bytes * (width + sum(input_bytes for _, input_bytes in _held_by_int8(layer, shapes, setting))),
-            )
-        size, input_bytes = bytes_by_layer[key]
-        sizes.append(size)
-        inputs += input_bytes
-    outside = width * (FLOAT32_BYTES + 2 * compute_bytes)  # the last norm's input, the head's, the embeddings' output
-    return SavedActivations(sum(sizes), max(sizes, default=0.0), inputs, outside)
-
-
 @dataclass(frozen=True)
-class _Setting:
+class TrainingPass:
+    """What a training's passes have in common besides the architecture. ``compute_bytes``, ``adapter_bytes``: bytes per
+    element of the two dtypes."""
+
     r: int
     compute_bytes: int
     adapter_bytes: int
     int8: bool
     length: int
     padded: bool
-    cuda: bool
-    lora_dropout: bool
-    eager: bool
+    """Rows differ in length, so attention gets a mask."""
+    cuda: bool = False
+    lora_dropout: bool = False
+    eager: bool = False
+    """Attention is eager."""
+    autocast: bool = False
+    """Forward runs under CUDA's autocast to the compute dtype."""
+    quantized: bool = False
+    """The base's linear layers are those of bitsandbytes."""
+
+    @property
+    def low_rank_bytes(self) -> int:
+        """Bytes per element of A's output. Autocast multiplies in the compute dtype."""
+        return self.compute_bytes if self.autocast else self.adapter_bytes
+
+    @property
+    def dropout_mask_bytes(self) -> int:
+        """CPUs save a mask in the dtype of what is dropped."""
+        return 1 if self.cuda or self.autocast else self.compute_bytes
+
+
+def saved_bytes_per_token(
+    architecture: Architecture, adapted: Collection[str], setting: TrainingPass
+) -> SavedActivations:
+    """Return what forward saves for backward, per token (padding included) of a batch with rows of ``setting.length``
+    tokens. ``adapted``: full names of the weights with adapters."""
+    adapted_names = frozenset(adapted)
+    sizes: list[float] = []
+    inputs, width = 0, architecture.hidden_size
+    bytes_by_layer: dict[tuple[int, tuple[bool, ...], bool], tuple[float, int]] = {}
+    for kind, (layer, shapes) in zip(_kinds(architecture), layers_of(architecture), strict=True):
+        key = (kind, tuple([shape.name in adapted_names for shape in shapes]), not sizes)
+        if key not in bytes_by_layer:
+            in_float32 = _float32_inputs(layer, setting)
+            held = _bytes_of_inputs(_held_by_int8(layer, shapes, setting), in_float32, setting)
+            # bitsandbytes' down projection adds float32 to the residual stream if it reads float32.
+            added = _is_quantized(layer, setting) and "down" in in_float32
+            residual = FLOAT32_BYTES if added else setting.compute_bytes
+            layer_bytes = _layer_bytes(layer, shapes, key[1], setting, first=not sizes)
+            bytes_by_layer[key] = layer_bytes, width * residual + held
+        size, input_bytes = bytes_by_layer[key]
+        sizes.append(size)
+        inputs += input_bytes
+    # The last norm's input, the head's, the embeddings' output.
+    outside = width * (FLOAT32_BYTES + 2 * setting.compute_bytes)
+    return SavedActivations(sum(sizes), max(sizes, default=0.0), inputs, outside)
 
 
 @lru_cache(maxsize=64)
@@ -196,6 +299,7 @@ def _layer(
         norm_upcasts=not biases,
         normed_heads=bool(head_norms),
         heads=architecture.heads or max(1, query // DEFAULT_HEAD_WIDTH),
+        quantizable=any(shape.quantizable for shape in shapes),
         traits=traits,
         experts=(experts.per_token, experts.intermediate, experts.gated) if experts else (0, 0, False),
     )
@@ -206,31 +310,60 @@ def _is_down_projection(shape: WeightShape, hidden: int) -> bool:
 
 
 def _layer_bytes(
-    layer: Layer, shapes: Sequence[WeightShape], adapted: Sequence[bool], setting: _Setting, first: bool
+    layer: Layer, shapes: Sequence[WeightShape], adapted: Sequence[bool], setting: TrainingPass, first: bool
 ) -> float:
-    """Return the layer's bytes per token. The first layer's input needs no gradient: its first norm saves nothing, and
-    neither does its attention unless the attention has an adapter."""
+    """Return the layer's bytes per token. The first layer's attention saves nothing unless it has an adapter."""
     attention_adapted = any(flag and shape.role == "attention" for shape, flag in zip(shapes, adapted, strict=True))
-    size = _norms(layer, setting) + _feed_forward(layer, setting) + _adapters(layer, shapes, adapted, setting)
-    if first:
-        size -= _norm_bytes(layer, setting)
+    size = _norms(layer, setting, first) + _feed_forward(layer, setting) + _adapters(layer, shapes, adapted, setting)
     if not first or attention_adapted:
         size += _attention(layer, setting)
     return size
 
 
-def _norm_bytes(layer: Layer, setting: _Setting) -> float:
-    return layer.traits.norm_copies * layer.hidden * (FLOAT32_BYTES if layer.norm_upcasts else setting.compute_bytes)
+def _norm_bytes(layer: Layer, setting: TrainingPass) -> float:
+    in_float32 = layer.norm_upcasts or _norms_give_float32(layer, setting)
+    return layer.traits.norm_copies * layer.hidden * (FLOAT32_BYTES if in_float32 else setting.compute_bytes)
 
 
-def _norms(layer: Layer, setting: _Setting) -> float:
-    """Each norm's input (once, if several norms read the same tensor), and the dropout masks of both branches."""
-    count = 1 if layer.traits.parallel_residual else layer.norms
-    dropout_masks = 2 * layer.hidden * (1 if setting.cuda else setting.compute_bytes) if layer.traits.dropout else 0
+def _norms_give_float32(layer: Layer, setting: TrainingPass) -> bool:
+    """CUDA's autocast computes ``layer_norm`` in float32. RMS norms are written in Python, and give the dtype of the
+    residual stream."""
+    if not setting.autocast or layer.traits.norm_casts_back:
+        return False
+    return not layer.norm_upcasts or (layer.traits.activation_in_float32 and _is_quantized(layer, setting))
+
+
+def _projections_give_float32(layer: Layer, setting: TrainingPass) -> bool:
+    """Whether the projections after a norm do: layers of bitsandbytes return the dtype of their input."""
+    return _is_quantized(layer, setting) and _norms_give_float32(layer, setting)
+
+
+def _float32_inputs(layer: Layer, setting: TrainingPass) -> set[str]:
+    """Return which tensors that linear layers read are float32 under autocast, named as by :func:`_input_of`."""
+    after_norm = {"input", "middle"} if _norms_give_float32(layer, setting) else set()
+    in_float32 = setting.autocast and layer.traits.activation_in_float32
+    return after_norm | ({"down"} if in_float32 or _projections_give_float32(layer, setting) else set())
+
+
+def _is_quantized(layer: Layer | WeightShape, setting: TrainingPass) -> bool:
+    return setting.quantized and layer.quantizable
+
+
+def _norms(layer: Layer, setting: TrainingPass, first: bool) -> float:
+    """Each norm's input (once, if several norms read the same tensor), and the dropout masks of both branches.
+
+    The first layer's input needs no gradient, so the norms that read it save nothing.
+    """
+    parallel = layer.traits.parallel_residual
+    # Each layer norm casts its own copy of a 16-bit residual stream.
+    copied = _norms_give_float32(layer, setting) and not _projections_give_float32(layer, setting)
+    of_input = layer.norms if parallel and copied else 1
+    count = (of_input if parallel else layer.norms) - (of_input if first else 0)
+    dropout_masks = 2 * layer.hidden * setting.dropout_mask_bytes if layer.traits.dropout else 0
     return count * _norm_bytes(layer, setting) + dropout_masks
 
 
-def _attention(layer: Layer, setting: _Setting) -> float:
+def _attention(layer: Layer, setting: TrainingPass) -> float:
     """Queries, keys, values, output, the log-sum-exp of the scores, and the mask as numbers (one copy per layer).
 
     With a mask, keys and values that several heads share are repeated for each head. The view of the values keeps all
@@ -238,8 +371,11 @@ def _attention(layer: Layer, setting: _Setting) -> float:
     """
     width, query, key_value = setting.compute_bytes, layer.query, layer.key_value
     normed = (query + key_value) * FLOAT32_BYTES if layer.normed_heads and not layer.fused else 0
+    if layer.normed_heads and layer.fused and _norms_give_float32(layer, setting):
+        normed = FLOAT32_BYTES * (layer.fused if _projections_give_float32(layer, setting) else query + key_value)
     if setting.eager:
-        upcast = 2 * query * (FLOAT32_BYTES - width) if layer.traits.qk_in_float32 else 0
+        in_float32 = layer.traits.qk_in_float32 and not setting.autocast
+        upcast = 2 * query * (FLOAT32_BYTES - width) if in_float32 else 0
         return 3 * query * width + upcast + normed + _score_bytes(layer, setting) * layer.heads * setting.length
     if not setting.cuda and (layer.traits.attention_dropout or layer.multi_query):
         scores = 3 if layer.traits.attention_dropout else 1
@@ -247,7 +383,7 @@ def _attention(layer: Layer, setting: _Setting) -> float:
     repeated = setting.padded and 0 < key_value < query
     if repeated:
         qkv = 3 * query
-    elif layer.fused:
+    elif layer.fused and not _projections_give_float32(layer, setting):
         qkv = layer.fused + (query + key_value if layer.traits.rotary else 0)
     else:
         qkv = query + 2 * key_value
@@ -255,57 +391,80 @@ def _attention(layer: Layer, setting: _Setting) -> float:
     return (qkv + query) * width + normed + mask + FLOAT32_BYTES * layer.heads
 
 
-def _score_bytes(layer: Layer, setting: _Setting) -> int:
+def _score_bytes(layer: Layer, setting: TrainingPass) -> int:
     """Bytes per score of eager attention.
 
     If the softmax is computed in float32, a 16-bit copy of it multiplies the values. With dropout the product uses the
     softmax after dropout, and the dropout mask is saved, too.
     """
     width, traits = setting.compute_bytes, layer.traits
-    softmax = width if traits.softmax_in_compute_dtype else FLOAT32_BYTES
+    narrow = traits.softmax_in_compute_dtype and (traits.softmax_names_dtype or not setting.autocast)
+    softmax = width if narrow else FLOAT32_BYTES
     multiplier = width if softmax > width else 0
     if traits.attention_dropout:
-        multiplier = width + (1 if setting.cuda else width)
+        multiplier = width + setting.dropout_mask_bytes
     return softmax + multiplier + (width if traits.logit_softcapping else 0)
 
 
-def _feed_forward(layer: Layer, setting: _Setting) -> float:
+def _feed_forward(layer: Layer, setting: TrainingPass) -> float:
     """Bytes per token of the feed-forward layers.
 
     With a gate: the gate before and after its activation, and the tensor that it multiplies. Without: what the
     activation saves. Each expert of a token saves the same, and its output, which the router's weight multiplies.
     """
     copies = layer.traits.activation_copies
-    per_token, width, gated = layer.experts
-    routed = per_token * (width * (layer.traits.expert_copies if gated else copies) + layer.hidden)
+    per_token, expert_width, gated = layer.experts
+    routed = per_token * (expert_width * (layer.traits.expert_copies if gated else copies) + layer.hidden)
     shared = layer.hidden if layer.traits.gates_shared else 0
     mask = layer.intermediate if layer.traits.activation_mask else 0
-    return setting.compute_bytes * (layer.intermediate * (3 if layer.gated else copies) + routed + shared) + mask
+    width = FLOAT32_BYTES if _projections_give_float32(layer, setting) else setting.compute_bytes
+    activation = width * (3 if layer.gated else copies)
+    if setting.autocast and layer.traits.activation_in_float32:
+        float32_copies = max(copies - 1, 1 if width < FLOAT32_BYTES else 0)
+        activation = width + FLOAT32_BYTES * float32_copies
+    return layer.intermediate * activation + setting.compute_bytes * (routed + shared) + mask
 
 
-def _adapters(layer: Layer, shapes: Sequence[WeightShape], adapted: Sequence[bool], setting: _Setting) -> float:
+def _adapters(layer: Layer, shapes: Sequence[WeightShape], adapted: Sequence[bool], setting: TrainingPass) -> float:
     """Inputs saved for A's gradients, and A's outputs saved for B's gradients.
 
     In one dtype, layers that read the same tensor share it, and a tensor that attention or ReLU saves anyway isn't
     counted twice. If the adapter's dtype differs, each layer casts its own copy. LLM.int8() holds its input with or
     without an adapter.
+
+    Under autocast, PEFT's layers over bitsandbytes' cast nothing, and their adapters read a 16-bit input as it is. Over
+    other layers PEFT casts the input to the adapter's dtype. Autocast casts what is float32 to the compute dtype, once
+    for each layer: it remembers the copies of weights alone.
     """
     same_dtype = setting.compute_bytes == setting.adapter_bytes
+    in_float32 = _float32_inputs(layer, setting)
     per_layer, shared = 0.0, _held_by_int8(layer, shapes, setting)
     for shape, flag in zip(shapes, adapted, strict=True):
-        if flag:
-            per_layer += setting.r * setting.adapter_bytes
-            per_layer += 0 if same_dtype else shape.in_features * setting.adapter_bytes
-            per_layer += 2 * shape.in_features * setting.adapter_bytes if setting.lora_dropout else 0
-        if flag and same_dtype:
-            shared.add((_input_of(layer, shape), shape.in_features))
+        if not flag:
+            continue
+        source, width = _input_of(layer, shape), shape.in_features
+        per_layer += setting.r * setting.low_rank_bytes
+        if setting.autocast and setting.lora_dropout:
+            per_layer += width * (setting.dropout_mask_bytes + setting.compute_bytes)
+        elif setting.autocast and (source in in_float32 or not (same_dtype or _is_quantized(shape, setting))):
+            per_layer += width * setting.compute_bytes
+        elif setting.autocast or same_dtype:
+            shared.add((source, width))
+        else:
+            per_layer += width * setting.adapter_bytes
+        if setting.lora_dropout and not setting.autocast:
+            per_layer += 2 * width * setting.adapter_bytes
     already_saved = {"output"} if _output_is_saved(layer, setting) else set()
     if layer.traits.saves_output:
         already_saved.add("down")
-    return per_layer + setting.compute_bytes * sum(width for source, width in shared if source not in already_saved)
+    return per_layer + _bytes_of_inputs({read for read in shared if read[0] not in already_saved}, in_float32, setting)
 
 
-def _held_by_int8(layer: Layer, shapes: Sequence[WeightShape], setting: _Setting) -> set[tuple[str, int]]:
+def _bytes_of_inputs(inputs: set[tuple[str, int]], in_float32: set[str], setting: TrainingPass) -> int:
+    return sum(width * (FLOAT32_BYTES if name in in_float32 else setting.compute_bytes) for name, width in inputs)
+
+
+def _held_by_int8(layer: Layer, shapes: Sequence[WeightShape], setting: TrainingPass) -> set[tuple[str, int]]:
     """Return the inputs that LLM.int8() holds, as (tensor that is read, width).
 
     The autograd functions (``MatMul8bitLt``, ``MatMul8bitFp``) hold them as attributes of their context, not as saved
@@ -325,7 +484,7 @@ def _input_of(layer: Layer, shape: WeightShape) -> str:
     return "input" if layer.traits.parallel_residual and layer.norms == 1 else "middle"
 
 
-def _output_is_saved(layer: Layer, setting: _Setting) -> bool:
+def _output_is_saved(layer: Layer, setting: TrainingPass) -> bool:
     """Return whether the output projection reads the same tensor that attention saves. A fused projection's views give
     attention's output another memory layout, so it is copied."""
     if setting.eager:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import tempfile
 import time
-from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from qlora_exp.config.schema import ComputeDtype, Quantization, QuantizationConfig
-from qlora_exp.estimate.flops import MeanRow, train_flops_per_token
+from qlora_exp.estimate.workload import MeanRow, train_flops_per_token
 from qlora_exp.models.base import load_model
 from qlora_exp.models.inspect import architecture_of
 from qlora_exp.models.quiet_loading import quiet_loading
@@ -30,12 +29,21 @@ def measured_flops_per_second(mode: Quantization, device_kind: str, seconds: flo
     """
     quantization = QuantizationConfig(mode, ComputeDtype.auto, True, 6.0)
     hidden, layers, rows, length = PROBE_SIZES[device_kind]
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        vocab_size=PROBE_VOCABULARY,
+        max_position_embeddings=length,
+    )
     with tempfile.TemporaryDirectory() as folder, quiet_loading():
-        unquantized = _llama(hidden, layers, length)
+        torch.manual_seed(0)
+        unquantized = LlamaForCausalLM(config)
         unquantized.save_pretrained(folder)
         model = load_model(ModelSource("calibration", folder, None, None, True), quantization, "sdpa", device_kind)
     model.train()
-    model.get_input_embeddings().register_forward_hook(_with_gradient)
+    model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_(True))
     architecture = architecture_of(unquantized)  # not of the quantized model: 4-bit weights are packed, two per byte
     flops = rows * length * train_flops_per_token(architecture, 0, MeanRow.whole(length), False, fused_head=False)
     tokens = torch.arange(rows * length, device=model.device).reshape(rows, length) % PROBE_VOCABULARY
@@ -45,24 +53,6 @@ def measured_flops_per_second(mode: Quantization, device_kind: str, seconds: flo
         _pass(model, tokens)
         steps += 1
     return steps * flops / (time.perf_counter() - started)
-
-
-def _llama(hidden: int, layers: int, length: int) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=hidden,
-            intermediate_size=3 * hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=hidden // 64,
-            vocab_size=PROBE_VOCABULARY,
-            max_position_embeddings=length,
-        )
-    )
-
-
-def _with_gradient(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-    return output.requires_grad_(True)
 
 
 def _pass(model: PreTrainedModel, tokens: torch.Tensor) -> None:

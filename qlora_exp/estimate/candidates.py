@@ -12,13 +12,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from qlora_exp.config.checks import check
-from qlora_exp.config.compose import Composer, as_config, compose_raw
-from qlora_exp.config.group_files import default_choices, read_choice
-from qlora_exp.config.groups import groups
+from qlora_exp.config.choices import groups
+from qlora_exp.config.compose import Composer, as_config, compose_raw, default_choices, read_choice
 from qlora_exp.config.interpolations import resolve_outside, unresolved_texts
 from qlora_exp.config.override_errors import problems_of, typed_value
-from qlora_exp.config.override_values import has_interpolation, hydra_value
-from qlora_exp.config.overrides import is_swept, override_key, override_value
+from qlora_exp.config.overrides import has_interpolation, hydra_value, is_swept, override_key, override_value
 from qlora_exp.config.schema import Config, EvaluationSplit, Sampler, SweepConfig
 from qlora_exp.errors import ConfigError, Problems, QloraExpError, raise_all
 from qlora_exp.paths import CONF
@@ -62,7 +60,9 @@ def search_space(overrides: Sequence[str]) -> SearchSpace:
     swept = {override_key(text): text.partition("=")[2] for text in overrides if is_swept(text)}
     fixed = [text for text in overrides if override_key(text) not in swept]
     raw = compose_raw(fixed)
-    settings = _settings(raw)
+    settings = OmegaConf.to_object(raw.sweep)
+    assert isinstance(settings, SweepConfig)
+    settings = replace(settings, params=unresolved_texts(raw.sweep, "params"))
     axis_texts = {**settings.params, **swept}
     # A plain value on the command line fixes an axis of the sweep's file.
     axis_texts |= {
@@ -79,11 +79,18 @@ def search_space(overrides: Sequence[str]) -> SearchSpace:
     corners = tuple(_interval_ends(axis) for axis in axes)
     if ladder:  # its ranks are an axis, too
         corners = (*corners, *parse_axes({"lora.r": ",".join(map(str, _ranks(settings)))}, {}))
-    _check_number_of_points(corners)
+    count = math.prod(len(axis.values) for axis in corners)
+    if count > MAX_POINTS:
+        where = " × ".join(f"{axis.key}: {len(axis.values)}" for axis in corners)
+        raise ConfigError(f"{count:,} configurations are too many to plan", where, f"at most {MAX_POINTS:,}")
     combinations = grid(corners)
-    trials = settings.n_trials or (
-        _max_trials(settings, fixed, axes) if ladder else len(combinations) if is_listed else None
-    )
+    trials = settings.n_trials or None
+    if not trials and ladder:
+        from qlora_exp.rank_doubling.settings import ladder_of, max_trials
+
+        trials = max_trials(ladder_of(settings, fixed, axes))
+    elif not trials and is_listed:
+        trials = len(combinations)
     interpolates = has_interpolation([axis.values for axis in axes]) or _has_interpolation(raw)
     factory = ConfigFactory(fixed, None if searched else raw, interpolates)
     candidates = (factory.point(params) for params in combinations)
@@ -108,7 +115,11 @@ class ConfigFactory:
         self._values: dict[tuple[str, str], Any] = {}
         if raw is not None and not follows:
             with contextlib.suppress(QloraExpError):  # a value may be missing because an axis sets it
-                self._begin(as_config(raw))
+                base = as_config(raw)
+                # The group choices of conf/config.yaml, except where a sweep's file overrides them.
+                chosen = default_choices().items()
+                unchanged = [(group, name) for group, name in chosen if self._node(group, name) == getattr(base, group)]
+                self._bases[tuple(unchanged)] = base
 
     def point(self, params: Mapping[str, Any]) -> Candidate:
         """Return the candidate at ``params``: axis (key or group) → value."""
@@ -120,12 +131,6 @@ class ConfigFactory:
         problems = check(config)
         return Candidate(axis_values, None, Problems(problems)) if problems else Candidate(axis_values, config)
 
-    def _begin(self, base: Config) -> None:
-        """Remember the group choices of conf/config.yaml for ``base``, except where a sweep's file overrides them."""
-        chosen = default_choices().items()
-        unchanged = [(group, name) for group, name in chosen if self._node(group, name) == getattr(base, group)]
-        self._bases[tuple(unchanged)] = base
-
     def _config(self, params: Mapping[str, Any]) -> Config:
         """Return the configuration at ``params``: a copy of the base with the same group choices, with the values
         set."""
@@ -133,7 +138,13 @@ class ConfigFactory:
             return as_config(self._composer.raw([*self._fixed, *point_overrides(params)]))
         chosen = {key: str(value) for key, value in params.items() if key in self._groups}
         base = self._base(chosen)
-        values = {key: self._value(key, value) for key, value in params.items() if key not in self._groups}
+        values = {}
+        for key, value in params.items():
+            if key not in self._groups:
+                cache_key = (key, hydra_value(value))
+                if cache_key not in self._values:
+                    self._values[cache_key] = typed_value(key, value)
+                values[key] = self._values[cache_key]
         config = copy.copy(base)
         # Sections on the way to a value are copied, once; all others are shared with the base.
         copied: set[str] = set()
@@ -147,27 +158,19 @@ class ConfigFactory:
             _set(config, key, value)
         return config
 
-    def _value(self, key: str, value: Any) -> Any:
-        cache_key = (key, hydra_value(value))
-        if cache_key not in self._values:
-            self._values[cache_key] = typed_value(key, value)
-        return self._values[cache_key]
-
     def _base(self, chosen: Mapping[str, str]) -> Config:
         """Return the configuration with these group choices and no axis values, from the cache if possible."""
         key = tuple(chosen.items())
         if key not in self._bases:
             try:
-                self._bases[key] = self._varied(chosen) or self._composed(chosen)
+                overrides = [*self._fixed, *point_overrides(chosen)]
+                self._bases[key] = self._varied(chosen) or as_config(compose_raw(overrides))
             except QloraExpError as error:
                 self._bases[key] = error
         base = self._bases[key]
         if isinstance(base, QloraExpError):
             raise base
         return base
-
-    def _composed(self, chosen: Mapping[str, str]) -> Config:
-        return as_config(compose_raw([*self._fixed, *point_overrides(chosen)]))
 
     def _varied(self, chosen: Mapping[str, str]) -> Config | None:
         """Return an already composed configuration with other groups' files swapped in; ``None`` if only Hydra can say
@@ -202,13 +205,6 @@ class ConfigFactory:
                     _set(node, rest, typed_value(f"{group}.{rest}", override_value(text)))
             self._nodes[group, name] = node
         return self._nodes[group, name]
-
-
-def _settings(raw: DictConfig) -> SweepConfig:
-    """Return the sweep settings of a composed configuration."""
-    settings = OmegaConf.to_object(raw.sweep)
-    assert isinstance(settings, SweepConfig)
-    return replace(settings, params=unresolved_texts(raw.sweep, "params"))
 
 
 def _has_interpolation(raw: DictConfig) -> bool:
@@ -255,17 +251,3 @@ def _ranks(settings: SweepConfig) -> Iterator[int]:
     while rank <= settings.ladder.r_max:
         yield rank
         rank *= 2
-
-
-def _max_trials(settings: SweepConfig, fixed: Sequence[str], axes: tuple[Axis, ...]) -> int:
-    from qlora_exp.rank_doubling.ladder_sweep import ladder_of
-    from qlora_exp.rank_doubling.settings import max_trials
-
-    return max_trials(ladder_of(settings, fixed, axes))
-
-
-def _check_number_of_points(axes: Sequence[Axis]) -> None:
-    count = math.prod(len(axis.values) for axis in axes)
-    if count > MAX_POINTS:
-        where = " × ".join(f"{axis.key}: {len(axis.values)}" for axis in axes)
-        raise ConfigError(f"{count:,} configurations are too many to plan", where, f"at most {MAX_POINTS:,}")

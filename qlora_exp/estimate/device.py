@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
 
 from qlora_exp.architecture.run_plan import compute_dtype
 from qlora_exp.architecture.shapes import Architecture
@@ -12,31 +15,13 @@ from qlora_exp.architecture.targets import layers_without_adapters
 from qlora_exp.config.allowed_values import QUANTIZED
 from qlora_exp.config.schema import Config, DeviceChoice
 from qlora_exp.errors import ConfigError, nearest
+from qlora_exp.records.types import Device
+from qlora_exp.system.cards import CARDS, card_of
+from qlora_exp.system.gpus import DEVICE_ORDER, DEVICES_VARIABLE, Card, cards, visible_devices
 
 BYTES_PER_MIB = 2**20
-CARDS: dict[str, tuple[int, bool, str]] = {
-    "t4": (15_360, False, "T4"),
-    "v100_16gb": (16_384, False, "V100 SXM2"),
-    "v100_32gb": (32_768, False, "V100 SXM2"),
-    "rtx3060_12gb": (12_288, True, "RTX 3060"),
-    "rtx3090": (24_576, True, "RTX 3090"),
-    "rtx4060ti_16gb": (16_380, True, "RTX 4060 Ti"),
-    "rtx4070": (12_282, True, "RTX 4070"),
-    "rtx4080": (16_376, True, "RTX 4080"),
-    "rtx4090": (24_564, True, "RTX 4090"),
-    "rtx5090": (32_607, True, "RTX 5090"),
-    "rtxa6000": (49_140, True, "RTX A6000"),
-    "a10g": (23_028, True, "A10G"),
-    "l4": (23_034, True, "L4"),
-    "l40s": (46_068, True, "L40S"),
-    "a100_40gb": (40_960, True, "A100 SXM4"),
-    "a100_80gb": (81_920, True, "A100 SXM4"),
-    "h100_80gb": (81_559, True, "H100 HBM3"),
-    "h200": (143_771, True, "H200"),
-}
-"""Card → (memory in MiB as nvidia-smi shows it, whether it has bfloat16, its name in conf/prices.yaml). From the
-makers' data sheets, not measured."""
-
+SAME_MEMORY = 0.05
+"""Relative difference: cards with one name that differ by more are different cards of the table."""
 DEVICE_UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
@@ -52,6 +37,11 @@ class PlanDevice:
     memory_bytes: int | None
     card: str | None = None
 
+    @property
+    def hardware(self) -> Device:
+        """The device as a run's record describes it."""
+        return Device(self.kind, self.card, 1, self.memory_bytes, None, None, self.bf16)
+
 
 CUDA = PlanDevice("cuda", "cuda", bf16=True, memory_bytes=None)
 
@@ -63,9 +53,9 @@ def device_by_name(name: str) -> PlanDevice:
         ConfigError: there is no such card.
     """
     if name == "cpu":
-        from qlora_exp.system.environment import total_memory_bytes
+        from qlora_exp.system import memory_limits
 
-        return PlanDevice("cpu", "cpu", bf16=False, memory_bytes=total_memory_bytes())
+        return PlanDevice("cpu", "cpu", bf16=False, memory_bytes=memory_limits.total_bytes())
     if name == "cuda":
         return CUDA
     if name not in CARDS:
@@ -77,13 +67,36 @@ def device_by_name(name: str) -> PlanDevice:
 
 def device_of(config: Config) -> PlanDevice:
     """Return the device on which ``config`` runs by default: ``training.device`` if it is set; else CUDA for a model of
-    the Hub, and this machine's CPU for one on disk or in the package."""
+    the Hub, and this machine's GPU, or its CPU without one, for a model on disk or in the package.
+
+    Raises:
+        ConfigError: CUDA_VISIBLE_DEVICES names a GPU that isn't there.
+    """
     chosen = config.training.device
     if chosen is not DeviceChoice.auto:
         return device_by_name(chosen.value)
     checkpoint = config.model.checkpoints.get(config.model.variant.value, "embedded:")
     local = config.model.path is not None or checkpoint.startswith("embedded:")
-    return device_by_name("cpu" if local else "cuda")
+    if not local:
+        return CUDA
+    return gpu_here() or device_by_name("cpu")
+
+
+@lru_cache(maxsize=1)
+def gpu_here() -> PlanDevice | None:
+    """Return the GPU that a run takes on this machine, without importing torch; ``None``: it takes the CPU."""
+    if "+cpu" in version("torch"):
+        return None
+    known, order = cards(), os.environ.get(DEVICE_ORDER)
+    visible = visible_devices(known, os.environ.get(DEVICES_VARIABLE), lambda entry: Card(-1, entry), order)
+    if not visible:
+        return None
+    card = max(visible, key=lambda card: card.free_bytes or 0)
+    same = {name: (mib, bf16) for name, (mib, bf16, title) in CARDS.items() if title.upper() == card_of(card.name)}
+    size = card.total_bytes
+    names = [name for name, (mib, _) in same.items() if size and abs(mib * BYTES_PER_MIB / size - 1) < SAME_MEMORY]
+    bf16 = all(bf16 for _, bf16 in same.values())
+    return PlanDevice(names[0] if names else "cuda", "cuda", bf16, size, card.name or None)
 
 
 def device_notes(config: Config, device: PlanDevice, architecture: Architecture) -> Iterator[str]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from qlora_exp.config.overrides import override_key
+from qlora_exp.errors import ConfigError
 from qlora_exp.estimate.candidates import search_space
 from qlora_exp.estimate.device import PlanDevice
-from qlora_exp.estimate.estimator import PlannedRun, Planner
+from qlora_exp.estimate.planner import PlannedRun, Planner
+from qlora_exp.estimate.tables import LEGEND, candidate_name, notes, plan_table, row_notes
+from qlora_exp.formatting import print_table
 
 SEARCHED: dict[str, tuple[str, ...]] = {
     "quantization": ("fp32", "bf16", "int8", "nf4"),
@@ -46,6 +49,26 @@ def _narrow(axes: dict[str, tuple[str, ...]], key: str, is_valid: Callable[[int]
         axes[key] = tuple(value for value in axes[key] if is_valid(int(value))) or axes[key][:1]
 
 
+def print_fitting(runs: Sequence[PlannedRun], fit: str) -> None:
+    """Print the Pareto front of the runs that fit. ``fit``: the value of ``--fit``.
+
+    Raises:
+        ConfigError: none of them fits.
+    """
+    fitting = by_preference(runs)
+    if not fitting:
+        smallest = min((run for run in runs if run.memory is not None), key=_peak_bytes)
+        problem = f"nothing fits: the smallest, {candidate_name(smallest)}, {smallest.reason}"
+        raise ConfigError(problem, f"--fit {fit}", "choose a smaller model or a larger card")
+    best = pareto_front(fitting)
+    print_table(plan_table(best))
+    borderline = sum(run.borderline for run in fitting)
+    note = f" ({borderline:,} of them borderline)" if borderline else ""
+    print(f"\n{len(fitting):,} of {len(runs):,} fit into {fit}{note}; shown: the Pareto front")
+    print(f"best first: {BEST}")
+    print(LEGEND, *notes(best), *row_notes(best), sep="\n")
+
+
 def by_preference(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
     """Return the runs that fit, best first: :data:`BEST`."""
     return sorted((run for run in runs if run.fits), key=_preference, reverse=True)
@@ -73,3 +96,8 @@ def _preference(run: PlannedRun) -> tuple[float, ...]:
         trainable_parameters / settings["r"],
         settings["micro_batch_size"],
     )
+
+
+def _peak_bytes(run: PlannedRun) -> int:
+    assert run.memory is not None
+    return run.memory.peak_bytes

@@ -1,4 +1,4 @@
-"""Whether a run fits into memory: its predicted peak, corrected by measured peaks of similar runs, against a limit.
+"""Whether a predicted peak fits into a memory limit: of a plan; and of a run, corrected by peaks of similar runs.
 
 Similar runs share the base model, the quantization and the device.
 """
@@ -9,10 +9,13 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_exp.errors import ConfigError
 from qlora_exp.records.types import KILLED_FOR_MEMORY, Device, Fit, RunRecord, SkippedTrial, Status
+
+if TYPE_CHECKING:
+    from qlora_exp.estimate.peak import Peak
 
 RELATIVE_ERROR = {"cpu": 0.22, "cuda": 0.5}
 """Device → the largest relative error of a predicted peak.
@@ -20,13 +23,64 @@ RELATIVE_ERROR = {"cpu": 0.22, "cuda": 0.5}
 On a CPU: over the configurations in docs/plan_accuracy.md that weren't used for fitting, in either of two processes,
 without the one with experts in 16 bit. On CUDA nothing has been compared, and the figure is a guess.
 """
+BORDERLINE_NOTES = {
+    "cpu": f"predictions were off by up to {100 * RELATIVE_ERROR['cpu']:.0f} %",
+    "cuda": f"the error of predictions on GPUs is not measured yet: {100 * RELATIVE_ERROR['cuda']:.0f} % is a guess",
+}
+"""Device → what is known about the error of a predicted peak."""
 MEASURED_PEAKS = (Status.COMPLETED, Status.PRUNED)
 OTHER_PROCESSES_SHARE = 0.5
 """Share of the limit. Predictions err by less than a factor of two."""
-CPU_PROCESS_BYTES = 590_000_000
-"""What a training process on a CPU holds after its imports (``memory.resident_after_imports_bytes``). Measured: 586 and
-587 MB in four fresh ``qlora-exp run`` of the embedded base in fp32 and nf4. It includes library pages that several
-processes share."""
+CPU_PROCESS_BYTES = 720_000_000
+"""What a training process on a CPU holds after its imports (``memory.resident_after_imports_bytes``). Measured in
+fresh ``qlora-exp run`` of the embedded base in fp32 and nf4: 712 and 721 MB, 671 MB without MLflow. It includes library
+pages that several processes share."""
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """``fits`` is ``None`` if no memory limit is known. ``borderline``: the limit lies within the prediction's
+    error."""
+
+    fits: bool | None
+    borderline: bool
+    reason: str
+
+
+def planned_fit(
+    peak: Peak,
+    exact_bytes: int,
+    device_kind: str,
+    fit_bytes: int | None,
+    budget_bytes: int | None,
+    device_bytes: int | None,
+) -> FitResult:
+    """Compare a plan's peak with the limit: ``fit_bytes`` (``--fit SIZE``), else ``budget.memory_bytes``, else the
+    device's memory.
+
+    ``exact_bytes``: the part of the peak that is exact. On a CPU, ``budget.memory_bytes`` limits only what training
+    adds; the other limits include what the process holds after its imports.
+    """
+    from qlora_exp.formatting import bytes_text  # loads Rich
+
+    on_cpu, peak_bytes, base_bytes = device_kind == "cpu", peak.needed_bytes, peak.base.total_bytes
+    limit = next((size for size in (fit_bytes, budget_bytes, device_bytes) if size is not None), None)
+    needs = f"needs {bytes_text(peak_bytes)}"
+    if limit is None:
+        return FitResult(None, False, f"{needs}; no card is named (plan.device=CARD, --fit SIZE)")
+    process = CPU_PROCESS_BYTES if on_cpu and (fit_bytes is not None or budget_bytes is None) else 0
+    if process:
+        needs = f"needs {bytes_text(process + peak_bytes)} ({bytes_text(process)} after imports)"
+    elif on_cpu:
+        needs = f"{needs} beyond the process after imports,"
+    message, available = f"{needs} of {bytes_text(limit)}", limit - process
+    if base_bytes > available:
+        base = f", the base alone {bytes_text(base_bytes)}" if available > 0 else ""
+        return FitResult(False, False, f"{message}{base}")
+    factor = 1.0 + RELATIVE_ERROR[device_kind]
+    if exact_bytes <= available and available / factor < peak_bytes <= available * factor:
+        return FitResult(peak_bytes <= available, True, f"borderline: {message}; {BORDERLINE_NOTES[device_kind]}")
+    return FitResult(peak_bytes <= available, False, message)
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from qlora_exp.architecture.run_plan import adapter_dtype, compute_dtype, gradient_checkpointing, shape_multiples
-from qlora_exp.architecture.shapes import Architecture, WeightShape
+from qlora_exp.architecture.run_plan import adapter_dtype, compute_dtype, shape_multiples
+from qlora_exp.architecture.shapes import Architecture
 from qlora_exp.config.allowed_values import QUANTIZED
-from qlora_exp.config.schema import Config, Quantization
-from qlora_exp.estimate.activations import FLOAT32_BYTES, SavedActivations, is_eager, saved_bytes_per_token
-from qlora_exp.estimate.architecture_traits import traits_of
-from qlora_exp.estimate.weights_and_optimizer import WIDTHS_OF, adapter_bytes, base_bytes, temporaries_bytes
-from qlora_exp.estimate.workload import RowLengths
+from qlora_exp.config.schema import Checkpointing, Config, Quantization
+from qlora_exp.estimate.activations import (
+    FLOAT32_BYTES,
+    SavedActivations,
+    TrainingPass,
+    is_eager,
+    layers_of,
+    saved_bytes_per_token,
+    traits_of,
+)
+from qlora_exp.estimate.weights_and_optimizer import (
+    WIDTHS_OF,
+    AdapterBytes,
+    BaseBytes,
+    adapter_bytes,
+    base_bytes,
+    temporaries_bytes,
+)
+from qlora_exp.estimate.workload import RowLengths, Workload
 
 HEAD_TOKENS, HEAD_VOCABULARY = 4096, 32768
 """TRL's fused head (``trl/kernels/chunked_logprob.py``) computes logits in tiles of this many tokens and vocabulary
@@ -29,11 +43,7 @@ entries."""
 HEAD_BYTES_WITHOUT_TRITON = 29
 """Bytes per logit of a tile's backward pass in plain torch, without the tile itself (``_backward_tile``): y, z, log p,
 p and the gradient in float32, a mask of one byte, and two float32 temporaries of the gradient's product."""
-
-
 PAGE_BYTES = 4096
-DEFAULT_STEPS = 1000
-"""Used if the number of steps is unknown."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,8 @@ class Peak:
     free: on CUDA also fragmentation and the context.
     """
 
+    base: BaseBytes
+    adapters: AdapterBytes
     exact_bytes: int
     """Base, quantization state, adapters and optimizer states; gradients, if they exist at the peak."""
     activation_bytes: int
@@ -99,175 +111,146 @@ def predicted_peak(
     *,
     bf16: bool = True,
     rows: RowLengths | None = None,
-    steps: int | None = None,
     joined_heap: bool = False,
 ) -> Peak:
     """Return the peak of training ``config`` with adapters on ``modules`` (full names, as resolve_targets gives them).
 
-    * ``device_kind``: ``cpu`` or ``cuda``; ``bf16``: whether the card has it.
+    * ``device_kind``: ``cpu`` or ``cuda``; ``bf16``: whether the card has it. On CUDA, ``gradient_checkpointing=auto``
+      counts as on: ``Estimator.checkpointing`` compares the peak without it with the memory.
     * ``rows``: the lengths of the training rows. If unknown, they differ, and each row has ``training.max_length``
       tokens with a loss.
-    * ``steps``: of the training; if unknown, many.
     * ``joined_heap``: whether a CPU process runs with the settings of :mod:`qlora_exp.system.heap`.
     """
-    shape = _Shape.of(config, architecture, device_kind, bf16, rows, steps)
+    compute = compute_dtype(config.quantization, device_kind, bf16)
+    batch = _micro_batch(config, architecture, device_kind, compute, rows)
+    cuda, width = device_kind == "cuda", WIDTHS_OF[compute]
     module_names = set(modules)
     adapted = [weight for weight in architecture.weights if weight.name in module_names]
     adapters = adapter_bytes(adapted, config.lora, config.training.optimizer)
-    base = base_bytes(architecture, config.quantization, shape.compute)
-    resting = base.base_weight_bytes + base.quantization_state_bytes + adapters.adapter_bytes + adapters.optimizer_bytes
-    activations = saved_bytes_per_token(
-        architecture,
-        module_names,
+    base = base_bytes(architecture, config.quantization, compute)
+    autocast = cuda and compute != "float32"  # as in training/trainer.py: bf16 or fp16
+    setting = TrainingPass(
         r=config.lora.r,
-        compute_bytes=shape.width,
+        compute_bytes=width,
         adapter_bytes=WIDTHS_OF[adapter_dtype(config.lora)],
         int8=config.quantization.mode is Quantization.int8,
-        length=shape.length,
-        padded=shape.padded,
-        cuda=shape.cuda,
+        length=batch.length,
+        padded=batch.padded,
+        cuda=cuda,
         lora_dropout=config.lora.dropout > 0,
         eager=is_eager(config.model.attention, architecture),
+        autocast=autocast,
+        quantized=config.quantization.mode in QUANTIZED,
     )
-    logits = _logits(architecture, shape)
-    dequantized = _dequantized_bytes(architecture, config, shape)
-    with_gradients = resting + adapters.gradient_bytes
-    outer = shape.tokens * (activations.outside + (activations.inputs if shape.checkpointing else activations.layers))
-    recomputed = shape.tokens * activations.layer * 2 if shape.checkpointing else 0.0
-    # Before the first backward pass of a step the gradients of the last step are freed.
-    at_head = _PeakCandidate(with_gradients if shape.accumulates else resting, outer, logits, 0, 0)
-    in_layer = _PeakCandidate(with_gradients, outer + recomputed, 0, dequantized, 0)
-    in_optimizer = _PeakCandidate(with_gradients, temporaries_bytes(config.training.optimizer, adapters), 0, 0, 0)
-    if not shape.cuda:
-        slack = _heap_fragmentation(
-            TUNED_HEAP if joined_heap else DEFAULT_HEAP, architecture, shape, activations, logits
+    activations = saved_bytes_per_token(architecture, module_names, setting)
+    choice = config.training.gradient_checkpointing
+    checkpointing = choice is Checkpointing.on or (cuda and choice is Checkpointing.auto)
+    outer = batch.tokens * (activations.outside + (activations.inputs if checkpointing else activations.layers))
+    recomputed = batch.tokens * activations.layer * 2 if checkpointing else 0.0
+    hidden_gradient = batch.loss_tokens * architecture.hidden_size * FLOAT32_BYTES
+    logits = _logits_tile(architecture, batch.loss_tokens, width, cuda) + hidden_gradient
+    # Before the first backward pass of a step the gradients of the last step are freed. From the second micro-batch of
+    # a batch on, gradients of the earlier ones exist.
+    accumulates = config.training.batch_size > batch.rows
+    # Autocast multiplies by copies of A and B in the compute dtype. Backward needs each of them until it has made the
+    # gradient, which is larger. With checkpointing they exist until forward ends, i.e. before the head's gradient; then
+    # those of the recomputed layer alone.
+    copied = autocast and adapter_dtype(config.lora) != compute
+    copies = width * adapters.trainable_parameters if copied else 0
+    copies_at_head, copies_in_layer = copies, copies if accumulates else 0
+    if checkpointing:
+        copies_at_head = max(copies - hidden_gradient, 0)
+        copies_in_layer = copies // max(len(layers_of(architecture)), 1)
+    # Every multiplication by a quantized weight makes a copy in the compute dtype and frees it again. On CUDA,
+    # LLM.int8()'s forward multiplies integers, but its backward dequantizes, too.
+    quantized = [weight for weight in architecture.weights if weight.quantizable]
+    largest = max((weight.in_features * weight.out_features for weight in quantized), default=0)
+    dequantized = largest * width if config.quantization.mode in QUANTIZED else 0
+    heap = TUNED_HEAP if joined_heap else DEFAULT_HEAP
+    slack = 0.0 if cuda else _heap_fragmentation(heap, architecture, batch, width, activations, logits)
+
+    def moment(
+        exact: int, activations: float, logits: float = 0.0, dequantized: float = 0.0, slack: float = 0.0
+    ) -> Peak:
+        needed = exact + activations + logits + dequantized
+        return Peak(
+            base=base,
+            adapters=adapters,
+            exact_bytes=exact,
+            activation_bytes=round(activations),
+            logits_bytes=round(logits),
+            dequantization_bytes=round(dequantized),
+            slack_bytes=round(slack),
+            context_bytes=round(CUDA_CONTEXT_BYTES + CUDA_FRAGMENTS * needed) if cuda else 0,
+            peak_bytes=round(needed + slack),
         )
-        at_head, in_layer = replace(at_head, slack=slack), replace(in_layer, slack=slack)
-    moments = (at_head, in_layer, in_optimizer) if shape.cuda else (at_head, in_layer)
-    return max((_peak(moment, shape) for moment in moments), key=lambda peak: peak.peak_bytes)
+
+    resting = base.total_bytes + adapters.adapter_bytes + adapters.optimizer_bytes
+    with_gradients = resting + adapters.gradient_bytes
+    moments = [
+        moment(with_gradients if accumulates else resting, outer + copies_at_head, logits, slack=slack),
+        moment(with_gradients, outer + recomputed + copies_in_layer, dequantized=dequantized, slack=slack),
+    ]
+    if cuda:
+        moments.append(moment(with_gradients, temporaries_bytes(config.training.optimizer, adapters)))
+    return max(moments, key=lambda peak: peak.peak_bytes)
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """The shape of one forward pass: dtype, rows and tokens of a micro-batch."""
+class _MicroBatch:
+    """The largest micro-batch. ``loss_tokens`` get logits. ``padded``: its rows differ in length."""
 
-    compute: str
-    width: int
     rows: int
     length: int
-    scored: int
-    """Tokens with a loss; only they get logits."""
+    loss_tokens: int
     padded: bool
-    checkpointing: bool
-    accumulates: bool
-    """The batch has several micro-batches: from the second one on, gradients of the earlier ones exist."""
-    cuda: bool
 
     @property
     def tokens(self) -> int:
         return self.rows * self.length
 
-    @staticmethod
-    def of(
-        config: Config,
-        architecture: Architecture,
-        device_kind: str,
-        bf16: bool,
-        lengths: RowLengths | None,
-        steps: int | None,
-    ) -> _Shape:
-        training = config.training
-        compute = compute_dtype(config.quantization, device_kind, bf16)
-        rows = training.micro_batch_size or training.batch_size
-        length = min(lengths.longest_tokens, training.max_length) if lengths else training.max_length
-        scored: float = rows * (length - 1)
-        if lengths:
-            batches = (steps or training.max_steps or DEFAULT_STEPS) * math.ceil(training.batch_size / rows)
-            scored = min(scored, lengths.max_loss_tokens(rows, batches))
-        differ = lengths is None or lengths.differ
-        length_multiple, logits_multiple = shape_multiples(
-            compute, device_kind, training.max_length, architecture.positions
-        )
-        differ = differ or length % length_multiple != 0
-        return _Shape(
-            compute=compute,
-            width=WIDTHS_OF[compute],
-            rows=rows,
-            length=_rounded_up(length, length_multiple),
-            scored=_rounded_up(round(scored), logits_multiple),
-            padded=differ,
-            checkpointing=gradient_checkpointing(training.gradient_checkpointing, device_kind, architecture),
-            accumulates=training.batch_size > rows,
-            cuda=device_kind == "cuda",
-        )
+
+def _micro_batch(
+    config: Config, architecture: Architecture, device_kind: str, compute: str, lengths: RowLengths | None
+) -> _MicroBatch:
+    training = config.training
+    rows = training.micro_batch_size or training.batch_size
+    length, padded, loss_tokens = training.max_length, True, float(rows * (training.max_length - 1))
+    length_multiple, logits_multiple = shape_multiples(compute, device_kind, length, architecture.positions)
+    if lengths is not None:
+        length = min(lengths.longest_tokens, length)
+        padded = lengths.differ or length % length_multiple != 0
+        batches = Workload.of(training, lengths).steps * math.ceil(training.batch_size / rows)
+        loss_tokens = min(rows * (length - 1), lengths.max_loss_tokens(rows, batches))
+    return _MicroBatch(
+        rows, _rounded_up(length, length_multiple), _rounded_up(round(loss_tokens), logits_multiple), padded
+    )
 
 
 def _rounded_up(number: int, multiple: int) -> int:
     return math.ceil(number / multiple) * multiple
 
 
-@dataclass(frozen=True)
-class _PeakCandidate:
-    exact: float
-    activations: float
-    logits: float
-    unpacked: float
-    slack: float
-
-
-def _logits(architecture: Architecture, shape: _Shape) -> float:
-    """Return the bytes of one tile of logits, of what its backward pass computes, and of the hidden states' float32
-    gradient.
+def _logits_tile(architecture: Architecture, loss_tokens: int, width: int, cuda: bool) -> float:
+    """Return the bytes of one tile of logits, and of what its backward pass computes.
 
     A tile always has rows of the full tile width. On CUDA all of it takes memory; on a CPU only the pages that the
     vocabulary touches.
     """
-    tokens = min(shape.scored, HEAD_TOKENS)
-    if shape.cuda:
-        tile = tokens * HEAD_VOCABULARY * shape.width
-    else:
-        vocabulary = min(architecture.vocabulary_size, HEAD_VOCABULARY)
-        softcap_bytes = FLOAT32_BYTES if traits_of(architecture.model_type).logit_softcapping else 0
-        tile = tokens * vocabulary * (HEAD_BYTES_WITHOUT_TRITON + softcap_bytes + shape.width)
-        tile += tokens * PAGE_BYTES if vocabulary < HEAD_VOCABULARY else 0
-    return tile + shape.scored * architecture.hidden_size * FLOAT32_BYTES
-
-
-def _dequantized_bytes(architecture: Architecture, config: Config, shape: _Shape) -> float:
-    """Return the bytes of the largest quantized weight in the compute dtype: every multiplication dequantizes one and
-    frees it again. On CUDA, LLM.int8()'s forward multiplies integers, but its backward dequantizes, too."""
-    if config.quantization.mode not in QUANTIZED:
-        return 0.0
-    return max((_matrix(weight) for weight in architecture.weights if weight.quantizable), default=0) * shape.width
-
-
-def _matrix(weight: WeightShape) -> int:
-    return weight.in_features * weight.out_features
+    tokens = min(loss_tokens, HEAD_TOKENS)
+    if cuda:
+        return tokens * HEAD_VOCABULARY * width
+    vocabulary = min(architecture.vocabulary_size, HEAD_VOCABULARY)
+    softcap_bytes = FLOAT32_BYTES if traits_of(architecture.model_type).logit_softcapping else 0
+    tile = tokens * vocabulary * (HEAD_BYTES_WITHOUT_TRITON + softcap_bytes + width)
+    return tile + (tokens * PAGE_BYTES if vocabulary < HEAD_VOCABULARY else 0)
 
 
 def _heap_fragmentation(
-    heap: Heap, architecture: Architecture, shape: _Shape, activations: SavedActivations, logits: float
+    heap: Heap, architecture: Architecture, batch: _MicroBatch, width: int, activations: SavedActivations, logits: float
 ) -> float:
-    tile = min(shape.scored, HEAD_TOKENS) * min(architecture.vocabulary_size, HEAD_VOCABULARY)
+    tile = min(batch.loss_tokens, HEAD_TOKENS) * min(architecture.vocabulary_size, HEAD_VOCABULARY)
     logits_in_heap = logits if tile * FLOAT32_BYTES < MAPPED_FROM_BYTES else 0.0
-    kernels = heap.kernels_16_bit_bytes if shape.width < FLOAT32_BYTES else 0.0
-    return (
-        heap.code_bytes
-        + kernels
-        + heap.gaps_layers * shape.tokens * activations.layers
-        + heap.gaps_logits * logits_in_heap
-    )
-
-
-def _peak(moment: _PeakCandidate, shape: _Shape) -> Peak:
-    needed = moment.exact + moment.activations + moment.logits + moment.unpacked
-    context = CUDA_CONTEXT_BYTES + CUDA_FRAGMENTS * needed if shape.cuda else 0.0
-    return Peak(
-        exact_bytes=round(moment.exact),
-        activation_bytes=round(moment.activations),
-        logits_bytes=round(moment.logits),
-        dequantization_bytes=round(moment.unpacked),
-        slack_bytes=round(moment.slack),
-        context_bytes=round(context),
-        peak_bytes=round(needed + moment.slack),
-    )
+    kernels = heap.kernels_16_bit_bytes if width < FLOAT32_BYTES else 0.0
+    in_layers = heap.gaps_layers * batch.tokens * activations.layers
+    return heap.code_bytes + kernels + in_layers + heap.gaps_logits * logits_in_heap

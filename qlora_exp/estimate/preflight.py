@@ -1,13 +1,16 @@
-"""Whether a run may start: it is predicted to fit into its memory limit, or the error says what would fit."""
+"""Whether a run may start: its budget and its memory limit are large enough, or the error says what would fit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_exp.config.checks import check
 from qlora_exp.config.schema import Checkpointing, Config, Quantization, to_plain
+from qlora_exp.errors import ConfigError
+from qlora_exp.estimate.budget import check_covers_a_step
+from qlora_exp.estimate.estimator import RunEstimate
 from qlora_exp.estimate.memory_fit import (
     MemoryEstimate,
     MemoryLimit,
@@ -18,108 +21,114 @@ from qlora_exp.estimate.memory_fit import (
     next_smaller_micro_batch,
 )
 from qlora_exp.estimate.peak import Peak
-from qlora_exp.estimate.preflight_budget import check_budget_covers_a_step
-from qlora_exp.estimate.run_estimate import peak_of, row_lengths
-from qlora_exp.estimate.weights_and_optimizer import in_mode, smallest_base
+from qlora_exp.estimate.weights_and_optimizer import BITS_PER_WEIGHT, in_mode, smallest_base
 from qlora_exp.formatting import bytes_text
-from qlora_exp.records.types import Device, Environment, Fit, Plan, SkippedTrial
-from qlora_exp.runs.prepare import Prepared
+from qlora_exp.records.types import Device, Fit, SkippedTrial
+
+if TYPE_CHECKING:
+    from qlora_exp.estimate.planner import Planner
 
 SMALLER_QUANTIZATIONS = (Quantization.bf16, Quantization.int8, Quantization.nf4)
 """Modes to suggest, the most precise first."""
-BITS_PER_WEIGHT = {Quantization.fp32: 32, Quantization.bf16: 16, Quantization.fp16: 16, Quantization.int8: 8}
-"""Bits per weight; 4 for the other modes."""
 MIN_LENGTH = 16
 """Tokens. Shorter rows are never suggested."""
 
 
-def memory_fit(config: Config, prepared: Prepared, environment: Environment, rule: MemoryLimit) -> Fit | None:
+def check_a_base_fits(planner: Planner, configs: Sequence[Config], memory_bytes: int | None) -> None:
+    """Check that some quantization of some base fits into ``budget.memory_bytes``, without adapters and training.
+
+    Raises:
+        ConfigError: no quantization of any of their bases fits.
+        ModelError: there is no such base.
+    """
+    if memory_bytes is None or not configs:
+        return
+
+    def smallest(config: Config) -> tuple[Quantization, int]:
+        device = planner.device(config)
+        return smallest_base(planner.architecture(config.model), config.quantization, device.kind, device.bf16)
+
+    distinct = {(repr(config.model), repr(config.quantization), config.training.device): config for config in configs}
+    mode, minimum = min(map(smallest, distinct.values()), key=lambda mode_and_bytes: mode_and_bytes[1])
+    if minimum > memory_bytes:
+        hint = f"a smaller model, or more than budget.memory_bytes={minimum}"
+        raise ConfigError(_no_base_fits(mode, minimum), f"budget.memory_bytes = {memory_bytes}", hint)
+
+
+def memory_fit(config: Config, estimate: RunEstimate, limit: MemoryLimit) -> Fit | None:
     """Return the predicted memory with its limit; ``None`` if no limit is known.
 
     Raises:
         PredictedOutOfMemory: the prediction exceeds the limit; the error has its parts, and what would fit.
         ConfigError: the budget is too small for one step.
     """
-    check_budget_covers_a_step(config, prepared)
-    device, plan = environment.device, prepared.plan
-    limit = memory_limit_bytes(rule, device)
-    if limit is None:
+    check_covers_a_step(config.budget, estimate)
+    device, peak, seconds = estimate.estimator.device, estimate.memory, estimate.time.train
+    limit_bytes = memory_limit_bytes(limit, device)
+    if limit_bytes is None:
         return None
-    exact = peak_of(config, environment, prepared.architecture, prepared.modules, prepared.splits).exact_bytes
-    need = memory_estimate(plan, exact)
-    fit, may_start = fit_into(limit, need, rule, correction_key(to_plain(config), device), device.kind)
+    need = MemoryEstimate(
+        peak.peak_bytes, peak.context_bytes, seconds.middle if seconds else None, estimate.train_flops, peak.exact_bytes
+    )
+    fit, may_start = fit_into(limit_bytes, need, limit, correction_key(to_plain(config), device), device.kind)
     if may_start and fit.excess < -fit.error:
         return fit
-    from_budget = rule.limit_bytes is not None
-    what, hint = _error_and_hint(config, prepared, environment, fit, from_budget)
+    from_budget = limit.limit_bytes is not None
+    what, hint = _error_and_hint(config, estimate, fit, from_budget)
     fit = replace(fit, would_fit=hint)
     if may_start:
         return fit
-    where = f"budget.memory_bytes = {limit}" if from_budget else _limit_text(device, limit, rule.hosts)
+    where = f"budget.memory_bytes = {limit_bytes}" if from_budget else _limit_text(device, limit_bytes, limit.hosts)
     raise PredictedOutOfMemory(
         what, where, f"{hint}; --force starts it anyway", SkippedTrial(fit, need.train_seconds, need.train_flops)
     )
 
 
-def _limit_text(device: Device, bound: int, hosts: int) -> str:
+def _limit_text(device: Device, limit_bytes: int, hosts: int) -> str:
     """Return a phrase that names the memory that limits the run."""
     shared = f", shared by {hosts} concurrent trials" if hosts > 1 else ""
     if device.kind == "cpu":
         total = bytes_text(device.memory_bytes or 0)
         limit = f"this machine's memory or its control group's limit is {total}"
-        return f"{limit}; without the process itself {bytes_text(bound)} remain{shared}"
-    return f"the memory of {device.name} = {bound}{shared}"
+        return f"{limit}; without the process itself {bytes_text(limit_bytes)} remain{shared}"
+    return f"the memory of {device.name} = {limit_bytes}{shared}"
 
 
-def memory_estimate(planned: Plan, exact_bytes: int = 0) -> MemoryEstimate:
-    """Return the memory estimate of a plan that has predictions."""
-    tokens = planned.predicted_train_tokens
-    flops = planned.train_flops_per_token
-    return MemoryEstimate(
-        peak_bytes=planned.predicted_peak_train_bytes or 0,
-        context_bytes=planned.predicted_context_bytes or 0,
-        train_seconds=planned.predicted_train_seconds,
-        train_flops=flops * tokens if flops is not None and tokens is not None else None,
-        exact_bytes=exact_bytes,
-    )
+def _no_base_fits(mode: Quantization, minimum: int) -> str:
+    return f"no quantization of this base fits: {mode.value}, the smallest, takes {bytes_text(minimum)} by itself"
 
 
-def _error_and_hint(
-    config: Config, prepared: Prepared, environment: Environment, fit: Fit, limited: bool
-) -> tuple[str, str]:
-    """Return what is wrong, and what to do. ``limited``: the limit is ``budget.memory_bytes``."""
+def _error_and_hint(config: Config, estimate: RunEstimate, fit: Fit, from_budget: bool) -> tuple[str, str]:
+    """Return what is wrong, and what to do. ``from_budget``: the limit is ``budget.memory_bytes``."""
+    estimator = estimate.estimator
 
     def at_least(size: int) -> str:
-        return f"at least budget.memory_bytes={size}" if limited else f"at least {bytes_text(size)} of memory"
+        return f"at least budget.memory_bytes={size}" if from_budget else f"at least {bytes_text(size)} of memory"
 
-    device = environment.device
-    mode, minimum = smallest_base(prepared.architecture, config.quantization, device.kind, device.bf16)
+    device = estimator.device
+    mode, minimum = smallest_base(estimator.architecture, config.quantization, device.kind, device.bf16)
     if minimum > fit.limit_bytes:
-        what = f"no quantization of this base fits: {mode.value}, the smallest, takes {bytes_text(minimum)} by itself"
-        return what, f"a smaller model, or {at_least(fit.corrected_bytes)}"
-
-    def peak(variant: Config) -> Peak:
-        return peak_of(variant, environment, prepared.architecture, prepared.modules, prepared.splits)
-
+        return _no_base_fits(mode, minimum), f"a smaller model, or {at_least(fit.corrected_bytes)}"
     corrected = f", corrected by the measured peaks of {fit.similar_runs} similar runs" if fit.similar_runs else ""
     what = (
         f"the run is predicted to need {bytes_text(fit.corrected_bytes)} of {bytes_text(fit.limit_bytes)}{corrected}"
-        f": {_parts(peak(config))}"
+        f": {_parts(estimate.memory)}"
     )
     scale = (fit.corrected_bytes - fit.context_bytes) / fit.peak_bytes
 
     def needed(variant: Config) -> float:
-        predicted = peak(variant)
+        predicted = estimator.peak(variant)
         return scale * predicted.peak_bytes + predicted.context_bytes
 
-    changes = list(_smaller_settings(config, prepared, lambda variant: needed(variant) <= fit.limit_bytes))
+    changes = list(_smaller_settings(config, estimate, lambda variant: needed(variant) <= fit.limit_bytes))
     if changes:
         return what, "; or ".join(f"{text} ({bytes_text(needed(variant))})" for text, variant in changes)
-    text, smallest = _smallest_settings(config)
+    training = replace(config.training, micro_batch_size=1, gradient_checkpointing=Checkpointing.on)
+    smallest = _in_mode(replace(config, training=training), Quantization.nf4)
+    text = "training.micro_batch_size=1 training.gradient_checkpointing=on quantization=nf4"
     if needed(smallest) <= fit.limit_bytes:
         return what, f"{text} ({bytes_text(needed(smallest))})"
-    minimum = round(needed(smallest))
-    return what, f"a smaller model; with {text} {at_least(minimum)}"
+    return what, f"a smaller model; with {text} {at_least(round(needed(smallest)))}"
 
 
 def _parts(peak: Peak) -> str:
@@ -135,35 +144,30 @@ def _parts(peak: Peak) -> str:
 
 
 def _smaller_settings(
-    config: Config, prepared: Prepared, fits: Callable[[Config], bool]
+    config: Config, estimate: RunEstimate, fits: Callable[[Config], bool]
 ) -> Iterator[tuple[str, Config]]:
     """Yield, for each setting, the nearest smaller value that makes the run fit by itself."""
-    for values in _settings(config, prepared):
-        candidate = next(((text, variant) for text, variant in values if not check(variant) and fits(variant)), None)
-        if candidate is not None:
-            yield candidate
-
-
-def _settings(config: Config, prepared: Prepared) -> Iterator[Iterator[tuple[str, Config]]]:
-    """Yield each setting's smaller values, the nearest first."""
     training = config.training
     rows = training.micro_batch_size or training.batch_size
-    length = min(training.max_length, max(row_lengths(prepared.splits)))
-    modes = [
-        mode
-        for mode in SMALLER_QUANTIZATIONS
-        if BITS_PER_WEIGHT.get(mode, 4) < BITS_PER_WEIGHT.get(config.quantization.mode, 4)
-    ]
+    longest = estimate.rows.longest_tokens if estimate.rows is not None else training.max_length
+    bits = BITS_PER_WEIGHT[config.quantization.mode]
+    modes = [mode for mode in SMALLER_QUANTIZATIONS if BITS_PER_WEIGHT[mode] < bits]
 
     def with_training(key: str, value: int | str, setting: Any) -> tuple[str, Config]:
         return f"training.{key}={value}", replace(config, training=replace(training, **{key: setting}))
 
     # Micro-batches that divide the batch: all of them for a small batch, else only by halving.
     row_counts = range(rows - 1, 0, -1) if rows <= 64 else _halvings(rows, training.batch_size)
-    yield (with_training("micro_batch_size", n, n) for n in row_counts if training.batch_size % n == 0)
-    yield (with_training("max_length", n, n) for n in _halves(length, MIN_LENGTH))
-    yield (with_training("gradient_checkpointing", "on", checkpointing) for checkpointing in [Checkpointing.on])
-    yield ((f"quantization={mode.value}", _in_mode(config, mode)) for mode in modes)
+    settings: tuple[Iterator[tuple[str, Config]], ...] = (
+        (with_training("micro_batch_size", n, n) for n in row_counts if training.batch_size % n == 0),
+        (with_training("max_length", n, n) for n in _halves(min(training.max_length, longest))),
+        iter([with_training("gradient_checkpointing", "on", Checkpointing.on)]),
+        ((f"quantization={mode.value}", _in_mode(config, mode)) for mode in modes),
+    )
+    for variants in settings:
+        nearest = next(((text, variant) for text, variant in variants if not check(variant) and fits(variant)), None)
+        if nearest is not None:
+            yield nearest
 
 
 def _halvings(rows: int, batch_size: int) -> Iterator[int]:
@@ -172,15 +176,9 @@ def _halvings(rows: int, batch_size: int) -> Iterator[int]:
         yield rows
 
 
-def _halves(value: int, minimum: int) -> Iterator[int]:
-    while (value := value // 2) >= minimum:
-        yield value
-
-
-def _smallest_settings(config: Config) -> tuple[str, Config]:
-    training = replace(config.training, micro_batch_size=1, gradient_checkpointing=Checkpointing.on)
-    text = "training.micro_batch_size=1 training.gradient_checkpointing=on quantization=nf4"
-    return text, _in_mode(replace(config, training=training), Quantization.nf4)
+def _halves(length: int) -> Iterator[int]:
+    while (length := length // 2) >= MIN_LENGTH:
+        yield length
 
 
 def _in_mode(config: Config, mode: Quantization) -> Config:

@@ -1,21 +1,27 @@
-"""Plans as a terminal table, as an HTML page, and as JSON."""
+"""Plans as a terminal table, as an HTML page, and as JSON; and the sizes of one model's weights (``plan --sizes``)."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from rich.table import Table
 
-from qlora_exp.config.override_values import hydra_value
-from qlora_exp.estimate.estimator import PlannedMemory, PlannedRun
-from qlora_exp.estimate.fit_result import BORDERLINE_NOTES
-from qlora_exp.estimate.memory_fit import CPU_PROCESS_BYTES
+from qlora_exp.architecture.run_plan import compute_dtype
+from qlora_exp.config.overrides import hydra_value
+from qlora_exp.config.schema import Config
+from qlora_exp.errors import ConfigError
+from qlora_exp.estimate.candidates import SearchSpace
+from qlora_exp.estimate.memory_fit import BORDERLINE_NOTES, CPU_PROCESS_BYTES
+from qlora_exp.estimate.planner import PlannedMemory, PlannedRun, Planner
+from qlora_exp.estimate.throughput import Interval
 from qlora_exp.estimate.tokens import PlannedRows
-from qlora_exp.formatting import UNKNOWN_CELL, bytes_text, number, simple_table
+from qlora_exp.estimate.weights_and_optimizer import BITS_PER_WEIGHT, adapter_bytes, base_bytes, in_mode
+from qlora_exp.formatting import UNKNOWN_CELL, bytes_text, number, print_table, simple_table
 from qlora_exp.records.schema import to_dict
 
 MEMORY_PARTS = {
@@ -28,6 +34,19 @@ MEMORY_PARTS = {
 }
 """Part of :class:`PlannedMemory` → (its letter in the bar, its name)."""
 LEGEND = "memory: " + ", ".join(f"{letter} {words}" for letter, words in MEMORY_PARTS.values())
+PLAN_COLUMNS = {
+    "name": "configuration",
+    "trainable": "trainable",
+    "parts": "memory by part",
+    "peak": "peak",
+    "fits": "fits",
+    "seconds": "training",
+    "other_seconds": "load, score",
+    "usd": "usd",
+    "disk": "disk",
+}
+"""Cell of a row → its heading."""
+INTERVALS = ("seconds", "other_seconds", "usd")
 BEYOND_IMPORTS = (
     "a peak on a CPU doesn't include what the process holds after its imports, about "
     f"{bytes_text(CPU_PROCESS_BYTES)}; this counts against the machine's memory and --fit SIZE, but not against "
@@ -45,21 +64,24 @@ ROWS_SHOWN = 40
 def plan_as_json(runs: Sequence[PlannedRun]) -> list[dict[str, Any]]:
     """Return one object per configuration, in bytes, seconds and US dollars; ``null`` is unknown. ``overrides`` are the
     axes' values."""
-    return [_object(run) for run in runs]
-
-
-def _object(run: PlannedRun) -> dict[str, Any]:
-    plain = to_dict(run)
-    return {"overrides": plain.pop("params"), **plain}
+    objects = []
+    for run in runs:
+        plain: dict[str, Any] = {"overrides": to_dict(run.params)}
+        for key, value in vars(run).items():
+            if key in INTERVALS:
+                plain |= {key: value and value.middle, f"{key}_interval": value and [value.low, value.high]}
+            elif key != "params":
+                plain[key] = to_dict(value)
+        objects.append(plain)
+    return objects
 
 
 def plan_table(runs: Sequence[PlannedRun]) -> Table:
     """Return one row for all configurations with the same figures: the first :data:`ROWS_SHOWN` rows."""
-    scored = any(run.other_seconds is not None for run in runs)
-    columns = ["configuration", "trainable", "memory by part", "peak", "fits", "training", "usd", "disk"]
-    if scored:
-        columns.insert(6, "load, score")
-    table = simple_table(*columns)
+    columns = PLAN_COLUMNS
+    if all(run.other_seconds is None for run in runs):
+        columns = {key: title for key, title in PLAN_COLUMNS.items() if key != "other_seconds"}
+    table = simple_table(*columns.values())
     scale = _scale(runs)
     groups: dict[tuple[Any, ...], list[PlannedRun]] = {}
     for run in runs:
@@ -67,22 +89,36 @@ def plan_table(runs: Sequence[PlannedRun]) -> Table:
         figures = (run.trainable_parameters, run.memory, run.disk, fit, run.seconds, run.other_seconds, run.usd)
         groups.setdefault(figures if run.memory is not None else (run.reason,), []).append(run)
     for first, *others in list(groups.values())[:ROWS_SHOWN]:
-        table.add_row(*_row(first, scale, f" (and {len(others):,} with the same figures)" if others else "", scored))
+        cells = {**_cells(first), "parts": _bar(first.memory, scale)}
+        cells["name"] += f" (and {len(others):,} with the same figures)" if others else ""
+        table.add_row(*(cells[key] for key in columns))
     if len(groups) > ROWS_SHOWN:
         table.add_row(f"… and {len(groups) - ROWS_SHOWN:,} more rows: --json or --html FILE has them all")
     return table
 
 
-def plan_summary(runs: Sequence[PlannedRun], trials: int | None, sampled: bool) -> str:
-    """Return how many configurations there are, and how many of them fit."""
+def print_plan(runs: Sequence[PlannedRun], space: SearchSpace) -> None:
+    """Print the table, and what a reader needs to know about it."""
+    print_table(plan_table(runs))
+    print()
+    print(*summary_lines(runs, space), sep="\n")
+    for reason in reasons(runs):
+        print(f"  {reason}")
+    print(LEGEND, *notes(runs), *row_notes(runs), sep="\n")
+
+
+def summary_lines(runs: Sequence[PlannedRun], space: SearchSpace) -> list[str]:
+    """Return how many configurations there are and fit, what they cost, and what the budget is enough for."""
     count = f"{len(runs):,} configuration{'s' if len(runs) != 1 else ''}"
-    if sampled:
-        count = f"{'an unknown number of' if trials is None else f'{trials:,}'} trials among {count}"
+    if space.sampled:
+        count = f"{'an unknown number of' if space.trials is None else f'{space.trials:,}'} trials among {count}"
     words_by_fit = {True: "fit", False: "don't fit or can't run", None: "unknown"}
-    counts = [f"{sum(run.fits is fits for run in runs):,} {words}" for fits, words in words_by_fit.items()]
+    numbers = {words: sum(run.fits is fits for run in runs) for fits, words in words_by_fit.items()}
     borderline = sum(run.borderline for run in runs)
     edge = f"; {borderline:,} borderline" if borderline else ""
-    return f"{count}: {', '.join(text for text in counts if not text.startswith('0 '))}{edge}"
+    summary = f"{count}: {', '.join(f'{number:,} {words}' for words, number in numbers.items() if number)}{edge}"
+    cost = cost_summary(runs, space.trials if space.sampled else None) if space.trials is not None else None
+    return [summary, *([cost] if cost is not None else []), *(limit.message for limit in runs[0].budget)]
 
 
 def cost_summary(runs: Sequence[PlannedRun], searched: int | None = None) -> str | None:
@@ -96,19 +132,17 @@ def cost_summary(runs: Sequence[PlannedRun], searched: int | None = None) -> str
     counted = [run for run in runs if run.fits is not False]
     if not counted:
         return None
-    seconds = _total([run.seconds for run in counted], [run.seconds_interval for run in counted], searched)
+    seconds = _total([run.seconds for run in counted], searched)
     if seconds is None:
         return "training: time unknown; run qlora-exp calibrate on the training machine to measure its rate"
-    message = f"training: {_duration(seconds[0], seconds[1:])}"
+    message = f"training: {_duration(seconds)}"
     scored = [run for run in counted if run.other_seconds is not None]
-    other_seconds = _total(
-        [run.other_seconds for run in counted], [run.other_seconds_interval for run in counted], searched
-    )
+    other_seconds = _total([run.other_seconds for run in counted], searched)
     if other_seconds is not None:
-        message = f"{message}, loading and scoring: {_duration(other_seconds[0], other_seconds[1:])}"
-    usd = _total([run.usd for run in counted], [run.usd_interval for run in counted], searched)
+        message = f"{message}, loading and scoring: {_duration(other_seconds)}"
+    usd = _total([run.usd for run in counted], searched)
     price = "usd unknown: no price in conf/prices.yaml; budget.usd_per_hour=PRICE"
-    message = f"{message}, {price if usd is None else _with_interval(usd[0], usd[1:], ' usd')}"
+    message = f"{message}, {price if usd is None else _with_interval(usd, ' usd')}"
     if searched is not None:
         message = f"{message}, for {searched:,} trials of a search between these"
     if other_seconds is not None:
@@ -118,16 +152,14 @@ def cost_summary(runs: Sequence[PlannedRun], searched: int | None = None) -> str
     return f"{message}; {UNKNOWN_OTHER_SECONDS}"
 
 
-def _total(
-    middles: Sequence[float | None], intervals: Sequence[tuple[float, float] | None], searched: int | None
-) -> tuple[float, float, float] | None:
-    known = [(m, *interval) for m, interval in zip(middles, intervals, strict=True) if m is not None and interval]
-    if not known or len(known) < len(middles):
+def _total(intervals: Sequence[Interval | None], searched: int | None) -> Interval | None:
+    known = [interval for interval in intervals if interval is not None]
+    if not known or len(known) < len(intervals):
         return None
-    middles_known, lows, highs = zip(*known, strict=True)
+    lows, middles, highs = zip(*((end.low, end.middle, end.high) for end in known), strict=True)
     if searched is not None:
-        return searched * statistics.fmean(middles_known), searched * min(lows), searched * max(highs)
-    return sum(middles_known), sum(lows), sum(highs)
+        return Interval(searched * min(lows), searched * statistics.fmean(middles), searched * max(highs), "")
+    return Interval(sum(lows), sum(middles), sum(highs), "")
 
 
 def row_notes(runs: Sequence[PlannedRun]) -> list[str]:
@@ -137,10 +169,15 @@ def row_notes(runs: Sequence[PlannedRun]) -> list[str]:
         if run.memory is not None:
             first_by_rows.setdefault(run.rows, run)
     names = {rows: f", {candidate_name(run)}" if len(first_by_rows) > 1 else "" for rows, run in first_by_rows.items()}
-    lines = [f"peak and time{name}: {_rows(rows)}" for rows, name in names.items()]
-    return (
-        lines if len(lines) <= REASONS_SHOWN else [*lines[:REASONS_SHOWN], f"… and {len(lines) - REASONS_SHOWN:,} more"]
-    )
+    return _first_lines([f"peak and time{name}: {_rows_text(rows)}" for rows, name in names.items()])
+
+
+def _rows_text(rows: PlannedRows | None) -> str:
+    if rows is None:
+        return UNKNOWN_ROWS
+    counted = f", {rows.counted:,} of them counted" if rows.counted < rows.rows else ""
+    mean, longest = rows.mean_tokens, rows.lengths.longest_tokens
+    return f"from the task's {rows.rows:,} rows{counted}: mean {mean:.1f} tokens, longest {longest}"
 
 
 def notes(runs: Sequence[PlannedRun]) -> list[str]:
@@ -156,57 +193,42 @@ def notes(runs: Sequence[PlannedRun]) -> list[str]:
     return [*lines, *(f"{candidate_name(run)}: {note}" for note, run in first_by_note.items())]
 
 
-def _rows(rows: PlannedRows | None) -> str:
-    if rows is None:
-        return UNKNOWN_ROWS
-    counted = f", {rows.counted:,} of them counted" if rows.counted < rows.rows else ""
-    mean, longest = rows.mean_tokens, rows.lengths.longest_tokens
-    return f"from the task's {rows.rows:,} rows{counted}: mean {mean:.1f} tokens, longest {longest}"
-
-
 def reasons(runs: Sequence[PlannedRun]) -> list[str]:
     """Return why configurations don't fit, can't run or are unknown: each reason once, the first few."""
     first_by_reason: dict[str, PlannedRun] = {}
     for run in runs:
         if run.fits is not True:
             first_by_reason.setdefault(run.reason if run.fits is False else run.reason.rpartition("; ")[2], run)
-    lines = [
-        f"{candidate_name(run)}: {reason}" if run.fits is False else reason for reason, run in first_by_reason.items()
-    ]
-    return (
-        lines if len(lines) <= REASONS_SHOWN else [*lines[:REASONS_SHOWN], f"… and {len(lines) - REASONS_SHOWN:,} more"]
+    return _first_lines(
+        [f"{candidate_name(run)}: {reason}" if run.fits is False else reason for reason, run in first_by_reason.items()]
     )
+
+
+def _first_lines(lines: list[str]) -> list[str]:
+    more = len(lines) - REASONS_SHOWN
+    return lines if more <= 0 else [*lines[:REASONS_SHOWN], f"… and {more:,} more"]
 
 
 def write_page(runs: Sequence[PlannedRun], title: str, words: Sequence[str], file: Path) -> None:
     """Write all configurations as one self-contained HTML page, with ``words`` above the table.
 
     Raises:
-        OSError: it can't be written.
+        ConfigError: it can't be written.
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     scale = _scale(runs)
     rows = [
-        {
-            "name": candidate_name(run),
-            "trainable": number(run.trainable_parameters, 0),
-            "parts": _shares(run.memory, scale),
-            "peak": _peak(run.memory),
-            "fits": _fits_text(run),
-            "reason": "; ".join((run.reason, *run.notes)),
-            "seconds": _duration(run.seconds, run.seconds_interval),
-            "other_seconds": _duration(run.other_seconds, run.other_seconds_interval),
-            "usd": _with_interval(run.usd, run.usd_interval),
-            "disk": bytes_text(run.disk.checkpoint_bytes if run.disk else None),
-        }
+        {**_cells(run), "parts": _shares(run.memory, scale), "reason": "; ".join((run.reason, *run.notes))}
         for run in runs
     ]
     template = environment.from_string((Path(__file__).parent / "page.html.jinja").read_text(encoding="utf-8"))
     legend = [(key, words) for key, (_, words) in MEMORY_PARTS.items()]
-    file.write_text(
-        template.render(title=title, words=[*words, *notes(runs), *row_notes(runs)], rows=rows, legend=legend),
-        encoding="utf-8",
-    )
+    page = template.render(title=title, words=[*words, *notes(runs), *row_notes(runs)], rows=rows, legend=legend)
+    try:
+        file.write_text(page, encoding="utf-8")
+    except OSError as error:
+        what = f"the page can't be written: {error.strerror}"
+        raise ConfigError(what, f"--html {file}", "choose a file that can be written") from None
 
 
 def candidate_name(run: PlannedRun) -> str:
@@ -217,43 +239,35 @@ def candidate_name(run: PlannedRun) -> str:
     return f"{settings['model']} {settings['quantization']} r={settings['r']} {settings['targets']}"
 
 
-def _row(run: PlannedRun, scale: int, more: str, scored: bool) -> list[str]:
-    other_seconds = [_duration(run.other_seconds, run.other_seconds_interval)] if scored else []
-    return [
-        f"{candidate_name(run)}{more}",
-        number(run.trainable_parameters, 0),
-        _bar(run.memory, scale),
-        _peak(run.memory),
-        _fits_text(run),
-        _duration(run.seconds, run.seconds_interval),
-        *other_seconds,
-        _with_interval(run.usd, run.usd_interval),
-        bytes_text(run.disk.checkpoint_bytes if run.disk else None),
-    ]
+def _cells(run: PlannedRun) -> dict[str, str]:
+    return {
+        "name": candidate_name(run),
+        "trainable": number(run.trainable_parameters, 0),
+        "peak": bytes_text(run.memory.peak_bytes if run.memory is not None else None),
+        "fits": {True: "yes", False: "no", None: UNKNOWN_CELL}[run.fits] + ("?" if run.borderline else ""),
+        "seconds": _duration(run.seconds),
+        "other_seconds": _duration(run.other_seconds),
+        "usd": _with_interval(run.usd),
+        "disk": bytes_text(run.disk.checkpoint_bytes if run.disk else None),
+    }
 
 
-def _with_interval(middle: float | None, interval: tuple[float, float] | None, unit: str = "") -> str:
+def _with_interval(interval: Interval | None, unit: str = "") -> str:
     """Return e.g. ``23 min (11–51)``."""
-    if middle is None or interval is None:
+    if interval is None:
         return UNKNOWN_CELL
-    figure, low, high = (f"{value:,.0f}" if value >= 10 else f"{value:.2g}" for value in (middle, *interval))
-    return f"{figure}{unit} ({low}–{high})"
+    ends = (interval.middle, interval.low, interval.high)
+    middle, low, high = (f"{value:,.0f}" if value >= 10 else f"{value:.2g}" for value in ends)
+    return f"{middle}{unit} ({low}–{high})"
 
 
-def _duration(seconds: float | None, interval: tuple[float, float] | None) -> str:
+def _duration(seconds: Interval | None) -> str:
     """Return seconds in the largest unit that gives at least 1."""
-    if seconds is None or interval is None:
+    if seconds is None:
         return UNKNOWN_CELL
-    size, unit = next(((size, unit) for size, unit in DURATIONS if seconds >= size), (1, "s"))
-    return _with_interval(seconds / size, (interval[0] / size, interval[1] / size), f" {unit}")
-
-
-def _fits_text(run: PlannedRun) -> str:
-    return {True: "yes", False: "no", None: UNKNOWN_CELL}[run.fits] + ("?" if run.borderline else "")
-
-
-def _peak(memory: PlannedMemory | None) -> str:
-    return bytes_text(memory.peak_bytes if memory is not None else None)
+    size, unit = next(((size, unit) for size, unit in DURATIONS if seconds.middle >= size), (1, "s"))
+    scaled = Interval(seconds.low / size, seconds.middle / size, seconds.high / size, seconds.basis)
+    return _with_interval(scaled, f" {unit}")
 
 
 def _scale(runs: Sequence[PlannedRun]) -> int:
@@ -273,3 +287,70 @@ def _shares(memory: PlannedMemory | None, scale: int) -> dict[str, float]:
     if memory is None:
         return {}
     return {part: getattr(memory, part) / scale for part in MEMORY_PARTS}
+
+
+@dataclass(frozen=True)
+class Size:
+    """Bytes of one model's base in one mode; ``remainder_dtype`` is the dtype of its unquantized tensors."""
+
+    quantization: str
+    bits: int
+    remainder_dtype: str
+    base_weight_bytes: int
+    quantization_state_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A model's sizes on one device, and those of its configured adapters."""
+
+    model: str
+    device: str
+    total_parameters: int
+    modes: tuple[Size, ...]
+    r: int
+    target_modules: tuple[str, ...]
+    trainable_parameters: int
+    adapter_bytes: int
+
+
+def sizes_of(config: Config, planner: Planner) -> Sizes:
+    """Return the sizes of ``config``'s model in every mode on its device, and of its adapters.
+
+    Raises:
+        ModelError: it can't be described, or the targets match nothing in it.
+    """
+    device, architecture = planner.device(config), planner.architecture(config.model)
+    adapted = planner.adapted(config.model, config.targets)
+    adapters = adapter_bytes(adapted, config.lora, config.training.optimizer)
+    modes = []
+    for mode, bits in BITS_PER_WEIGHT.items():
+        quantization = in_mode(config.quantization, mode)
+        dtype = compute_dtype(quantization, device.kind, device.bf16)
+        base = base_bytes(architecture, quantization, dtype)
+        parts = (base.base_weight_bytes, base.quantization_state_bytes, base.total_bytes)
+        modes.append(Size(mode.value, bits, dtype, *parts))
+    return Sizes(
+        model=config.model.family,
+        device=device.name,
+        total_parameters=architecture.total_parameters,
+        modes=tuple(modes),
+        r=config.lora.r,
+        target_modules=tuple(sorted({shape.name.rsplit(".", 1)[-1] for shape in adapted})),
+        trainable_parameters=adapters.trainable_parameters,
+        adapter_bytes=adapters.adapter_bytes,
+    )
+
+
+def print_sizes(sizes: Sizes) -> None:
+    """Print a table with one row per mode, and the size of the adapters."""
+    print(f"{sizes.model} on {sizes.device}: {sizes.total_parameters:,} parameters")
+    table = simple_table("quantization", "bits", "unquantized dtype", "weights", "quantization state", "total")
+    for size in sizes.modes:
+        parts = (size.base_weight_bytes, size.quantization_state_bytes, size.total_bytes)
+        rest = size.remainder_dtype if size.bits < 16 else ""
+        table.add_row(size.quantization, str(size.bits), rest, *(bytes_text(part) for part in parts))
+    print_table(table)
+    modules, count = ", ".join(sizes.target_modules), f"{sizes.trainable_parameters:,}"
+    print(f"\nadapters, r = {sizes.r} on {modules}: {count} parameters, {bytes_text(sizes.adapter_bytes)}")

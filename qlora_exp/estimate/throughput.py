@@ -1,6 +1,6 @@
 """What finished runs predict for the next one: the rate of its training, and the seconds of loading and scoring.
 
-Rates count the same operations as :mod:`qlora_exp.estimate.flops`.
+A rate is in floating-point operations per second, counted as in :mod:`qlora_exp.estimate.workload`.
 """
 
 from __future__ import annotations
@@ -11,19 +11,47 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_exp.estimate.duration import Interval, Rate
 from qlora_exp.records.types import Environment, RunRecord, Status
 
+MAX_LOG_HALF_WIDTH = math.log(4.0)
+"""The largest half-width of an interval, as a factor: two values say little about their spread."""
+SHORT_RUN_FACTOR = 10
+"""A training with this many times fewer steps than the next one was mostly start-up."""
 T_95 = (math.nan, 6.3138, 2.9200, 2.3534)
 """Student's t, 95 % one-sided, by degrees of freedom: the first ones, for which the series of :func:`t_95` isn't
 accurate."""
 
 
 @dataclass(frozen=True)
+class Interval:
+    """``low`` ≤ ``middle`` ≤ ``high``, and what they are based on."""
+
+    low: float
+    middle: float
+    high: float
+    basis: str
+
+    def times(self, factor: float) -> Interval:
+        return Interval(self.low * factor, self.middle * factor, self.high * factor, self.basis)
+
+    def plus(self, other: Interval | None) -> Interval:
+        """Add low to low and high to high, as if both were short or long together."""
+        if other is None:
+            return self
+        basis = f"{self.basis}; {other.basis}"
+        return Interval(self.low + other.low, self.middle + other.middle, self.high + other.high, basis)
+
+
+def seconds_at(rate: Interval | None, flops: float) -> Interval | None:
+    """Return the seconds of ``flops`` operations; ``None`` if the rate is unknown."""
+    return rate and Interval(flops / rate.high, flops / rate.middle, flops / rate.low, rate.basis)
+
+
+@dataclass(frozen=True)
 class MeasuredThroughput:
     """What finished runs predict for the next one; ``None`` is unknown."""
 
-    rate: Rate | None
+    rate: Interval | None
     other: Interval | None
     """Seconds without training, from loading on: loading the base, scoring it before tuning, and scoring after
     tuning."""
@@ -45,41 +73,34 @@ def from_finished_runs(
     ``warm``, runs whose process had made a run before, else the first runs of their process. If there are none, all
     runs of the variant count.
     """
-    machine, variant = machine_of(environment), _setting(config, "model", "variant")
+    machine, base, variant = machine_of(environment), _base_key(config), _setting(config, "model", "variant")
     same_base = [
-        record
-        for record in records
-        if machine_of(record.environment) == machine and _base_key(record.config) == _base_key(config)
+        record for record in records if machine_of(record.environment) == machine and _base_key(record.config) == base
     ]
     same_variant = [record for record in same_base if _setting(record.config, "model", "variant") == variant]
     same_warmth = [record for record in same_variant if record.memory.process_reused == warm]
-    mode = str(_setting(config, "quantization", "mode"))
-    rate = _rate(same_variant, machine, mode, steps) or _rate(same_base, machine, mode, steps)
-    other_seconds = _other_seconds(same_warmth, config)
-    return MeasuredThroughput(
-        rate, *(other_seconds if other_seconds[0] is not None else _other_seconds(same_variant, config))
-    )
+    rate = _rate(same_variant, steps) or _rate(same_base, steps)
+    other, before = _other_seconds(same_warmth, config) or _other_seconds(same_variant, config) or (None, None)
+    return MeasuredThroughput(rate, other, before)
 
 
-def _rate(records: Iterable[RunRecord], machine: str, quantization: str, steps: int | None) -> Rate | None:
-    """Return the rate that trainings of one base reached on ``machine``; ``None`` if there are none.
+def _rate(records: Iterable[RunRecord], steps: int | None) -> Interval | None:
+    """Return the rate that these trainings reached; ``None`` if there are none.
 
-    The middle is the harmonic mean, because seconds are proportional to one over a rate. The interval is for one more
-    run, over the logarithms of the rates: :func:`_log_half_width`.
+    The middle is the harmonic mean, because seconds are proportional to one over a rate.
     """
     rates = [rate for record in records if (rate := achieved_flops_per_second(record, steps)) is not None]
     if not rates:
         return None
     basis = f"{len(rates)} training{'s' if len(rates) > 1 else ''} of this base on this machine"
-    return Rate(prediction_interval(rates, statistics.harmonic_mean(rates), basis), machine, quantization)
+    return prediction_interval(rates, statistics.harmonic_mean(rates), basis)
 
 
-def _other_seconds(records: Iterable[RunRecord], config: Mapping[str, Any]) -> tuple[Interval | None, float | None]:
+def _other_seconds(records: Iterable[RunRecord], config: Mapping[str, Any]) -> tuple[Interval, float] | None:
     """Return the seconds of loading and scoring in completed runs with the same task and evaluation, and the mean of
     the part before the last scoring; ``None`` if there are none.
 
-    The middle is the mean, with an interval for one more run: :func:`_log_half_width`. Runs count whether they measured
-    the base model's scores or read them from the cache.
+    Runs count whether they measured the base model's scores or read them from the cache.
     """
     parts = [
         seconds_of_run
@@ -89,7 +110,7 @@ def _other_seconds(records: Iterable[RunRecord], config: Mapping[str, Any]) -> t
         and (seconds_of_run := _before_and_after(record)) is not None
     ]
     if not parts:
-        return None, None
+        return None
     seconds = [before + after for before, after in parts]
     basis = f"{len(seconds)} similar run{'s' if len(seconds) > 1 else ''} on this machine"
     interval = prediction_interval(seconds, statistics.fmean(seconds), basis)
@@ -112,30 +133,21 @@ def _before_and_after(record: RunRecord) -> tuple[float, float] | None:
     return parts if all(map(math.isfinite, parts)) and sum(parts) > 0 else None
 
 
-MAX_LOG_HALF_WIDTH = math.log(4.0)
-"""The largest half-width of an interval, as a factor: two values say little about their spread."""
-SHORT_RUN_FACTOR = 10
-"""A training with this many times fewer steps than the next one was mostly start-up."""
-
-
 def prediction_interval(values: Sequence[float], middle: float, basis: str) -> Interval:
-    """Return the interval for one more of ``values`` around their geometric mean: :func:`_log_half_width`. It is
-    widened to contain ``middle``, another mean of them."""
-    centre, (half, words) = statistics.fmean(map(math.log, values)), _log_half_width(values)
+    """Return the 90 % prediction interval for one more of ``values``, over their logarithms.
+
+    Of a single value it is a factor of 2 either way. It is widened to contain ``middle``, another mean of the values.
+    """
+    logs = [math.log(value) for value in values]
+    half, words = math.log(2.0), "a factor of 2 either way (a guess)"
+    if len(logs) > 1:
+        half = t_95(len(logs) - 1) * statistics.stdev(logs) * math.sqrt(1 + 1 / len(logs))
+        words = "90 % prediction interval"
+    if half > MAX_LOG_HALF_WIDTH:
+        half, words = MAX_LOG_HALF_WIDTH, "a factor of 4 either way (the 90 % prediction interval is wider)"
+    centre = statistics.fmean(logs)
     low, high = min(math.exp(centre - half), middle), max(math.exp(centre + half), middle)
     return Interval(low, middle, high, f"{basis}, {words}")
-
-
-def _log_half_width(values: Sequence[float]) -> tuple[float, str]:
-    """Return half the width of an interval for one more value, over the logarithms of ``values``, and its
-    description."""
-    count = len(values)
-    if count == 1:
-        return math.log(2.0), "a factor of 2 either way (a guess)"
-    half_width = t_95(count - 1) * statistics.stdev(map(math.log, values)) * math.sqrt(1 + 1 / count)
-    if half_width > MAX_LOG_HALF_WIDTH:
-        return MAX_LOG_HALF_WIDTH, "a factor of 4 either way (the 90 % prediction interval is wider)"
-    return half_width, "90 % prediction interval"
 
 
 def t_95(degrees: int) -> float:
@@ -155,18 +167,6 @@ def t_95(degrees: int) -> float:
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
     return sum(term / float(degrees) ** power for power, term in enumerate(terms))
-
-
-def _base_key(config: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return the base model (both variants) and the quantization."""
-    model = tuple(_setting(config, "model", key) for key in ("family", "path", "checkpoints", "revision"))
-    return (*model, _setting(config, "quantization", "mode"))
-
-
-def _setting(config: Mapping[str, Any], section: str, key: str) -> Any:
-    """Return a value of a record's configuration, or ``None`` if it lacks it."""
-    settings = config.get(section)
-    return settings.get(key) if isinstance(settings, Mapping) else None
 
 
 def achieved_flops_per_second(record: RunRecord, steps: int | None = None) -> float | None:
@@ -190,9 +190,21 @@ def achieved_flops_per_second(record: RunRecord, steps: int | None = None) -> fl
     return rate if math.isfinite(rate) and rate > 0 else None
 
 
-def machine_of(environment: Any) -> str:
+def machine_of(environment: Environment) -> str:
     """Return what a rate belongs to: device, number of cores and threads, and torch's version."""
     device = environment.device
-    threads = environment.torch_threads if device.kind == "cpu" else None
-    parts = (device.kind, device.name, environment.cpu_cores if device.kind == "cpu" else None, threads)
-    return ", ".join(str(part) for part in (*parts, environment.packages.get("torch")) if part is not None)
+    on_cpu = (environment.cpu_cores, environment.torch_threads) if device.kind == "cpu" else ()
+    parts = (device.kind, device.name, *on_cpu, environment.packages.get("torch"))
+    return ", ".join(str(part) for part in parts if part is not None)
+
+
+def _base_key(config: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return the base model (both variants) and the quantization."""
+    model = tuple(_setting(config, "model", key) for key in ("family", "path", "checkpoints", "revision"))
+    return (*model, _setting(config, "quantization", "mode"))
+
+
+def _setting(config: Mapping[str, Any], section: str, key: str) -> Any:
+    """Return a value of a record's configuration, or ``None`` if it lacks it."""
+    settings = config.get(section)
+    return settings.get(key) if isinstance(settings, Mapping) else None

@@ -65,8 +65,10 @@ def tokenizer_of(model: ModelConfig) -> FileTokenizer | None:
     """Return the tokenizer of ``model``'s checkpoint if its file is on this machine: in the package, in ``model.path``,
     or in the Hub's cache. ``None``: it isn't, or can't be read."""
     try:
-        folder = _folder(model)
-        if folder is None:
+        folder = _cached(model.checkpoints.get(model.variant.value), model.revision)
+        if model.path or model.family == "local":
+            folder = Path(model.path or "").expanduser()
+        if folder is None or not (folder / "tokenizer.json").is_file():
             return None
         chat_template = (
             Path(model.chat_template).expanduser().read_text(encoding="utf-8") if model.chat_template else None
@@ -78,13 +80,6 @@ def tokenizer_of(model: ModelConfig) -> FileTokenizer | None:
         return tokenizer
     except (OSError, ValueError, RuntimeError):  # RuntimeError: the user has no home folder
         return None
-
-
-def _folder(model: ModelConfig) -> Path | None:
-    if model.path or model.family == "local":
-        folder = Path(model.path or "").expanduser()
-        return folder if (folder / "tokenizer.json").is_file() else None
-    return _cached(model.checkpoints.get(model.variant.value), model.revision)
 
 
 def _cached(checkpoint: str | None, revision: str | None) -> Path | None:
@@ -103,9 +98,8 @@ def _settings(folder: Path) -> dict[str, Any]:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         file = folder / name
         contents = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        settings |= (
-            {key: value for key, value in contents.items() if value is not None} if isinstance(contents, dict) else {}
-        )
+        if isinstance(contents, dict):
+            settings |= {key: value for key, value in contents.items() if value is not None}
     return settings
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qlora_exp.config.schema import Config, InvalidRows, Learn, ModelConfig, TaskKind, TaskSource
+from qlora_exp.config.schema import Config, InvalidRows, Learn, TaskKind, TaskSource
 from qlora_exp.data.encoding import Encoding, check_tokenizer, date_of, encode_rows, resolve_format
+from qlora_exp.data.items import Splits
 from qlora_exp.data.rows import Example
 from qlora_exp.data.splits import load_rows
 from qlora_exp.errors import QloraExpError
@@ -36,26 +37,35 @@ class RowCounter:
     """Counts the rows of the configurations' tasks, each task once per tokenizer and format."""
 
     def __init__(self) -> None:
-        self._counted: dict[tuple[str, ...], _TokenizedRows | None] = {}
-        self._cut: dict[tuple[str, ...], PlannedRows | None] = {}
+        self._tokenized: dict[tuple[str, ...], _TokenizedRows | None] = {}
+        self._cut: dict[tuple[Any, ...], PlannedRows | None] = {}
 
     def of(self, config: Config) -> PlannedRows | None:
         """Return the rows of ``config``'s task. ``None``: the data or the tokenizer isn't on this machine, or the rows
         can't be read; ``validate`` says why."""
         if config.task.source is TaskSource.hub:  # reading it may download it
             return None
-        model = config.model
-        key = (repr(model), repr(config.task), resolve_format(config))
-        if key not in self._counted:
+        key, length = (repr(config.model), repr(config.task), resolve_format(config)), config.training.max_length
+        if key not in self._tokenized:
             try:
-                self._counted[key] = _tokenize_rows(config)
+                self._tokenized[key] = _tokenize_rows(config)
             except QloraExpError:
-                self._counted[key] = None
-        counted, length = self._counted[key], config.training.max_length
-        cut = (*key, str(length))
-        if cut not in self._cut:
-            self._cut[cut] = counted.cut_at(length) if counted is not None else None
-        return self._cut[cut]
+                self._tokenized[key] = None
+        if (key, length) not in self._cut:
+            tokenized = self._tokenized[key]
+            self._cut[key, length] = tokenized.cut_at(length) if tokenized is not None else None
+        return self._cut[key, length]
+
+
+def lengths_of(splits: Splits, limit: int) -> RowLengths:
+    """Return the lengths of loaded training rows, each row cut at ``limit`` tokens."""
+    lengths = [min(length, limit) for length in row_lengths(splits)]
+    return RowLengths.of(lengths, [sum(item.completion_mask[:limit]) for item in splits.train])
+
+
+def row_lengths(splits: Splits) -> list[int]:
+    """Return the tokens of each training row."""
+    return [len(item.prompt_ids) + len(item.completion_ids) + len(item.end_ids) for item in splits.train]
 
 
 @dataclass(frozen=True)
@@ -84,22 +94,17 @@ class _TokenizedRows:
     def cut_at(self, max_length: int) -> PlannedRows | None:
         drawn = [cut for row in self.drawn if (cut := _cut_lengths(row, max_length, self.options)) is not None]
         longest = [cut for row in self.longest if (cut := _cut_lengths(row, max_length, self.options)) is not None]
-        sampled, counted = len(self.drawn) + self.refused, len(self.drawn) + len(self.longest)
-        if not drawn or (not self.drop and (self.refused or len(drawn) + len(longest) < counted)):
+        counted = (*drawn, *longest)
+        if not drawn or (not self.drop and (self.refused or len(counted) < len(self.drawn) + len(self.longest))):
             return None  # the run will refuse them
-        lengths = [tokens for tokens, _ in drawn]
-        of_drawn = RowLengths.of(lengths, [scored for _, scored in drawn])
-        return PlannedRows(
-            rows=round(self.rows * len(drawn) / sampled),
-            counted=len(drawn) + len(longest),
-            mean_tokens=of_drawn.mean_tokens,
-            lengths=replace(
-                of_drawn,
-                rows=round(self.rows * len(drawn) / sampled),
-                longest_tokens=max(tokens for tokens, _ in (*drawn, *longest)),
-                row_max_loss_tokens=max(scored for _, scored in (*drawn, *longest)),
-            ),
+        rows = round(self.rows * len(drawn) / (len(self.drawn) + self.refused))
+        lengths = replace(
+            RowLengths.of([tokens for tokens, _ in drawn], [scored for _, scored in drawn]),
+            rows=rows,
+            longest_tokens=max(tokens for tokens, _ in counted),
+            row_max_loss_tokens=max(scored for _, scored in counted),
         )
+        return PlannedRows(rows, len(counted), lengths.mean_tokens, lengths)
 
 
 def _cut_lengths(row: _Row, max_length: int, options: bool) -> tuple[int, int] | None:
@@ -114,7 +119,13 @@ def _cut_lengths(row: _Row, max_length: int, options: bool) -> tuple[int, int] |
 
 
 def _tokenize_rows(config: Config) -> _TokenizedRows | None:
-    tokenizer = _tokenizer(config.model)
+    tokenizer: Any
+    if config.model.path is not None and Path(config.model.path).suffix == ".gguf":
+        from qlora_exp.models.tokenizers import load_tokenizer
+
+        tokenizer = load_tokenizer(config.model)  # transformers makes it, and has read the file's layers by then
+    else:
+        tokenizer = tokenizer_of(config.model)
     if tokenizer is None:
         return None
     format = resolve_format(config)
@@ -134,18 +145,6 @@ def _tokenize_rows(config: Config) -> _TokenizedRows | None:
         options=config.task.kind is TaskKind.classification,
         drop=config.task.invalid_rows is InvalidRows.drop,
     )
-
-
-def _tokenizer(model: ModelConfig) -> Any:
-    """Return the part of the model's tokenizer that encoding rows needs.
-
-    transformers makes a GGUF file's tokenizer, and has read the file's layers by then. Any other is read without it.
-    """
-    if model.path is not None and Path(model.path).suffix == ".gguf":
-        from qlora_exp.models.tokenizers import load_tokenizer
-
-        return load_tokenizer(model)
-    return tokenizer_of(model)
 
 
 def _characters(example: Example) -> int:

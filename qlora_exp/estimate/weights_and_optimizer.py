@@ -20,7 +20,14 @@ NESTED_BLOCK = 256
 FOUR_BIT_CODE_BYTES, EIGHT_BIT_CODE_BYTES = 16 * 4, 256 * 4
 MIN_8_BIT_ELEMENTS = 4096
 """bitsandbytes' optimizers keep the states of smaller tensors in float32 (``min_8bit_size``)."""
-
+BITS_PER_WEIGHT = {
+    Quantization.fp32: 32,
+    Quantization.bf16: 16,
+    Quantization.fp16: 16,
+    Quantization.int8: 8,
+    Quantization.nf4: 4,
+    Quantization.fp4: 4,
+}
 SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 WIDTHS = {"F32": 4, "BF16": 2, "F16": 2}
 WIDTHS_OF = {dtype: WIDTHS[name] for dtype, name in SAFETENSORS_DTYPES.items()}
@@ -92,9 +99,8 @@ def smallest_base(
         candidate = in_mode(quantization, mode)
         return base_bytes(architecture, candidate, compute_dtype(candidate, device_kind, bf16)).total_bytes
 
-    sizes = {mode: size(mode) for mode in Quantization}
-    mode = min(sizes, key=lambda candidate_mode: sizes[candidate_mode])
-    return mode, sizes[mode]
+    mode = min(Quantization, key=size)
+    return mode, size(mode)
 
 
 def quantization_state(shape: WeightShape, mode: Quantization, double_quantization: bool) -> int:
@@ -121,9 +127,8 @@ def adapter_bytes(adapted: Sequence[WeightShape], lora: LoraConfig, optimizer: s
     sizes = _adapter_bytes(layers, lora.r, lora.dora, adapter_dtype(lora), optimizer)
     if lora.init is not AdapterInit.pissa:
         return sizes
-    written = _adapter_bytes(
-        layers, 2 * lora.r, lora.dora, "float32", optimizer
-    )  # the file also holds the initial adapter
+    # The file also holds the initial adapter.
+    written = _adapter_bytes(layers, 2 * lora.r, lora.dora, "float32", optimizer)
     return replace(sizes, file_bytes=written.file_bytes)
 
 
@@ -154,7 +159,9 @@ def optimizer_state_bytes(optimizer: str, tensors: Iterable[tuple[Shape, int]]) 
         return sum(4 * (sum(shape) if len(shape) > 1 else math.prod(shape)) + 4 for shape, _ in shapes)
     if name in _TORCH_MOMENTS:
         return sum(_TORCH_MOMENTS[name] * math.prod(shape) * width + 4 for shape, width in shapes)
-    moments, in_8_bit = _bitsandbytes(name)
+    # bitsandbytes: values per parameter, and whether they are kept in 8 bit.
+    moments = {"adamw": 2, "ademamix": 3, "lion": 1, "rmsprop": 1}[name.partition("_")[0]]
+    in_8_bit = name.endswith("8bit")
     sizes = [math.prod(shape) for shape, _ in shapes]
     large = [size for size in sizes if in_8_bit and size >= MIN_8_BIT_ELEMENTS]
     blocks = sum(math.ceil(size / NESTED_BLOCK) for size in large)
@@ -174,13 +181,6 @@ def temporaries_bytes(optimizer: str, adapters: AdapterBytes) -> int:
     """Return what the step of ``optimizer`` needs on CUDA in addition to states and gradients: the root of the second
     moments."""
     return adapters.adapter_bytes if optimizer in _FOREACH_OPTIMIZERS else 0
-
-
-def _bitsandbytes(name: str) -> tuple[int, bool]:
-    """Return (numbers per parameter, whether they are kept in 8 bit)."""
-    family = name.partition("_")[0]
-    moments = {"adamw": 2, "ademamix": 3, "lion": 1, "rmsprop": 1}[family]
-    return moments, name.endswith("8bit")
 
 
 def _adapter_tensors(layer: AdaptedLayer, r: int, dora: bool, dtype: str) -> list[tuple[str, Shape, str]]:

@@ -5,25 +5,35 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from qlora_exp.config.schema import Config, EvaluationSplit
+from qlora_exp.config.schema import Config
 from qlora_exp.data.items import Splits
 from qlora_exp.evaluation.baselines import baselines
 from qlora_exp.evaluation.forgetting import DocumentLoss, answer_losses, forgetting, text_losses
 from qlora_exp.evaluation.per_item import ITEM_COLUMNS
-from qlora_exp.evaluation.scoring import Evaluation, evaluate_model, limit_items
+from qlora_exp.evaluation.scoring import Evaluation, evaluate_splits, limit_items
 from qlora_exp.paths import RunPaths
 from qlora_exp.records.files import write_json
 from qlora_exp.records.schema import from_dict
 from qlora_exp.records.types import Baselines, Forgetting, Plan, Scores
+
+T = TypeVar("T")
+
+CACHE_KEY_PACKAGES = ("qlora-exp", "torch", "transformers", "bitsandbytes", "scikit-learn")
+"""Packages in the cache key: an upgrade can change a score."""
+
+DEFINITIONS_VERSION = "2"
+"""Version of the scores' definitions, in the cache key. Raise it when a definition changes."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +61,6 @@ class BaseScores:
             write_items(table, paths.items("before", split))
 
 
-def write_items(items: pa.Table, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    pq.write_table(items, temporary)
-    temporary.replace(path)
-
-
 def score_base_model(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -75,63 +78,40 @@ def score_base_model(
         *(plan.base_fingerprint, model_fingerprint, splits.record.fingerprint, plan.compute_dtype, plan.device),
         *(general, item_names(splits)),
     )
-    folder = cache / "base_scores"
-    scores_file = folder / f"{key}.json"
-    if not config.evaluation.cache:
-        return _measure(model, tokenizer, splits, config)
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(folder / f"{key}.lock")):
-        cached = _read_cached(scores_file)
-        if cached is not None:
-            return cached
-        measured = _measure(model, tokenizer, splits, config)
-        for split, table in measured.items.items():
-            write_items(table, _table_path(scores_file, split))
-        write_json(
-            scores_file,
-            {
-                "scores": measured.scores,
-                "test_scores": measured.test_scores,
-                "general": measured.general,
-                "splits": list(measured.items),
-            },
-        )
-    return measured
+
+    def compute() -> BaseScores:
+        before, test = _evaluate(model, tokenizer, splits, config)
+        general_losses = _general_losses(model, tokenizer, splits, config)
+        items = {"validation": before.items} | ({"test": test.items} if test else {})
+        return BaseScores(before.scores, test.scores if test else None, general_losses, items, cached=False)
+
+    return cached(cache / "base_scores" if config.evaluation.cache else None, key, _load, compute, _save)
 
 
-def _measure(model: Any, tokenizer: PreTrainedTokenizerBase, splits: Splits, config: Config) -> BaseScores:
-    before, test = _evaluate(model, tokenizer, splits, config)
+def _load(path: Path) -> BaseScores:
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    general = {kind: tuple(DocumentLoss(*loss) for loss in losses) for kind, losses in raw["general"].items()}
     return BaseScores(
-        scores=before.scores,
-        test_scores=test.scores if test else None,
-        general=_general_losses(model, tokenizer, splits, config),
-        items={"validation": before.items} | ({"test": test.items} if test else {}),
-        cached=False,
+        scores=from_dict(Scores, raw["scores"], str(path)),
+        test_scores=from_dict(Scores, raw["test_scores"], str(path)) if raw["test_scores"] else None,
+        general=GeneralLosses(**general),
+        items={split: pq.read_table(table_path(path, split)) for split in raw["splits"]},
+        cached=True,
     )
+
+
+def _save(path: Path, scores: BaseScores) -> None:
+    for split, table in scores.items.items():
+        write_items(table, table_path(path, split))
+    values = {name: getattr(scores, name) for name in ("scores", "test_scores", "general")}
+    write_json(path, {**values, "splits": list(scores.items)})
 
 
 def _evaluate(
     model: Any, tokenizer: PreTrainedTokenizerBase, splits: Splits, config: Config
 ) -> tuple[Evaluation, Evaluation | None]:
-    """Score the validation split, and the test split with ``evaluation.split=test``.
-
-    Both use the label marginal of the validation split.
-    """
-    validation = evaluate_model(
-        model, tokenizer, limit_items(splits.validation, config), splits, config, split="validation"
-    )
-    if config.evaluation.split is not EvaluationSplit.test:
-        return validation, None
-    test = evaluate_model(
-        model,
-        tokenizer,
-        limit_items(splits.test, config),
-        splits,
-        config,
-        split="test",
-        label_marginal=validation.label_marginal,
-    )
-    return validation, test
+    validation, test = (limit_items(items, config) for items in (splits.validation, splits.test))
+    return evaluate_splits(model, tokenizer, validation, test, splits, config)
 
 
 def _general_losses(model: Any, tokenizer: PreTrainedTokenizerBase, splits: Splits, config: Config) -> GeneralLosses:
@@ -141,27 +121,6 @@ def _general_losses(model: Any, tokenizer: PreTrainedTokenizerBase, splits: Spli
         tuple(text_losses(model, tokenizer, splits.general_text, config)),
         tuple(answer_losses(model, tokenizer, splits.general_chats, config)),
     )
-
-
-def _table_path(facts: Path, split: str) -> Path:
-    return facts.with_name(f"{facts.stem}.{split}.parquet")
-
-
-def _read_cached(facts: Path) -> BaseScores | None:
-    """Return the cached scores; ``None`` if there are none or they can't be read: then they are measured again."""
-    try:
-        raw = json.loads(facts.read_text(encoding="utf-8"))
-        return BaseScores(
-            scores=from_dict(Scores, raw["scores"], str(facts)),
-            test_scores=from_dict(Scores, raw["test_scores"], str(facts)) if raw["test_scores"] else None,
-            general=GeneralLosses(
-                **{kind: tuple(DocumentLoss(*loss) for loss in losses) for kind, losses in raw["general"].items()}
-            ),
-            items={split: pq.read_table(_table_path(facts, split)) for split in raw["splits"]},
-            cached=True,
-        )
-    except Exception:
-        return None
 
 
 @dataclass(frozen=True)
@@ -196,22 +155,52 @@ def baselines_of(splits: Splits, config: Config, cache: Path) -> Baselines | Non
     scored = replace(
         splits, validation=tuple(limit_items(splits.validation, config)), test=tuple(limit_items(splits.test, config))
     )
-    if not config.evaluation.cache:
-        return baselines(scored, split)
-    folder = cache / "baselines"
     sample = (str(config.evaluation.max_items), str(config.task.split_seed))
-    path = folder / f"{cache_key(splits.record.fingerprint, split, *sample)}.json"
+    found: Baselines | None = cached(
+        cache / "baselines" if config.evaluation.cache else None,
+        cache_key(splits.record.fingerprint, split, *sample),
+        lambda path: from_dict(Baselines, json.loads(path.read_text(encoding="utf-8")), str(path)),
+        lambda: baselines(scored, split),
+        write_json,
+    )
+    return found
+
+
+def cached(
+    folder: Path | None,
+    key: str,
+    load: Callable[[Path], T],
+    compute: Callable[[], T],
+    save: Callable[[Path, T], None],
+) -> T:
+    """Return the result that ``folder`` holds under ``key``, else compute and save it. Without a folder, compute it.
+
+    One process computes it, the others wait. A result that can't be loaded is computed again; ``None`` isn't saved.
+    """
+    if folder is None:
+        return compute()
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        if path.exists():
-            try:
-                return from_dict(Baselines, json.loads(path.read_text(encoding="utf-8")), str(path))
-            except Exception:
-                path.unlink()
-        scores = baselines(scored, split)
-        if scores is not None:
-            write_json(path, scores)
-        return scores
+    path = folder / f"{key}.json"
+    with FileLock(str(folder / f"{key}.lock")):
+        with suppress(Exception):  # there is none, or it is damaged
+            return load(path)
+        result = compute()
+        if result is not None:
+            save(path, result)
+    return result
+
+
+def table_path(path: Path, name: str | int) -> Path:
+    """Return the Parquet file that belongs to a cached result."""
+    return path.with_name(f"{path.stem}.{name}.parquet")
+
+
+def write_items(items: pa.Table, path: Path) -> None:
+    """Write a per-item table; another process sees all of it or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part")
+    pq.write_table(items, temporary)
+    temporary.replace(path)
 
 
 def item_names(splits: Splits) -> str:
@@ -220,14 +209,7 @@ def item_names(splits: Splits) -> str:
     The rows' fingerprint leaves them out. After a file is renamed, its rows have the same fingerprint, but their
     per-item results would match no earlier ids.
     """
-    return "\n".join(item.item_id for split in (splits.train, splits.validation, splits.test) for item in split)
-
-
-CACHE_KEY_PACKAGES = ("qlora-exp", "torch", "transformers", "bitsandbytes", "scikit-learn")
-"""Packages in the cache key: an upgrade can change a score."""
-
-DEFINITIONS_VERSION = "2"
-"""Version of the scores' definitions, in the cache key. Raise it when a definition changes."""
+    return "\n".join(item.item_id for item in splits.items)
 
 
 def cache_key(*parts: str) -> str:

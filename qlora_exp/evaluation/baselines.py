@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from qlora_exp.data.texts import normal_form
-from qlora_exp.evaluation.metrics import Accuracy, BalancedAccuracy, MacroF1, score_completions
+from qlora_exp.evaluation.metrics import score_completions
 from qlora_exp.records.types import Baselines
 
 if TYPE_CHECKING:
@@ -43,22 +43,22 @@ def baselines(splits: Splits, split: str) -> Baselines | None:
     counts = Counter(train_labels.tolist())
     majority = min(counts, key=lambda number: (-counts[number], number))
     guesses = [majority] * len(items)
-    predicted, chosen = None, None
+    chosen, tfidf_accuracy, tfidf_macro_f1 = None, None, None
     if len(counts) > 1:
         prefix, suffix = common_template([item.prompt for item in train])
         texts = np.array([without_template(item, prefix, suffix) for item in train], dtype=object)
         chosen = _choose_c(texts, train_labels)
         model = _fit(texts, train_labels, chosen)
         predicted = model.predict([without_template(item, prefix, suffix) for item in items]).tolist()
+        tfidf_accuracy = score_completions("accuracy", predicted, references)
+        tfidf_macro_f1 = score_completions("macro_f1", predicted, references, labels=len(splits.labels))
     return Baselines(
         split=split,
         majority_label=splits.labels[majority],
-        majority_accuracy=score_completions(Accuracy, guesses, references),
-        majority_balanced_accuracy=score_completions(BalancedAccuracy, guesses, references),
-        tfidf_accuracy=None if predicted is None else score_completions(Accuracy, predicted, references),
-        tfidf_macro_f1=None
-        if predicted is None
-        else score_completions(MacroF1, predicted, references, labels=len(splits.labels)),
+        majority_accuracy=score_completions("accuracy", guesses, references),
+        majority_balanced_accuracy=score_completions("balanced_accuracy", guesses, references),
+        tfidf_accuracy=tfidf_accuracy,
+        tfidf_macro_f1=tfidf_macro_f1,
         tfidf_c=chosen,
     )
 

@@ -100,9 +100,8 @@ def _window_nats(model: CausalModel, windows: Sequence[Sequence[int]], start: in
 def forgetting(before: Sequence[DocumentLoss], after: Sequence[DocumentLoss], text: str) -> Forgetting:
     """Return after − before in nats per byte over all documents, with a 95 % confidence interval over documents.
 
-    The difference is a ratio estimate d = Σ(after − before nats) / Σ bytes; its interval is d ± t·se with
-    se² = n/(n−1) · Σ(Dᵢ − d·bᵢ)² / (Σb)² and n − 1 degrees of freedom (Cochran, Sampling Techniques, §6.4). Documents
-    are paired. There is no interval for fewer than two documents.
+    The difference is the ratio Σ(after − before nats) / Σ bytes. Documents are paired. There is no interval for fewer
+    than two documents.
 
     Raises:
         ValueError: the documents before and after differ, or there are none.
@@ -114,10 +113,7 @@ def forgetting(before: Sequence[DocumentLoss], after: Sequence[DocumentLoss], te
     difference = float((after_nats - before_nats).sum() / sizes.sum())
     low = high = None
     if len(sizes) > 1:
-        residuals = after_nats - before_nats - difference * sizes
-        n = len(sizes)
-        standard_error = math.sqrt(n / (n - 1) * float((residuals**2).sum())) / float(sizes.sum())
-        half_width = float(student_t.ppf(0.975, n - 1)) * standard_error
+        half_width = ratio_half_width(difference, after_nats - before_nats, sizes, level=0.975)
         low, high = difference - half_width, difference + half_width
     return Forgetting(
         before_nats_per_byte=float(before_nats.sum() / sizes.sum()),
@@ -129,3 +125,15 @@ def forgetting(before: Sequence[DocumentLoss], after: Sequence[DocumentLoss], te
         text=text,
         tokens=sum(loss.tokens for loss in before),
     )
+
+
+def ratio_half_width(ratio: float, numerators: np.ndarray, denominators: np.ndarray, level: float) -> float:
+    """Return the distance from ``ratio`` = Σ numerators / Σ denominators to its one-sided bound at ``level``.
+
+    It is t·se of the linearised ratio estimate with n − 1 degrees of freedom and
+    se² = n/(n−1) · Σ(aᵢ − ratio·bᵢ)² / (Σb)² (Cochran, Sampling Techniques, §6.4).
+    """
+    n = len(numerators)
+    residuals = numerators - ratio * denominators
+    standard_error = math.sqrt(n / (n - 1) * float((residuals**2).sum())) / float(denominators.sum())
+    return float(student_t.ppf(level, n - 1)) * standard_error

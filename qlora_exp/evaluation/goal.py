@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy.stats import binomtest
-from scipy.stats import t as student_t
 
 from qlora_exp.config.checks_task import parse_goal
+from qlora_exp.evaluation.forgetting import ratio_half_width
 from qlora_exp.evaluation.scoring import Evaluation
 from qlora_exp.records.types import Goal
 
@@ -92,16 +92,14 @@ def wilson_bounds(outcomes: Sequence[float]) -> tuple[float, float]:
 def ratio_bounds(numerators: Sequence[float], denominators: Sequence[float]) -> GoalBounds:
     """Return one-sided 95 % bounds of Σ numerators / Σ denominators over items.
 
-    They come from the linearised ratio estimate and Student's t (Cochran, Sampling Techniques, §6.4). With denominators
-    of 1 they are the t bounds of a mean. ``None`` for fewer than two items or a sum of denominators of 0.
+    With denominators of 1 they are the t bounds of a mean. ``None`` for fewer than two items or a sum of denominators
+    of 0.
     """
     n, total = len(numerators), float(sum(denominators))
     if n < 2 or total == 0:
         return None
     ratio = sum(numerators) / total
-    residuals = np.array(numerators) - ratio * np.array(denominators)
-    standard_error = math.sqrt(n / (n - 1) * float((residuals**2).sum())) / total
-    half_width = float(student_t.ppf(GOAL_CONFIDENCE, n - 1)) * standard_error
+    half_width = ratio_half_width(ratio, np.array(numerators), np.array(denominators), GOAL_CONFIDENCE)
     return ratio - half_width, ratio + half_width
 
 

@@ -47,11 +47,6 @@ def batches(lengths: Sequence[int], rows: int, tokens: int = TOKENS_PER_PASS) ->
     return result
 
 
-def max_positions(model: Any) -> int | None:
-    """Return the model's context length in tokens; ``None`` if its configuration doesn't have it."""
-    return CausalModel(model).max_positions
-
-
 def padded(sequences: Sequence[Sequence[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return token ids and mask (1: token, 0: padding), both of shape (sequences, longest), padded on ``side``.
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
-from qlora_exp.evaluation.kv_cache import LOGITS_PER_PASS, TOKENS_PER_PASS, PrefilledBatch, padded
+from qlora_exp.evaluation.baselines import common_prefix
+from qlora_exp.evaluation.kv_cache import LOGITS_PER_PASS, TOKENS_PER_PASS, CausalModel, PrefilledBatch, padded, prefill
 
 Tokens = tuple[int, ...]
 
@@ -101,3 +103,17 @@ def _chunks(paths: Sequence[Tokens], rows: int, context: PrefilledBatch) -> list
     by_logits = LOGITS_PER_PASS // (rows * longest * context.model.vocabulary_size)
     step = max(1, min(by_tokens, by_logits))
     return [range(start, min(start + step, len(paths))) for start in range(0, len(paths), step)]
+
+
+def option_priors(model: CausalModel, prompt: Tokens, trie: OptionTrie) -> np.ndarray:
+    """Return log p(option | prompt) for each option. PMI scoring takes the task's prompt without an item."""
+    next_logits, context = prefill(model, [prompt])
+    priors: np.ndarray = option_log_likelihoods(next_logits, context, trie).numpy()[0]
+    return priors
+
+
+def domain_prompt(prompts: Sequence[Tokens]) -> Tokens:
+    """Return the task's prompt without an item: the common beginning of all ``prompts``, then their common end."""
+    prefix = common_prefix(prompts)
+    reversed_rests = [prompt[len(prefix) :][::-1] for prompt in prompts]
+    return prefix + common_prefix(reversed_rests)[::-1]

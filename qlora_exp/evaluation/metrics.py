@@ -1,17 +1,17 @@
-"""Offline metrics as ``evaluate.Metric`` classes, and metrics from the Hub.
+"""Offline metrics as ``evaluate.Metric``, and metrics from the Hub.
 
-``evaluate.load("exact_match")`` downloads a script from the Hub, so the metrics of every run are defined here. Each
-class returns one number under its ``score_name``. Text metrics and the per-item table use the same plain functions, so
-that they always agree.
+``evaluate.load("exact_match")`` downloads a script from the Hub, so the metrics of every run are defined here. Text
+metrics and the per-item table use the same plain functions, so that they always agree.
 """
 
 from __future__ import annotations
 
 import logging
+import operator
 import re
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import evaluate
 
@@ -24,21 +24,8 @@ from qlora_exp.errors import ConfigError, nearest
 
 # The evaluate library's metrics that score one text against one reference, to suggest a name for a misspelt one.
 HUB_TEXT_METRICS = (
-    "bertscore",
-    "bleu",
-    "bleurt",
-    "character",
-    "charcut_mt",
-    "chrf",
-    "cer",
-    "exact_match",
-    "google_bleu",
-    "meteor",
-    "nist_mt",
-    "rouge",
-    "sacrebleu",
-    "ter",
-    "wer",
+    *("bertscore", "bleu", "bleurt", "character", "charcut_mt", "chrf", "cer", "exact_match", "google_bleu"),
+    *("meteor", "nist_mt", "rouge", "sacrebleu", "ter", "wer"),
 )
 
 
@@ -83,21 +70,74 @@ def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> i
     return len(first) - row.bit_count()
 
 
-class _OfflineMetric(evaluate.Metric):  # type: ignore[misc]
+def _mean_over_items(measure: Callable[..., float]) -> Callable[..., float]:
+    def compute(predictions: Sequence[Any], references: Sequence[Any], **inputs: Any) -> float:
+        return _mean([measure(a, b, **inputs) for a, b in zip(predictions, references, strict=True)])
+
+    return compute
+
+
+def _balanced_accuracy(predictions: Sequence[int], references: Sequence[int]) -> float:
+    total = Counter(references)
+    right = Counter(b for a, b in zip(predictions, references, strict=True) if a == b)
+    return sum(right[label] / count for label, count in total.items()) / len(total)
+
+
+def _macro_f1(predictions: Sequence[int], references: Sequence[int], labels: int) -> float:
+    return float(f1_score(references, predictions, labels=list(range(labels)), average="macro", zero_division=0))
+
+
+def _invalid_answer_rate(
+    predictions: Sequence[str], references: Sequence[str], answers: Sequence[str], fold_case: bool = True
+) -> float:
+    valid = {comparable(answer.strip(), fold_case) for answer in answers}
+    return _mean([comparable(text.strip(), fold_case) not in valid for text in predictions])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(sum(values)) / len(values)
+
+
+_OF_LABELS: dict[str, tuple[Callable[..., float], str]] = {
+    "accuracy": (_mean_over_items(operator.eq), "Share of items whose predicted label is the right one."),
+    "balanced_accuracy": (
+        _balanced_accuracy,
+        "Mean over the labels that occur among the references of the share of their items that are right.",
+    ),
+    "macro_f1": (
+        _macro_f1,
+        "Mean F1 over all of the task's labels (compute(labels=count)); 0 for a label never predicted or absent.",
+    ),
+}
+"""Scores whose predictions and references are indices into the task's labels, and their meanings."""
+_OF_TEXTS: dict[str, tuple[Callable[..., float], str]] = {
+    "exact_match": (
+        _mean_over_items(same_text),
+        "Share of texts equal to their reference: stripped, in Unicode NFC, case-folded (compute(fold_case=…)).",
+    ),
+    "invalid_answer_rate": (
+        _invalid_answer_rate,
+        "Share of texts that are none of the task's answers (compute(answers=[…])), right or wrong.",
+    ),
+    "rouge_l": (_mean_over_items(rouge_l_f), "Mean ROUGE-L F-measure over items."),
+    "token_f1": (_mean_over_items(token_f1), "Mean F1 of words over items, order ignored."),
+}
+"""Scores whose predictions and references are texts, and their meanings."""
+
+
+class OfflineMetric(evaluate.Metric):  # type: ignore[misc]
     """An ``evaluate.Metric`` that keeps its inputs in memory and needs neither network nor cache folder."""
 
-    score_name: ClassVar[str]
-    meaning: ClassVar[str]
-    input_type: ClassVar[str]
-
-    def __init__(self) -> None:
+    def __init__(self, score: str) -> None:
+        self.score = score
+        self.function, self.meaning = (_OF_LABELS | _OF_TEXTS)[score]
         super().__init__(keep_in_memory=True)
 
     def _build_data_dir(self) -> str:
         return ""  # the library would make a folder under the home directory, which may be read-only
 
     def _info(self) -> evaluate.MetricInfo:
-        value = Value(self.input_type)
+        value = Value("int64" if self.score in _OF_LABELS else "string")
         return evaluate.MetricInfo(
             description=self.meaning,
             citation="",
@@ -105,95 +145,15 @@ class _OfflineMetric(evaluate.Metric):  # type: ignore[misc]
             features=Features({"predictions": value, "references": value}),
         )
 
-
-class _LabelMetric(_OfflineMetric):
-    """Predictions and references are indices into the task's labels."""
-
-    input_type = "int64"
+    def _compute(self, **inputs: Any) -> dict[str, float]:
+        return {self.score: self.function(**inputs)}
 
 
-class Accuracy(_LabelMetric):
-    score_name = "accuracy"
-    meaning = "Share of items whose predicted label is the right one."
-
-    def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
-        right = sum(a == b for a, b in zip(predictions, references, strict=True))
-        return {self.score_name: right / len(references)}
-
-
-class BalancedAccuracy(_LabelMetric):
-    score_name = "balanced_accuracy"
-    meaning = "Mean over the labels that occur among the references of the share of their items that are right."
-
-    def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
-        total = Counter(references)
-        right = Counter(b for a, b in zip(predictions, references, strict=True) if a == b)
-        return {self.score_name: sum(right[label] / count for label, count in total.items()) / len(total)}
-
-
-class MacroF1(_LabelMetric):
-    score_name = "macro_f1"
-    meaning = "Mean F1 over all of the task's labels (compute(labels=count)); 0 for a label never predicted or absent."
-
-    def _compute(self, predictions: Sequence[int], references: Sequence[int], labels: int) -> dict[str, float]:
-        value = f1_score(references, predictions, labels=list(range(labels)), average="macro", zero_division=0)
-        return {self.score_name: float(value)}
-
-
-class _TextMetric(_OfflineMetric):
-    """Predictions and references are texts."""
-
-    input_type = "string"
-
-
-class ExactMatch(_TextMetric):
-    score_name = "exact_match"
-    meaning = "Share of texts equal to their reference: stripped, in Unicode NFC, case-folded (compute(fold_case=…))."
-
-    def _compute(
-        self, predictions: Sequence[str], references: Sequence[str], fold_case: bool = True
-    ) -> dict[str, float]:
-        pairs = zip(predictions, references, strict=True)
-        return {self.score_name: _mean([same_text(a, b, fold_case) for a, b in pairs])}
-
-
-class InvalidAnswerRate(_TextMetric):
-    score_name = "invalid_answer_rate"
-    meaning = "Share of texts that are none of the task's answers (compute(answers=[…])), right or wrong."
-
-    def _compute(
-        self, predictions: Sequence[str], references: Sequence[str], answers: Sequence[str], fold_case: bool = True
-    ) -> dict[str, float]:
-        valid = {comparable(answer.strip(), fold_case) for answer in answers}
-        return {self.score_name: _mean([comparable(text.strip(), fold_case) not in valid for text in predictions])}
-
-
-class RougeL(_TextMetric):
-    score_name = "rouge_l"
-    meaning = "Mean ROUGE-L F-measure over items."
-
-    def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-        return {self.score_name: _mean([rouge_l_f(a, b) for a, b in zip(predictions, references, strict=True)])}
-
-
-class TokenF1(_TextMetric):
-    score_name = "token_f1"
-    meaning = "Mean F1 of words over items, order ignored."
-
-    def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-        return {self.score_name: _mean([token_f1(a, b) for a, b in zip(predictions, references, strict=True)])}
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(sum(values)) / len(values)
-
-
-def score_completions(
-    metric: type[_OfflineMetric], predictions: Sequence[Any], references: Sequence[Any], **inputs: Any
-) -> float:
-    """Return one metric's value. ``inputs`` are the arguments that its ``meaning`` names (``labels``, ``answers``)."""
-    result = metric().compute(predictions=list(predictions), references=list(references), **inputs)
-    return float(result[metric.score_name])
+def score_completions(score: str, predictions: Sequence[Any], references: Sequence[Any], **inputs: Any) -> float:
+    """Return the value of a score, e.g. ``macro_f1``. ``inputs`` are the arguments that its meaning names, e.g.
+    ``labels``."""
+    metric = OfflineMetric(score)
+    return float(metric.compute(predictions=list(predictions), references=list(references), **inputs)[score])
 
 
 def hub_metric(name: str) -> Any:
@@ -206,11 +166,8 @@ def hub_metric(name: str) -> Any:
     """
     where = f"evaluation.metrics={name}"
     if not re.fullmatch(r"[A-Za-z0-9_]+", name):
-        raise ConfigError(
-            f"{name!r} is not the name of one of the evaluate library's own metrics",
-            where,
-            nearest(name, HUB_TEXT_METRICS),
-        )
+        what = f"{name!r} is not the name of one of the evaluate library's own metrics"
+        raise ConfigError(what, where, nearest(name, HUB_TEXT_METRICS))
     try:
         # With the owner, because evaluate looks for a bare name as a script in the current directory first.
         return evaluate.load(f"evaluate-metric/{name}", keep_in_memory=True)

@@ -12,18 +12,7 @@ import pyarrow as pa
 
 from qlora_exp.data.texts import comparable, same_text
 from qlora_exp.evaluation.likelihood import CompletionScore
-from qlora_exp.evaluation.metrics import (
-    Accuracy,
-    BalancedAccuracy,
-    ExactMatch,
-    InvalidAnswerRate,
-    MacroF1,
-    RougeL,
-    TokenF1,
-    rouge_l_f,
-    score_completions,
-    token_f1,
-)
+from qlora_exp.evaluation.metrics import rouge_l_f, score_completions, token_f1
 from qlora_exp.records.types import Scores
 
 if TYPE_CHECKING:
@@ -86,7 +75,9 @@ def item_table(
 ) -> pa.Table:
     """Return a table with one row per item, in order. Its columns are :data:`ITEM_COLUMNS`; unmeasured values are
     null."""
-    predictions = _predictions(results, splits, label_marginal, priors)
+    predictions = (
+        _predictions(option_matrix(results), splits, label_marginal, priors) if splits.labels and results else {}
+    )
     fold_case = ignores_case(option_texts)
     valid = {comparable(text, fold_case) for text in option_texts}
     rows: list[dict[str, Any]] = []
@@ -118,19 +109,13 @@ def item_table(
 
 
 def _predictions(
-    results: Sequence[ItemResult],
-    splits: Splits,
-    label_marginal: Mapping[str, float] | None,
-    priors: np.ndarray | None,
+    summed: np.ndarray, splits: Splits, label_marginal: Mapping[str, float] | None, priors: np.ndarray | None
 ) -> dict[str, list[str]]:
     """Return the predicted labels of each scoring rule, by column suffix; of equal options the first wins.
 
     The plain rule takes the option with the largest summed log-likelihood. ``_normalized`` divides it by the option's
     tokens, ``_calibrated`` subtracts the log of the label marginal, and ``_pmi`` subtracts the prior without an item.
     """
-    if not splits.labels or not results:
-        return {}
-    summed = option_matrix(results)
     lengths = np.array([len(splits.option_ids[label]) for label in splits.labels])
     rules = {"": summed, "_normalized": summed / lengths}
     if label_marginal is not None:
@@ -156,7 +141,7 @@ def scores_of(split: str, table: pa.Table, labels: Sequence[str], option_texts: 
         items=table.num_rows,
         loss=loss,
         loss_per_item=nats / table.num_rows,
-        perplexity=None if loss is None else _exp(loss),
+        perplexity=None if loss is None else math.exp(loss) if loss < 700 else math.inf,
         bits_per_byte=completion_nats / math.log(2) / completion_bytes if completion_bytes else None,
         token_accuracy=sum(column["tokens_correct"]) / completion_tokens if completion_tokens else None,
         **(_label_scores(column, labels) if labels else {}),
@@ -167,32 +152,23 @@ def scores_of(split: str, table: pa.Table, labels: Sequence[str], option_texts: 
 def _label_scores(column: Mapping[str, list[Any]], labels: Sequence[str]) -> dict[str, Any]:
     index = {label: number for number, label in enumerate(labels)}
     references = [index[label] for label in column["label"]]
-
-    def predicted(suffix: str) -> list[int]:
-        return [index[label] for label in column[f"predicted{suffix}"]]
-
-    plain = predicted("")
+    predicted = {
+        suffix: [index[label] for label in column[f"predicted{suffix}"]]
+        for suffix in ("", "_calibrated", "_normalized", "_pmi")
+    }
     return {
-        "accuracy": score_completions(Accuracy, plain, references),
-        "accuracy_calibrated": score_completions(Accuracy, predicted("_calibrated"), references),
-        "accuracy_normalized": score_completions(Accuracy, predicted("_normalized"), references),
-        "accuracy_pmi": score_completions(Accuracy, predicted("_pmi"), references),
-        "balanced_accuracy": score_completions(BalancedAccuracy, plain, references),
-        "macro_f1": score_completions(MacroF1, plain, references, labels=len(labels)),
+        **{f"accuracy{suffix}": score_completions("accuracy", said, references) for suffix, said in predicted.items()},
+        "balanced_accuracy": score_completions("balanced_accuracy", predicted[""], references),
+        "macro_f1": score_completions("macro_f1", predicted[""], references, labels=len(labels)),
     }
 
 
 def _answer_scores(column: Mapping[str, list[Any]], option_texts: Sequence[str]) -> dict[str, Any]:
-    generated, answers, fold_case = column["generated"], column["answer"], ignores_case(option_texts)
-    scores = {"exact_match": score_completions(ExactMatch, generated, answers, fold_case=fold_case)}
+    def score(name: str, **inputs: Any) -> float:
+        return score_completions(name, column["generated"], column["answer"], **inputs)
+
+    fold_case = ignores_case(option_texts)
+    scores = {"exact_match": score("exact_match", fold_case=fold_case)}
     if option_texts:
-        invalid = score_completions(InvalidAnswerRate, generated, answers, answers=option_texts, fold_case=fold_case)
-        return scores | {"invalid_answer_rate": invalid}
-    return scores | {
-        "rouge_l": score_completions(RougeL, generated, answers),
-        "token_f1": score_completions(TokenF1, generated, answers),
-    }
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
+        return scores | {"invalid_answer_rate": score("invalid_answer_rate", answers=option_texts, fold_case=fold_case)}
+    return scores | {"rouge_l": score("rouge_l"), "token_f1": score("token_f1")}

@@ -10,15 +10,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from qlora_exp.config.schema import Config, TaskSource
+from qlora_exp.config.schema import Config, EvaluationSplit, TaskSource
 from qlora_exp.data.texts import normal_form
-from qlora_exp.evaluation.generation import StopRule, as_answer, decode_completions, generate
+from qlora_exp.evaluation.generation import StopRule, as_answer, decode_completions, generate, stop_rule
 from qlora_exp.evaluation.kv_cache import CausalModel, batches, prefill, scoring_mode, start_token
-from qlora_exp.evaluation.likelihood import OptionTrie, completion_scores, option_log_likelihoods
+from qlora_exp.evaluation.likelihood import (
+    OptionTrie,
+    completion_scores,
+    domain_prompt,
+    option_log_likelihoods,
+    option_priors,
+)
 from qlora_exp.evaluation.metrics import hub_metric
-from qlora_exp.evaluation.oracle import stop_rule_of
 from qlora_exp.evaluation.per_item import ItemResult, item_table, option_matrix, scores_of
-from qlora_exp.evaluation.pmi_prior import domain_prompt, option_priors
 from qlora_exp.records.types import Scores
 
 if TYPE_CHECKING:
@@ -63,7 +67,7 @@ def evaluate_model(
     trie = OptionTrie.of([splits.option_ids[label] for label in splits.labels]) if splits.labels else None
     with scoring_mode(model):
         causal = CausalModel(model)
-        rule = stop_rule_of(splits, tokenizer, config, causal.base) if config.evaluation.generate else None
+        rule = stop_rule(splits, tokenizer, config, causal.base) if config.evaluation.generate else None
         results = score_items(causal, tokenizer, items, trie, rule, config.evaluation.batch_size)
         if trie is not None and label_marginal is None and items:
             reference = results
@@ -71,8 +75,11 @@ def evaluate_model(
                 validation = limit_items(splits.validation, config)
                 reference = score_items(causal, tokenizer, validation, trie, None, config.evaluation.batch_size)
             label_marginal = dict(zip(splits.labels, marginal(option_matrix(reference)).tolist(), strict=True))
-        priors = option_priors(causal, _domain_prompt(tokenizer, splits), trie) if trie is not None else None
-    option_texts = [_text(tokenizer, splits.label_ids[label]) for label in splits.labels]
+        priors = None
+        if trie is not None:
+            prompt = domain_prompt([item.prompt_ids for item in splits.train]) or (start_token(tokenizer),)
+            priors = option_priors(causal, prompt, trie)
+    option_texts = [decode_completions(splits.label_ids[label], tokenizer).strip() for label in splits.labels]
     table = item_table(items, results, splits, label_marginal, priors, option_texts)
     scores = scores_of(split, table, splits.labels, option_texts)
     if rule is not None:
@@ -80,6 +87,25 @@ def evaluate_model(
     if hub_metrics and items:
         scores.other.update(_hub_scores(hub_metrics, table))
     return Evaluation(scores, table, tuple(splits.labels), dict(label_marginal) if label_marginal else None)
+
+
+def evaluate_splits(
+    model: Any,
+    tokenizer: Any,
+    validation: Sequence[Item],
+    test: Sequence[Item],
+    splits: Splits,
+    config: Config,
+) -> tuple[Evaluation, Evaluation | None]:
+    """Score the validation items and, with ``evaluation.split=test``, the test items.
+
+    Both use the label marginal of the validation items.
+    """
+    scored = evaluate_model(model, tokenizer, validation, splits, config, split="validation")
+    if config.evaluation.split is not EvaluationSplit.test:
+        return scored, None
+    marginal = scored.label_marginal
+    return scored, evaluate_model(model, tokenizer, test, splits, config, split="test", label_marginal=marginal)
 
 
 def limit_items(items: Sequence[Item], config: Config) -> Sequence[Item]:
@@ -116,8 +142,7 @@ def score_items(
 ) -> list[ItemResult]:
     """Return results in the items' order. Each prompt is prefilled once, for completion, options and generation."""
     results: dict[int, ItemResult] = {}
-    lengths = [len(item.prompt_ids) + len(item.completion_ids) + len(item.end_ids) for item in items]
-    for batch in batches(lengths, batch_size):
+    for batch in batches([len(item.ids) for item in items], batch_size):
         chosen = [items[index] for index in batch]
         next_logits, context = prefill(model, [item.prompt_ids or (start_token(tokenizer),) for item in chosen])
         completions = completion_scores(
@@ -134,14 +159,6 @@ def score_items(
                 completions[row], None if options is None else options[row], texts[row] if texts else None
             )
     return [results[index] for index in range(len(items))]
-
-
-def _domain_prompt(tokenizer: Any, splits: Splits) -> tuple[int, ...]:
-    return domain_prompt([item.prompt_ids for item in splits.train]) or (start_token(tokenizer),)
-
-
-def _text(tokenizer: Any, ids: Sequence[int]) -> str:
-    return decode_completions(ids, tokenizer).strip()
 
 
 def _hub_scores(metrics: Mapping[str, Any], table: pa.Table) -> dict[str, float]:

@@ -14,22 +14,35 @@ FOUR_BIT_NOTE = (
 )
 
 
-def export_card(record: RunRecord, export: Export) -> str:
-    """Return Markdown: the model card of the run, with a chapter on the export before its settings."""
-    chapter = "\n".join(_export_chapter(export))
-    return model_card(record).replace("## Settings\n", f"{chapter}\n\n## Settings\n", 1)
+def export_card(record: RunRecord, export: Export, library: str = "peft") -> str:
+    """Return Markdown: the model card of the run, with a chapter on the export. ``library`` loads the model."""
+    return model_card(record, library, "\n".join(_export_chapter(export)))
 
 
 def _export_chapter(export: Export) -> Iterator[str]:
     yield "## What was exported"
     yield ""
-    yield from _how_merged(export)
+    yield f"Run `{export.run_id}`. The adapter was added to the weights of `{export.base}` in fp32, unquantized, then"
+    yield f"stored as {export.merged_dtype}."
+    if export.trained_against in ("int8", "nf4", "fp4"):
+        yield (
+            f"It was trained against the same base quantized to {export.trained_against}: its updates also compensate "
+            "for that rounding, which the merged model doesn't have. The two are different models; the table shows "
+            "how their scores differ."
+        )
     yield ""
     yield "| artefact | MB | measured in | run | exported | within the tolerance | RAM, MB | tokens/s, one thread |"
     yield "|---|---:|---|---:|---:|---|---:|---:|"
     yield from (_row(artefact) for artefact in export.artefacts)
     yield ""
-    yield from (f"{artefact.path}: {why}." for artefact in export.artefacts for why in _missing_results(artefact))
+    for artefact in export.artefacts:
+        check, runtime = artefact.check, artefact.runtime
+        if check is not None and check.why is not None:
+            yield f"{artefact.path}: not checked: {check.why}."
+        if runtime is not None and runtime.why is not None:
+            yield f"{artefact.path}: not measured: {runtime.why}."
+        if check is not None and check.tokenization_note is not None:
+            yield f"{artefact.path}: {check.tokenization_note}."
     if any(artefact.runtime for artefact in export.artefacts):
         yield FOUR_BIT_NOTE
     yield ""
@@ -39,17 +52,6 @@ def _export_chapter(export: Export) -> Iterator[str]:
     yield ""
     for criterion in phone.criteria:
         yield f"* {criterion.name}: {criterion.answer} – {criterion.detail}"
-
-
-def _how_merged(export: Export) -> Iterator[str]:
-    yield f"Run `{export.run_id}`. The adapter was added to the weights of `{export.base}` in fp32, unquantized, then"
-    yield f"stored as {export.merged_dtype}."
-    if export.trained_against in ("int8", "nf4", "fp4"):
-        yield (
-            f"It was trained against the same base quantized to {export.trained_against}: its updates also compensate "
-            "for that rounding, which the merged model doesn't have. The two are different models; the table shows "
-            "how their scores differ."
-        )
 
 
 def _row(artefact: Artefact) -> str:
@@ -67,12 +69,3 @@ def _row(artefact: Artefact) -> str:
         else "–",
     ]
     return f"| {' | '.join(cells)} |"
-
-
-def _missing_results(artefact: Artefact) -> Iterator[str]:
-    if artefact.check is not None and artefact.check.why is not None:
-        yield f"not checked: {artefact.check.why}"
-    if artefact.runtime is not None and artefact.runtime.why is not None:
-        yield f"not measured: {artefact.runtime.why}"
-    if artefact.check is not None and artefact.check.tokenization_note is not None:
-        yield artefact.check.tokenization_note

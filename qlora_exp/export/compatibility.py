@@ -74,8 +74,19 @@ def _add_version_4_names(config: dict[str, Any]) -> None:
     with a base of 10,000, without a warning.
     """
     for part in (config, config.get("text_config")):
-        if isinstance(part, dict):
-            part.update({name: value for name, value in _version_4_names(part).items() if name not in part})
+        if not isinstance(part, dict):
+            continue
+        if "dtype" in part:
+            part.setdefault("torch_dtype", part["dtype"])
+        rope = part.get("rope_parameters") or {}
+        full, sliding = rope.get("full_attention") or rope, rope.get("sliding_attention")
+        if "rope_theta" in full:
+            part.setdefault("rope_theta", full["rope_theta"])
+            scaling = {key: value for key, value in full.items() if key != "rope_theta"}
+            is_scaled = scaling.get("rope_type", DEFAULT_ROPE) != DEFAULT_ROPE
+            part.setdefault("rope_scaling", scaling if is_scaled else None)
+            if isinstance(sliding, dict) and "rope_theta" in sliding:
+                part.setdefault("rope_local_base_freq", sliding["rope_theta"])
 
 
 def _rename_tokenizer_settings(settings: dict[str, Any]) -> None:
@@ -87,21 +98,3 @@ def _rename_tokenizer_settings(settings: dict[str, Any]) -> None:
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
     for name in ("is_local", "local_files_only"):  # they describe the folder that it was loaded from
         settings.pop(name, None)
-
-
-def _version_4_names(config: dict[str, Any]) -> dict[str, Any]:
-    """Return version 4's keys and values for the dtype and the rotary embeddings of ``config``."""
-    names: dict[str, Any] = {}
-    if "dtype" in config:
-        names["torch_dtype"] = config["dtype"]
-    rope = config.get("rope_parameters") or {}
-    full = rope.get("full_attention") or rope
-    if "rope_theta" not in full:
-        return names
-    names["rope_theta"] = full["rope_theta"]
-    scaling = {key: value for key, value in full.items() if key != "rope_theta"}
-    names["rope_scaling"] = scaling if scaling.get("rope_type", DEFAULT_ROPE) != DEFAULT_ROPE else None
-    sliding = rope.get("sliding_attention")
-    if isinstance(sliding, dict) and "rope_theta" in sliding:
-        names["rope_local_base_freq"] = sliding["rope_theta"]
-    return names

@@ -8,25 +8,25 @@ import datetime
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qlora_exp.architecture.targets import resolve_targets
-from qlora_exp.config.schema import Config, ExportConfig
-from qlora_exp.errors import ExportError, ModelError, QloraExpError
+from qlora_exp.config.schema import ComputeDtype, Config, ExportConfig
+from qlora_exp.errors import ConfigError, ExportError, ModelError, QloraExpError, nearest
 from qlora_exp.export.card import export_card
 from qlora_exp.export.compatibility import add_end_token, end_of_answers, write_for_version_4
 from qlora_exp.export.gguf import check_convertible, write_gguf
 from qlora_exp.export.llama_cpp import measure_runtime
 from qlora_exp.export.phone import answer_phone
-from qlora_exp.export.results import RESULTS_SCHEMA_VERSION, Artefact, Export, TaskCheck
-from qlora_exp.export.settings import BLOCK_TYPES
+from qlora_exp.export.results import RESULTS_SCHEMA_VERSION, Artefact, Export
 from qlora_exp.export.task_check import CheckItems, check_exported_gguf, check_merged, items_to_check, not_checked
 from qlora_exp.models import sources
 from qlora_exp.models.adapters import write_portable
@@ -36,17 +36,50 @@ from qlora_exp.models.merging import merged_model
 from qlora_exp.models.portable_adapters import is_portable
 from qlora_exp.models.sources import ModelSource, model_config, resolve_source
 from qlora_exp.models.tokenizers import load_tokenizer
-from qlora_exp.paths import EMBEDDED, RunPaths
+from qlora_exp.paths import CONF, EMBEDDED, RunPaths
 from qlora_exp.records.files import read_record, write_json, write_text
 from qlora_exp.records.types import RunRecord, Status
 from qlora_exp.runs.entry_points import config_from_plain
-from qlora_exp.system.hardware import Price, price_of
+from qlora_exp.system.cards import Price, price_of
 
 BYTES_PER_WEIGHT = {"adapter": 0.0, "merged": 2.0, "q8_0": 1.07, "q5_1": 0.76, "q5_0": 0.7, "q4_1": 0.64, "q4_0": 0.57}
-"""Bytes per weight of a merged model or a GGUF file: a block of 32 weights has a scale (the _1 types also a minimum) in
-16 bits."""
+"""Format → bytes per weight of the merged model or of a GGUF file: a block of 32 weights has a scale (the _1 types also
+a minimum) in 16 bits."""
+BLOCK_TYPES = tuple(name for name in BYTES_PER_WEIGHT if name not in ("adapter", "merged"))
 SIZE_MARGIN = 1.2
 """Safety factor of the estimate, for embeddings in 8 bits, the tokenizer and the adapter."""
+
+
+def load_settings(changes: Mapping[str, Any]) -> ExportConfig:
+    """Return conf/export.yaml, overridden by ``changes`` (``None`` keeps a default).
+
+    Raises:
+        ConfigError: a key or format is unknown, or a number is out of range.
+    """
+    overrides = {key: value for key, value in changes.items() if value is not None}
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(ExportConfig), OmegaConf.load(CONF / "export.yaml"), overrides)
+        settings = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0], "export", "qlora-exp export --help") from None
+    assert isinstance(settings, ExportConfig)
+    for name in settings.formats:
+        if name not in BYTES_PER_WEIGHT:
+            raise ConfigError(f"there is no format {name!r}", "--formats", nearest(name, BYTES_PER_WEIGHT))
+    if not settings.formats:
+        raise ConfigError("there is nothing to export", "--formats", f"some of {', '.join(BYTES_PER_WEIGHT)}")
+    if settings.dtype not in (ComputeDtype.bfloat16, ComputeDtype.float16):
+        what = f"a merged model is written in 16 bits, not as {settings.dtype.value}"
+        raise ConfigError(what, "--dtype", "bfloat16 or float16")
+    if not 0 <= settings.tolerance < 1:
+        raise ConfigError(f"the tolerance is {settings.tolerance:g}", "--tolerance", "a share: 0.03 is 3 points")
+    for name in ("context_tokens", "generated_tokens", "phone_file_bytes", "phone_memory_bytes"):
+        if getattr(settings, name) < 1:
+            raise ConfigError(f"{name} is {getattr(settings, name)}", "conf/export.yaml", "at least 1")
+    for name in ("check_items", "phone_usd", "usd_per_hour"):
+        if (getattr(settings, name) or 0) < 0:
+            raise ConfigError(f"{name} is {getattr(settings, name)}", "qlora-exp export", "0 or more")
+    return settings
 
 
 @dataclass(frozen=True)
@@ -58,14 +91,16 @@ class _Source:
     paths: RunPaths
     model: ModelSource
     tokenizer: Any
+    end_token: int | None
+    """The token with which the run's answers end."""
 
 
 def export_run(
-    paths: RunPaths, to: Path | None, settings: ExportConfig, tell: Callable[[str], None] = lambda _: None
+    paths: RunPaths, to: Path | None, settings: ExportConfig, on_step: Callable[[str], None] = lambda _: None
 ) -> tuple[Export, Path]:
     """Export the run in ``paths`` to ``to`` (default: the run's own ``export/``); return the results and the folder.
 
-    ``tell`` is called with each step's name as the step begins.
+    ``on_step`` is called with each step's name as the step begins.
 
     Raises:
         ExportError: the run has nothing to export, or the folder can't be written.
@@ -75,7 +110,7 @@ def export_run(
     target = (to or paths.export).expanduser().absolute()
     _check_target(target, source.record, settings)
     with _staging_folder(target) as folder:
-        export = _export(source, folder, settings, tell)
+        export = _export(source, folder, settings, on_step)
     return export, target
 
 
@@ -98,7 +133,8 @@ def _check_run(paths: RunPaths, settings: ExportConfig) -> _Source:
     tokenizer = load_tokenizer(config.model)
     if any(name in BLOCK_TYPES for name in settings.formats):
         check_convertible(model_config(model), tokenizer, model.where)
-    return _Source(config, record, paths, model, tokenizer)
+    end_token = end_of_answers(tokenizer, record.plan.format) if record.plan else None
+    return _Source(config, record, paths, model, tokenizer, end_token)
 
 
 def _check_target(target: Path, record: RunRecord, settings: ExportConfig) -> None:
@@ -134,36 +170,58 @@ def _staging_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _export(source: _Source, folder: Path, settings: ExportConfig, tell: Callable[[str], None]) -> Export:
+def _export(source: _Source, folder: Path, settings: ExportConfig, on_step: Callable[[str], None]) -> Export:
     # Everything is made from the merged model. If it isn't one of the formats, it goes to a folder that is deleted.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".work-") as work:
         merged_folder = folder / "merged" if "merged" in settings.formats else Path(work)
         source.tokenizer.save_pretrained(merged_folder)
-        task_questions = items_to_check(
-            source.config, source.record, source.paths, source.tokenizer, settings.check_items
+        questions = items_to_check(
+            source.config,
+            source.record,
+            source.paths,
+            source.tokenizer,
+            settings.check_items,
+            settings.tolerance,
         )
-        artefacts = [_export_adapter(source, folder)] if "adapter" in settings.formats else []
+        artefacts = [_export_adapter(source, folder / "adapter")] if "adapter" in settings.formats else []
         fingerprint = source.record.model_fingerprint or ""
         if settings.formats != ["adapter"]:
-            tell("merge")
+            on_step("merge")
             merged, fingerprint = merged_model(source.config, source.paths.adapter)
-            add_end_token(merged, _end_token(source))
+            add_end_token(merged, source.end_token)
             files = []
             for kind in (name for name in settings.formats if name in BLOCK_TYPES):
-                tell(f"write and check {kind}")
-                files.append(_export_gguf(source, merged, merged_folder, folder, kind, task_questions, settings))
+                on_step(f"write and check {kind}")
+                path = folder / f"model-{kind}.gguf"
+                write_gguf(merged, merged_folder, path, kind, source.record.name, source.end_token)
+                positions = getattr(merged.config, "max_position_embeddings", None) or settings.context_tokens
+                runtime = measure_runtime(path, min(settings.context_tokens, positions), settings.generated_tokens)
+                if runtime.why:  # a file that crashes llama.cpp would end this process, too
+                    check = not_checked(runtime.why, settings.tolerance)
+                elif isinstance(questions, CheckItems):
+                    check = check_exported_gguf(path, merged, questions)
+                else:
+                    check = questions
+                files.append(Artefact(kind, path.name, path.stat().st_size, check, runtime))
             if "merged" in settings.formats:  # last: it is rounded in place
-                tell("write and check the merged model")
-                artefacts.append(_export_merged(source, merged, folder, task_questions, settings))
+                on_step("write and check the merged model")
+                merged.to(getattr(torch, settings.dtype.value)).save_pretrained(merged_folder)
+                write_for_version_4(merged_folder)
+                check = check_merged(merged_folder, questions) if isinstance(questions, CheckItems) else questions
+                artefacts.append(Artefact("merged", "merged/", _folder_bytes(merged_folder), check))
             artefacts += files
     export = _results(source, artefacts, fingerprint or sources.fingerprint(source.model), settings)
-    _write_cards(source, export, folder)
+    for place in (folder, folder / "adapter", folder / "merged"):  # each may be copied alone
+        if place.is_dir():
+            library = "transformers" if place.name == "merged" else "peft"
+            write_text(place / "README.md", export_card(source.record, export, library))
+    if source.model.name.startswith("embedded:"):
+        shutil.copyfile(EMBEDDED / "LICENSE.wordnet", folder / "LICENSE.wordnet")
     write_json(folder / "export.json", export)
     return export
 
 
-def _export_adapter(source: _Source, folder: Path) -> Artefact:
-    target = folder / "adapter"
+def _export_adapter(source: _Source, target: Path) -> Artefact:
     target.mkdir()
     config, adapter = source.config, source.paths.adapter
     settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
@@ -174,47 +232,6 @@ def _export_adapter(source: _Source, folder: Path) -> Artefact:
         modules = resolve_targets(describe(config.model), config.targets)
         write_portable(load_base(config, "cpu"), config, modules, adapter, target)
     return Artefact("adapter", "adapter/", _folder_bytes(target))
-
-
-def _end_token(source: _Source) -> int | None:
-    """Return the token with which the run's answers end."""
-    return end_of_answers(source.tokenizer, source.record.plan.format) if source.record.plan else None
-
-
-def _export_merged(
-    source: _Source, merged: PreTrainedModel, folder: Path, task_questions: CheckItems | str, settings: ExportConfig
-) -> Artefact:
-    """Write the merged model in 16 bits. The check reads the written files back and computes in fp32."""
-    target = folder / "merged"
-    merged.to(getattr(torch, settings.dtype.value)).save_pretrained(target)
-    write_for_version_4(target)
-    check: TaskCheck
-    if isinstance(task_questions, str):
-        check = not_checked(task_questions, settings.tolerance)
-    else:
-        read_back = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32, local_files_only=True)
-        check = check_merged(read_back, source.tokenizer, task_questions, settings.tolerance)
-    return Artefact("merged", "merged/", _folder_bytes(target), check)
-
-
-def _export_gguf(
-    source: _Source,
-    merged: PreTrainedModel,
-    tokenizer: Path,
-    folder: Path,
-    kind: str,
-    task_questions: CheckItems | str,
-    settings: ExportConfig,
-) -> Artefact:
-    path = folder / f"model-{kind}.gguf"
-    write_gguf(merged, tokenizer, path, kind, source.record.name, _end_token(source))
-    positions = getattr(merged.config, "max_position_embeddings", None)
-    context = min(settings.context_tokens, positions or settings.context_tokens)
-    runtime = measure_runtime(path, context, settings.generated_tokens)
-    # A file that crashes llama.cpp would end this process, too: check it only if the measuring process survived.
-    check = not_checked(runtime.why, settings.tolerance) if runtime.why else None
-    check = check or check_exported_gguf(path, merged, source.tokenizer, task_questions, settings.tolerance)
-    return Artefact(kind, path.name, path.stat().st_size, check, runtime)
 
 
 def _results(source: _Source, artefacts: list[Artefact], fingerprint: str, settings: ExportConfig) -> Export:
@@ -247,18 +264,6 @@ def _price(record: RunRecord, settings: ExportConfig) -> Price | None:
         return Price(record.plan.usd_per_hour, record.plan.usd_per_hour_from or "the run's record")
     device = record.environment.device
     return price_of((record.config.get("budget") or {}).get("usd_per_hour"), device.kind, device.name)
-
-
-def _write_cards(source: _Source, export: Export, folder: Path) -> None:
-    """Write the card into the export and each of its folders, which may be copied alone; add the licence of the
-    embedded data."""
-    card = export_card(source.record, export)
-    for place in (folder, folder / "adapter", folder / "merged"):
-        if place.is_dir():
-            library = "transformers" if place.name == "merged" else "peft"
-            write_text(place / "README.md", card.replace("library_name: peft", f"library_name: {library}", 1))
-    if source.model.name.startswith("embedded:"):
-        shutil.copyfile(EMBEDDED / "LICENSE.wordnet", folder / "LICENSE.wordnet")
 
 
 def _folder_bytes(folder: Path) -> int:

@@ -63,7 +63,8 @@ def check_convertible(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBa
         raise ModelError(f"no GGUF file can be written of rotary embeddings scaled by {rope}", where, hint)
     if (unlike := _difference_from_llama_cpp(config)) is not None:
         raise ModelError(f"no GGUF file can be written of this {config.model_type}: {unlike}", where, hint)
-    if _pre_tokenizer(tokenizer) is None:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or _pre_tokenizer_of(json.loads(backend.to_str())) is None:
         what = "only byte-level BPE as GPT-2, SmolLM, Llama 3 and Qwen have it, and SentencePiece as Gemma has it"
         raise ModelError(f"no GGUF file can be written of this tokenizer: {what}", where, hint)
 
@@ -80,7 +81,7 @@ def write_gguf(
     """
     import gguf
 
-    writer = gguf.GGUFWriter(path, _architecture(model.config).lower())
+    writer = gguf.GGUFWriter(path, ARCHITECTURES[model.config.model_type].lower())
     try:
         writer.add_name(name)
         writer.add_file_type(getattr(gguf.LlamaFileType, f"MOSTLY_{kind.upper()}"))
@@ -99,10 +100,6 @@ def write_gguf(
         writer.close()
 
 
-def _architecture(config: PretrainedConfig) -> str:
-    return ARCHITECTURES[config.model_type]
-
-
 def _rope(config: PretrainedConfig, attention: str = "full_attention") -> dict[str, Any]:
     """Return the rotary embedding's settings; those for ``attention`` if each kind of layer has its own."""
     rope = dict(getattr(config, "rope_parameters", None) or {})
@@ -112,7 +109,7 @@ def _rope(config: PretrainedConfig, attention: str = "full_attention") -> dict[s
 def _difference_from_llama_cpp(config: PretrainedConfig) -> str | None:
     """Return the first setting of a Gemma 3 for which llama.cpp assumes another value, in words; ``None`` if there is
     none."""
-    if _architecture(config) != "GEMMA3":
+    if ARCHITECTURES[config.model_type] != "GEMMA3":
         return None
     full = [(layer + 1) % FULL_ATTENTION_EVERY == 0 for layer in range(config.num_hidden_layers)]
     if [kind == "full_attention" for kind in config.layer_types] != full:
@@ -161,7 +158,7 @@ def _add_hyperparameters(writer: Any, config: PretrainedConfig) -> None:
     if rope.get("rope_type") == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
-    if _architecture(config) == "GEMMA3":
+    if ARCHITECTURES[config.model_type] == "GEMMA3":
         writer.add_sliding_window(config.sliding_window)
         writer.add_rope_freq_base_swa(_rope(config, "sliding_attention")["rope_theta"])
 
@@ -171,7 +168,7 @@ def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, np.ndarray]]:
     import gguf
 
     config = model.config
-    architecture = _architecture(config)
+    architecture = ARCHITECTURES[config.model_type]
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture), config.num_hidden_layers)
     if _rope(config).get("rope_type") == "llama3":
         yield "rope_freqs.weight", _llama3_rope_factors(config)
@@ -214,11 +211,6 @@ def _llama3_rope_factors(config: PretrainedConfig) -> np.ndarray:
             smooth = (trained / wavelength - low) / (high - low)
             factors.append(1 / ((1 - smooth) / factor + smooth))
     return np.array(factors, dtype=np.float32)
-
-
-def _pre_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return None if backend is None else _pre_tokenizer_of(json.loads(backend.to_str()))
 
 
 def _pre_tokenizer_of(raw: dict[str, Any]) -> str | None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from qlora_exp.config.schema import ExportConfig
 from qlora_exp.export.results import Artefact, Criterion, PhoneAnswer
-from qlora_exp.system.hardware import Price
+from qlora_exp.system.cards import Price
 
 ANSWER_ORDER = ("no", "not shown", "yes")
 """From worst to best: a case is as good as its worst criterion."""
@@ -40,51 +40,44 @@ def _worst(criteria: Sequence[Criterion]) -> str:
     return min((criterion.answer for criterion in criteria), key=ANSWER_ORDER.index)
 
 
-def _file_criteria(file: Artefact, settings: ExportConfig) -> tuple[Criterion, ...]:
-    return (_size(file, settings.phone_file_bytes), _memory(file, settings), _offline(file), _task(file))
-
-
-def _size(file: Artefact, limit: int) -> Criterion:
+def _file_criteria(file: Artefact, settings: ExportConfig) -> Iterator[Criterion]:
+    runtime, check = file.runtime, file.check
+    limit = settings.phone_file_bytes
     detail = f"{_megabytes(file.size_bytes)}, limit {_megabytes(limit)}"
-    return Criterion("file size", "yes" if file.size_bytes <= limit else "no", detail)
+    yield Criterion("file size", "yes" if file.size_bytes <= limit else "no", detail)
 
-
-def _memory(file: Artefact, settings: ExportConfig) -> Criterion:
-    runtime, limit = file.runtime, settings.phone_memory_bytes
+    why = runtime.why if runtime else None
     if runtime is None or runtime.peak_resident_bytes is None:
-        why = (runtime.why if runtime else None) or "this system doesn't say a process's peak memory"
-        return Criterion("memory", "not shown", why)
-    peak = runtime.peak_resident_bytes
-    detail = (
-        f"{_megabytes(peak)} resident at {runtime.context_tokens} tokens of context, limit {_megabytes(limit)}; "
-        "measured in llama.cpp on this machine"
-    )
-    return Criterion("memory", "yes" if peak <= limit else "no", detail)
+        yield Criterion("memory", "not shown", why or "this system doesn't say a process's peak memory")
+    else:
+        peak, limit = runtime.peak_resident_bytes, settings.phone_memory_bytes
+        detail = (
+            f"{_megabytes(peak)} resident at {runtime.context_tokens} tokens of context, limit {_megabytes(limit)}; "
+            "measured in llama.cpp on this machine"
+        )
+        yield Criterion("memory", "yes" if peak <= limit else "no", detail)
 
-
-def _offline(file: Artefact) -> Criterion:
-    runtime = file.runtime
     if runtime is None or runtime.generated_tokens_per_second is None:
-        return Criterion("runs offline", "not shown", (runtime.why if runtime else None) or "not run in llama.cpp")
-    detail = (
-        "llama.cpp generated from the one file, in a process in which Python refuses every socket: "
-        f"{runtime.generated_tokens_per_second:,.1f} tokens/s on one thread of {runtime.processor or 'this CPU'}"
-    )
-    return Criterion("runs offline", "yes", detail)
+        yield Criterion("runs offline", "not shown", why or "not run in llama.cpp")
+    else:
+        detail = (
+            "llama.cpp generated from the one file, in a process in which Python refuses every socket: "
+            f"{runtime.generated_tokens_per_second:,.1f} tokens/s on one thread of {runtime.processor or 'this CPU'}"
+        )
+        yield Criterion("runs offline", "yes", detail)
 
-
-def _task(file: Artefact) -> Criterion:
-    check = file.check
     if check is None or check.metric is None or check.run is None or check.exported is None:
-        return Criterion("answers the task", "not shown", (check.why if check else None) or "not checked")
-    detail = (
-        f"{check.metric.replace('_', ' ')} {check.exported:.3f}, the run's own {check.run:.3f} on the same "
-        f"{check.items} items; tolerance {check.tolerance:g}, loss at most {check.high:.3f} (95 %)"
-    )
-    if (otherwise := check.tokenization_note) is not None:
-        answer = min(check.answer, "not shown", key=ANSWER_ORDER.index)
-        return Criterion("answers the task", answer, f"{detail}; {otherwise}")
-    return Criterion("answers the task", check.answer, detail)
+        yield Criterion("answers the task", "not shown", (check.why if check else None) or "not checked")
+    else:
+        detail = (
+            f"{check.metric.replace('_', ' ')} {check.exported:.3f}, the run's own {check.run:.3f} on the same "
+            f"{check.items} items; tolerance {check.tolerance:g}, loss at most {check.high:.3f} (95 %)"
+        )
+        answer = check.answer
+        if check.tokenization_note is not None:
+            answer = min(answer, "not shown", key=ANSWER_ORDER.index)
+            detail += f"; {check.tokenization_note}"
+        yield Criterion("answers the task", answer, detail)
 
 
 def _cost(cost_usd: float | None, seconds: float | None, limit: float, price: Price | None) -> Criterion:

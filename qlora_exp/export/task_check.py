@@ -11,14 +11,15 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from transformers import PreTrainedModel
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qlora_exp.config.schema import Config, EvaluationSplit
 from qlora_exp.data.items import Item, Splits
 from qlora_exp.data.load import load_data
 from qlora_exp.errors import QloraExpError
 from qlora_exp.evaluation.scoring import evaluate_model
-from qlora_exp.export.llama_cpp import LlamaCppModel, why_not
+from qlora_exp.export.llama_cpp import LlamaCppModel
 from qlora_exp.export.results import TaskCheck
 from qlora_exp.paths import RunPaths
 from qlora_exp.records.types import RunRecord
@@ -34,34 +35,37 @@ class CheckItems:
     """The items to answer again, and the run's result for each."""
 
     config: Config
+    tokenizer: Any
     splits: Splits
-    split: str
     items: tuple[Item, ...]
     answers: pa.Table
     """The run's per-item results, in the items' order."""
+    tolerance: float
 
 
-def items_to_check(config: Config, record: RunRecord, paths: RunPaths, tokenizer: Any, count: int) -> CheckItems | str:
-    """Return the first ``count`` items of the split that the run was scored on, or the reason why there are none."""
+def items_to_check(
+    config: Config, record: RunRecord, paths: RunPaths, tokenizer: Any, count: int, tolerance: float
+) -> CheckItems | TaskCheck:
+    """Return the first ``count`` items of the split that the run was scored on, or a check without a result."""
     if count == 0:
-        return "not asked for (--check-items 0)"
-    split = config.evaluation.split.value
-    file = paths.items("after", split)
+        return not_checked("not asked for (--check-items 0)", tolerance)
+    file = paths.items("after", config.evaluation.split.value)
     try:
         answers = pq.read_table(file)
         splits = load_data(config, tokenizer, config.training.max_length)
     except QloraExpError as error:
-        return f"the task's data can't be read: {error.what}"
+        return not_checked(f"the task's data can't be read: {error.what}", tolerance)
     except (OSError, pa.ArrowException):
-        return f"the run's per-item results are not there: {file.name}"
+        return not_checked(f"the run's per-item results are not there: {file.name}", tolerance)
     if record.data is not None and splits.record.fingerprint != record.data.fingerprint:
-        return "the task's data have changed since the run"
+        return not_checked("the task's data have changed since the run", tolerance)
     all_items = splits.test if config.evaluation.split is EvaluationSplit.test else splits.validation
     row_of = {item_id: row for row, item_id in enumerate(answers["item_id"].to_pylist())}
     items = tuple(item for item in all_items if item.item_id in row_of)[:count]
     if not items:
-        return "the run's per-item results are of other items"
-    return CheckItems(config, splits, split, items, answers.take([row_of[item.item_id] for item in items]))
+        return not_checked("the run's per-item results are of other items", tolerance)
+    answers = answers.take([row_of[item.item_id] for item in items])
+    return CheckItems(config, tokenizer, splits, items, answers, tolerance)
 
 
 def not_checked(why: str, tolerance: float) -> TaskCheck:
@@ -69,67 +73,59 @@ def not_checked(why: str, tolerance: float) -> TaskCheck:
     return TaskCheck(tolerance=tolerance, answer="not shown", why=why)
 
 
-def check_merged(
-    model: PreTrainedModel, tokenizer: Any, task_questions: CheckItems | str, tolerance: float
-) -> TaskCheck:
-    """Compare the answers of ``model``, read back from the exported folder, in fp32 by transformers."""
-    if isinstance(task_questions, str):
-        return not_checked(task_questions, tolerance)
-    return _compare(
-        model, tokenizer, task_questions, tolerance, "transformers", task_questions.config.evaluation.batch_size
-    )
+def check_merged(folder: Path, questions: CheckItems) -> TaskCheck:
+    """Compare the answers of the model in ``folder``, computed by transformers in fp32."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return _compare(model, questions, "transformers", questions.config.evaluation.batch_size)
 
 
-def check_exported_gguf(
-    path: Path, like: PreTrainedModel, tokenizer: Any, task_questions: CheckItems | str, tolerance: float
-) -> TaskCheck:
-    """Compare the answers of ``path`` in llama.cpp. Without llama.cpp there is no check."""
-    why = task_questions if isinstance(task_questions, str) else why_not()
-    if isinstance(task_questions, str) or why is not None:
-        return not_checked(str(why), tolerance)
-    model = LlamaCppModel(path, like, _longest(task_questions, like))
-    check = _compare(model, tokenizer, task_questions, tolerance, "llama.cpp", batch_size=1)
-    same = [model.tokenize(item.prompt) == list(item.prompt_ids) for item in task_questions.items]
+def check_exported_gguf(path: Path, like: PreTrainedModel, questions: CheckItems) -> TaskCheck:
+    """Compare the answers of ``path`` in llama.cpp. ``like``: the merged model, for its configuration."""
+    model = LlamaCppModel(path, like, _longest(questions, like))
+    check = _compare(model, questions, "llama.cpp", batch_size=1)
+    same = [model.tokenize(item.prompt) == list(item.prompt_ids) for item in questions.items]
     return replace(check, same_tokens=sum(same) / len(same))
 
 
-def _longest(task_questions: CheckItems, like: PreTrainedModel) -> int:
+def _longest(questions: CheckItems, like: PreTrainedModel) -> int:
     """Return the tokens of the longest sequence: a prompt with its answer, any label, or generated tokens."""
-    generated = task_questions.config.evaluation.max_new_tokens or 0
-    labels = max((len(ids) for ids in task_questions.splits.option_ids.values()), default=0)
-    completions = max(len(item.completion_ids) + len(item.end_ids) for item in task_questions.splits.train)
-    answers = max(labels, completions, *(len(item.completion_ids) + len(item.end_ids) for item in task_questions.items))
-    longest = max(len(item.prompt_ids) for item in task_questions.items) + max(answers, generated) + 16
+    generated = questions.config.evaluation.max_new_tokens or 0
+    labels = max((len(ids) for ids in questions.splits.option_ids.values()), default=0)
+    completions = max(len(item.completion_ids) + len(item.end_ids) for item in questions.splits.train)
+    answers = max(labels, completions, *(len(item.completion_ids) + len(item.end_ids) for item in questions.items))
+    longest = max(len(item.prompt_ids) for item in questions.items) + max(answers, generated) + 16
     positions = getattr(like.config, "max_position_embeddings", None)
     return min(longest, positions) if positions else longest
 
 
-def _compare(
-    model: Any, tokenizer: Any, task_questions: CheckItems, tolerance: float, engine: str, batch_size: int
-) -> TaskCheck:
-    config = task_questions.config
-    # With labels, accuracy is compared and generated text isn't needed.
-    generate = config.evaluation.generate and not task_questions.splits.labels
+def _compare(model: Any, questions: CheckItems, engine: str, batch_size: int) -> TaskCheck:
+    config, splits = questions.config, questions.splits
     settings = replace(
-        config.evaluation, batch_size=batch_size, metrics=[], max_items=len(task_questions.items), generate=generate
+        config.evaluation,
+        batch_size=batch_size,
+        metrics=[],
+        max_items=len(questions.items),
+        # With labels, accuracy is compared and generated text isn't needed.
+        generate=config.evaluation.generate and not splits.labels,
     )
     # A uniform marginal saves the pass that would estimate it.
-    marginal = {label: 1 / len(task_questions.splits.labels) for label in task_questions.splits.labels}
+    marginal = {label: 1 / len(splits.labels) for label in splits.labels}
+    split = config.evaluation.split.value
     exported = evaluate_model(
         model,
-        tokenizer,
-        task_questions.items,
-        task_questions.splits,
+        questions.tokenizer,
+        questions.items,
+        splits,
         replace(config, evaluation=settings),
-        split=task_questions.split,
+        split=split,
         label_marginal=marginal or None,
     ).items
     return replace(
-        compare_answers(task_questions.answers, exported, tolerance),
+        compare_answers(questions.answers, exported, questions.tolerance),
         engine=engine,
-        split=task_questions.split,
-        items=len(task_questions.items),
-        run_loss_per_item=_mean(task_questions.answers["loss_sum_nats"].to_pylist()),
+        split=split,
+        items=len(questions.items),
+        run_loss_per_item=_mean(questions.answers["loss_sum_nats"].to_pylist()),
         exported_loss_per_item=_mean(exported["loss_sum_nats"].to_pylist()),
     )
 

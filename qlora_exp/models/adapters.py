@@ -26,6 +26,7 @@ from qlora_exp.config.schema import AdapterInit, Config, LoraConfig
 from qlora_exp.errors import ModelError
 from qlora_exp.models.base import Base, clone_sharing_weights
 from qlora_exp.models.portable_adapters import make_portable
+from qlora_exp.system.device_errors import is_device_error
 
 ADAPTER = "default"
 START_ATTRIBUTE = "_qlora_exp_adapter_start"
@@ -141,6 +142,8 @@ def load_adapter(base: Base, folder: Path) -> PeftModel:
     except FileNotFoundError as error:
         raise ModelError(f"there is no adapter: {error.filename or error} is missing", str(folder)) from None
     except (OSError, ValueError, SafetensorError) as error:
+        if is_device_error(error):
+            raise
         raise ModelError(f"the adapter can't be read: {error}", str(folder), "copy it again") from None
     model = clone_sharing_weights(base)
     if settings.get("init_lora_weights") == "pissa":
@@ -150,6 +153,8 @@ def load_adapter(base: Base, folder: Path) -> PeftModel:
         _cast(adapted, next(value.dtype for name, value in saved.items() if "lora_A" in name))
         unmatched = peft.set_peft_model_state_dict(adapted, saved).unexpected_keys
     except (ValueError, RuntimeError, KeyError, StopIteration) as error:
+        if is_device_error(error):
+            raise
         line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise ModelError(
             f"the adapter doesn't fit the model: {line}", str(folder), "load the base it was made on"
@@ -166,6 +171,8 @@ def _inject(model: PreTrainedModel, settings: peft.LoraConfig) -> PeftModel:
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
             adapted = peft.get_peft_model(model, settings, adapter_name=ADAPTER, autocast_adapter_dtype=False)
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        if is_device_error(error):
+            raise
         line = str(error).strip().splitlines()[0][:300]
         hint = "choose other targets, or leave lora.dora and lora.init at their defaults"
         raise ModelError(f"PEFT can't adapt this model so: {line}", "lora, targets", hint) from None

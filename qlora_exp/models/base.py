@@ -26,6 +26,7 @@ from qlora_exp.models.gguf_tensors import weights_of_parts
 from qlora_exp.models.inspect import build_meta, check_weights
 from qlora_exp.models.quiet_loading import quiet_loading
 from qlora_exp.models.sources import ModelSource, fingerprint, model_config, resolve_source
+from qlora_exp.system.device_errors import is_device_error
 
 
 @dataclass
@@ -80,9 +81,9 @@ def load_model(
     with quiet_loading():
         try:
             loaded = _from_gguf(source, arguments) if source.gguf_file else _from_folder(source, arguments)
-        except (ModelError, torch.OutOfMemoryError, MemoryError):
-            raise
         except Exception as error:  # transformers and safetensors raise every kind for weights that don't fit
+            if isinstance(error, ModelError) or is_device_error(error):
+                raise
             line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             raise ModelError(f"the weights can't be loaded: {line}", source.where, "see the model's card") from error
     _check_quantized(loaded, quantization.mode, source)

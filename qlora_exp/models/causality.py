@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from qlora_exp.errors import ModelError
+from qlora_exp.system.device_errors import is_device_error
 
 DECODER_SWITCH = frozenset(
     {
@@ -80,7 +81,9 @@ def check_causal(model: PreTrainedModel, where: str, copied: Callable[[PreTraine
         return
     try:
         depends = _gradient_by_last_token(copied(model), first) != 0
-    except RuntimeError:  # an operation without a gradient
+    except RuntimeError as error:  # an operation without a gradient
+        if is_device_error(error):
+            raise
         depends = difference > NOISE_SHARE * float(logits[0].std())
     if depends:
         what = f"this {model.config.model_type} is not causal: each position sees later tokens, the answer among them"

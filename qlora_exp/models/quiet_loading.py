@@ -1,23 +1,58 @@
-"""Loading without transformers' progress bars and reports."""
+"""Loading without transformers' progress bars and reports, and with its errors raised."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
 
 import transformers
+from transformers import core_model_loading
+
+from qlora_exp.system.device_errors import is_device_error
 
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Switch off progress bars and load reports: errors are raised here, not logged."""
+    """Switch off progress bars and load reports: errors are raised here, not logged.
+
+    While it quantizes a weight, transformers turns every exception into a line of its report. It goes on, and finally
+    raises an error without the reason. An error of memory or CUDA would so look like a damaged file: it is raised.
+    """
     log = transformers.utils.logging
     bars, verbosity = log.is_progress_bar_enabled(), log.get_verbosity()
     log.disable_progress_bar()
     log.set_verbosity_error()
+    collect_errors = getattr(core_model_loading, "log_conversion_errors", None)  # private: not in every version
+    if collect_errors is not None:
+        core_model_loading.log_conversion_errors = _without_device_errors(collect_errors)
     try:
         yield
     finally:
+        if collect_errors is not None:
+            core_model_loading.log_conversion_errors = collect_errors
         log.set_verbosity(verbosity)
         if bars:
             log.enable_progress_bar()
+
+
+def _without_device_errors(
+    collect_errors: Callable[..., AbstractContextManager[None]],
+) -> Callable[..., AbstractContextManager[None]]:
+    """Return ``collect_errors``, which raises errors of memory and CUDA instead of collecting them."""
+
+    @contextlib.contextmanager
+    def collect_others(*arguments: Any, **named: Any) -> Iterator[None]:
+        device_error: Exception | None = None
+        with collect_errors(*arguments, **named):
+            try:
+                yield
+            except Exception as error:
+                if not is_device_error(error):
+                    raise
+                device_error = error
+        if device_error is not None:
+            raise device_error
+
+    return collect_others

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import math
 import os
+import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -16,8 +17,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from qlora_exp.config.choices import groups
 from qlora_exp.config.compose import GRID_CHECK_LIMIT, check_candidates, compose_raw
-from qlora_exp.config.groups import groups
 from qlora_exp.config.interpolations import (
     depends_on,
     resolve_outside,
@@ -26,18 +27,34 @@ from qlora_exp.config.interpolations import (
     unresolved_texts,
 )
 from qlora_exp.config.override_errors import problems_of
-from qlora_exp.config.override_values import has_interpolation
-from qlora_exp.config.overrides import is_hydra, is_swept, override_key, override_value
-from qlora_exp.config.schema import Engine, Pruner, Sampler, SweepConfig, TrackingConfig, WorkersConfig
-from qlora_exp.config.search_path import SEARCH_PATH
+from qlora_exp.config.overrides import (
+    SEARCH_PATH,
+    has_interpolation,
+    hydra_value,
+    is_hydra,
+    is_swept,
+    override_key,
+    override_value,
+)
+from qlora_exp.config.schema import (
+    Engine,
+    Pruner,
+    Sampler,
+    SweepConfig,
+    TrackingConfig,
+    WorkersConfig,
+    absolute_path,
+    absolute_store,
+)
 from qlora_exp.errors import ConfigError, RecordError, raise_all
 from qlora_exp.estimate import budget
 from qlora_exp.formatting import flatten
-from qlora_exp.orchestration.absolute_paths import absolute_value, with_absolute_paths, with_absolute_values
-from qlora_exp.orchestration.study_names import check_name
 from qlora_exp.paths import OutputPaths, StudyPaths, study_name
-from qlora_exp.rank_doubling import ladder_sweep
+from qlora_exp.rank_doubling.settings import ladder_axes, ladder_of, max_trials
+from qlora_exp.records.find import LAST
 from qlora_exp.records.redaction import redact
+from qlora_exp.study.open import check_warm_start
+from qlora_exp.study.samplers import check_search
 from qlora_exp.study.space import grid, is_grid, parse_axes, point_overrides
 from qlora_exp.study.spec import STORAGE_VARIABLE, read_spec
 from qlora_exp.study.types import Axis, AxisKind, LadderSpec, StudySpec
@@ -54,6 +71,14 @@ IGNORED_IN_NAME = (
 """Settings that may change while a study continues: the command still means the same study."""
 UNRESOLVED = ("tracking.uri", "sweep.name", "sweep.storage", "sweep.params", "sweep.enqueue", "sweep.conditions")
 """Interpolations in these settings stay unresolved: they may hold a password, or are resolved elsewhere."""
+FILES, STORES = ("task.path", "model.path", "model.chat_template"), ("tracking.uri", "sweep.storage")
+"""Settings that may name a place relative to the command's working directory."""
+MAX_NAME_CHARACTERS = 200
+"""Optuna's databases store at most 512 bytes or characters, depending on their kind; a folder name has at most 255
+bytes."""
+FORBIDDEN_CATEGORIES = ("Cc", "Cs", "Zl", "Zp")
+"""Unicode categories that a study's name can't have: control characters, surrogates, line separators. Others are
+allowed, since emoji use them."""
 
 
 @dataclass(frozen=True)
@@ -79,17 +104,14 @@ def study_spec(overrides: Sequence[str], params: Mapping[str, str] | None = None
     Raises:
         ConfigError, Problems: nothing was started.
     """
-    from qlora_exp.rank_doubling.settings import ladder_axes
-    from qlora_exp.study.earlier_trials import check_warm_start
-    from qlora_exp.study.samplers import check_search
-
     overrides, as_written = _resolve_environment(overrides)
     raise_all(problems_of(overrides, multirun=True))
     swept = {override_key(text): text.partition("=")[2] for text in overrides if is_swept(text)}
     fixed = [text for text in overrides if override_key(text) not in swept]
     raw = compose_raw(fixed)
     settings = _settings(raw)
-    declared = {key: _resolve_axis(key, text) for key, text in {**(params or {}), **settings.params}.items()}
+    declared = {key: f"{key}={text}" for key, text in {**(params or {}), **settings.params}.items()}
+    declared = {key: resolve_outside([text])[0].partition("=")[2] for key, text in declared.items()}
     texts = {**declared, **swept}
     # A fixed key that the sweep searches becomes an axis with one value, so that conditions can still refer to it.
     texts |= {override_key(text): text.partition("=")[2] for text in fixed if override_key(text) in texts}
@@ -98,16 +120,16 @@ def study_spec(overrides: Sequence[str], params: Mapping[str, str] | None = None
         text for text in fixed if text.partition("=")[2] != declared.get(override_key(text), text.partition("=")[2])
     ]
     fixed = [text for text in fixed if override_key(text) not in texts]
-    name_texts = [as_written.get(text, text) for text in with_absolute_paths(fixed, raw)]
+    name_texts = [as_written.get(text, text) for text in _with_absolute_paths(fixed, raw)]
     from_files = settings_from_outside(raw, (*UNRESOLVED, *texts))
     texts_now_fixed = _texts_replaced(as_written, raw, from_files)
     if from_files:
         fixed += point_overrides(from_files)
         raw = compose_raw([*fixed, *single_valued])
-    fixed = with_absolute_paths(fixed, raw)
+    fixed = _with_absolute_paths(fixed, raw)
     narrowed = [key for key, text in declared.items() if texts[key] != text]
-    axes = tuple(with_absolute_values(axis) for axis in _axes(texts, settings, narrowed))
-    ladder = ladder_sweep.ladder_of(settings, fixed, axes) if settings.sampler is Sampler.ladder else None
+    axes = _axes(texts, settings, narrowed)
+    ladder = ladder_of(settings, fixed, axes) if settings.sampler is Sampler.ladder else None
     points = grid(axes) if is_grid(axes) and ladder is None else None
     if ladder is not None:
         axes = (*axes, *ladder_axes(ladder))
@@ -115,19 +137,23 @@ def study_spec(overrides: Sequence[str], params: Mapping[str, str] | None = None
     if settings.name is not None:
         name = study_name(settings.name)
     else:
-        name = _default_name(name_texts, {key: _value_text(as_written[f"{key}={swept[key]}"]) for key in swept})
+        swept_texts = {key: as_written[f"{key}={text}"].partition("=")[2] for key, text in swept.items()}
+        name = _default_name(name_texts, swept_texts)
     paths = output_root.study(name)
     earlier = _existing_spec(paths, name)
     if earlier is None:
-        check_name(name)
+        _check_name(name)
     else:
         name = earlier.name  # as stored: the same characters may be in another Unicode normal form
+    study_keys = ("sweep.name", "output_root", "sweep.join", "sweep.storage")
+    trial_overrides = [text for text in fixed if override_key(text) not in study_keys]
+    storage = settings.storage or os.environ.get(STORAGE_VARIABLE) or f"sqlite:///{output_root.optuna_database}"
     shared_settings, interpolated = _shared_settings(raw, axes)
     spec = StudySpec(
         name=name,
         question=settings.question,
         created_at=earlier.created_at if earlier else datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        overrides=tuple(_trial_overrides(fixed, output_root)),
+        overrides=(*trial_overrides, *point_overrides({"output_root": str(output_root.root)})),
         axes=axes,
         objectives=tuple(settings.objectives),
         constraints=tuple(settings.constraints),
@@ -137,9 +163,12 @@ def study_spec(overrides: Sequence[str], params: Mapping[str, str] | None = None
         pruner_options=dict(settings.pruner_options),
         n_trials=_n_trials(settings, points, ladder, name),
         seed=settings.seed,
-        enqueue=tuple(_enqueued(point) for point in settings.enqueue),
+        enqueue=tuple(
+            {key: _absolute_value(key, resolve_value(value, f"sweep.enqueue: {key}")) for key, value in point.items()}
+            for point in settings.enqueue
+        ),
         warm_start=tuple(settings.warm_start),
-        storage=_storage(settings, output_root),
+        storage=str(_absolute_value("sweep.storage", storage)),
         output_root=str(output_root.root),
         max_failures=settings.max_failures,
         max_attempts=settings.max_attempts,
@@ -153,7 +182,12 @@ def study_spec(overrides: Sequence[str], params: Mapping[str, str] | None = None
         id=earlier.id if earlier else None,
     )
     check_candidates([*spec.overrides, *point] for point in _points_to_check(axes))
-    _check_pruner(settings, raw)
+    if settings.pruner is not Pruner.none and raw.training.evaluate_every_steps is None:
+        raise ConfigError(
+            "pruning needs a validation loss during training, and none is measured",
+            f"sweep.pruner={settings.pruner.value}",
+            "training.evaluate_every_steps=20, or sweep.pruner=none",
+        )
     check_search(spec)
     if not paths.created.exists():
         check_warm_start(spec)
@@ -164,7 +198,7 @@ def study_spec(overrides: Sequence[str], params: Mapping[str, str] | None = None
 def _resolve_environment(overrides: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Return ``overrides`` with interpolations of the environment and the like resolved, and resolved → original
     text."""
-    unresolved = [text for text in overrides if _is_under(_key_text(text), UNRESOLVED)]
+    unresolved = [text for text in overrides if _is_under(text.lstrip("+~").partition("=")[0], UNRESOLVED)]
     values = resolve_outside([text for text in overrides if text not in unresolved])
     next_value = iter(values)
     resolved = [text if text in unresolved else next(next_value) for text in overrides]
@@ -178,23 +212,6 @@ def _texts_replaced(as_written: Mapping[str, str], raw: DictConfig, from_files: 
     on_command_line = {override_key(text): str(override_value(text)) for text in changed}
     texts: dict[str, str] = redact({key: str(settings[key]) for key in from_files} | on_command_line)
     return texts
-
-
-def _key_text(text: str) -> str:
-    return text.lstrip("+~").partition("=")[0]
-
-
-def _value_text(text: str) -> str:
-    return text.partition("=")[2]
-
-
-def _resolve_axis(key: str, text: str) -> str:
-    [now] = resolve_outside([f"{key}={text}"])
-    return _value_text(now)
-
-
-def _enqueued(point: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: absolute_value(key, resolve_value(value, f"sweep.enqueue: {key}")) for key, value in point.items()}
 
 
 def _settings(raw: DictConfig) -> SweepConfig:
@@ -214,23 +231,14 @@ def run_overrides(spec: StudySpec, params: Mapping[str, Any]) -> list[str]:
     """Return the overrides with which ``qlora-exp run`` runs a trial's configuration, from any folder."""
     search_path_texts = [text for text in spec.overrides if override_key(text) == SEARCH_PATH]
     # A file of sweeps/ may read from the environment what a run doesn't use. Without its value Hydra can't compose.
-    others = [text for text in spec.overrides if override_key(text) in spec.interpolated]
     of_a_run = _run_settings(spec.overrides)
-    others = [text for text in others if text not in of_a_run]
+    others = [text for text in spec.overrides if override_key(text) in spec.interpolated and text not in of_a_run]
     return [*search_path_texts, *of_a_run, *others, *point_overrides(params)]
 
 
 def _run_settings(overrides: Sequence[str]) -> list[str]:
-    return [
-        text
-        for text in overrides
-        if not _is_under(override_key(text), ("sweep", "workers", "output_root", *STUDY_KEYS))
-    ]
-
-
-def _storage(settings: SweepConfig, outputs: OutputPaths) -> str:
-    chosen = settings.storage or os.environ.get(STORAGE_VARIABLE) or f"sqlite:///{outputs.optuna_database}"
-    return str(absolute_value("sweep.storage", chosen))
+    others = ("sweep", "workers", "output_root", *STUDY_KEYS)
+    return [text for text in overrides if not _is_under(override_key(text), others)]
 
 
 def typed_settings(node: Any, kind: type[Any]) -> Any:
@@ -244,20 +252,16 @@ def typed_settings(node: Any, kind: type[Any]) -> Any:
 
 
 def _axes(texts: Mapping[str, str], settings: SweepConfig, narrowed: Sequence[str]) -> tuple[Axis, ...]:
-    raise_all(
-        [
-            ConfigError(
-                f"{key} can't be an axis",
-                f"{key}={text}",
-                "an axis must be a setting of the run, not of the sweep or its workers",
-            )
-            for key, text in texts.items()
-            if _is_under(key, NOT_SWEPT)
-        ]
-    )
+    hint = "an axis must be a setting of the run, not of the sweep or its workers"
+    wrong = {key: text for key, text in texts.items() if _is_under(key, NOT_SWEPT)}
+    raise_all([ConfigError(f"{key} can't be an axis", f"{key}={text}", hint) for key, text in wrong.items()])
     raise_all(problems_of([f"{key}={text}" for key, text in texts.items()], multirun=True))
-    axes: tuple[Axis, ...] = parse_axes(texts, settings.conditions, lambda group: groups()[group], narrowed)
-    return axes
+    axes: list[Axis] = []
+    for axis in parse_axes(texts, settings.conditions, lambda group: groups()[group], narrowed):
+        values = tuple(_absolute_value(axis.key, value) for value in axis.values)
+        same = values == axis.values
+        axes.append(axis if same else replace(axis, values=values, text=",".join(map(hydra_value, values))))
+    return tuple(axes)
 
 
 def _is_under(key: str, names: Sequence[str]) -> bool:
@@ -280,7 +284,7 @@ def _shared_settings(raw: DictConfig, axes: Sequence[Axis]) -> tuple[dict[str, A
         if has_interpolation(value):
             interpolated[key] = str(value)
             value = value if depends_on(raw, value, names) else redact(_resolved(raw, key))
-        shared[key] = absolute_value(key, value)
+        shared[key] = _absolute_value(key, value)
     return shared, interpolated
 
 
@@ -303,8 +307,6 @@ def _sampler(sampler: Sampler, grid: bool) -> str:
 
 
 def _n_trials(settings: SweepConfig, points: Sequence[Any] | None, ladder: LadderSpec | None, name: str) -> int:
-    from qlora_exp.rank_doubling.settings import max_trials
-
     if settings.n_trials is not None:
         return settings.n_trials
     if ladder is not None:
@@ -314,44 +316,25 @@ def _n_trials(settings: SweepConfig, points: Sequence[Any] | None, ladder: Ladde
     return len(points)
 
 
-def _check_pruner(settings: SweepConfig, raw: Any) -> None:
-    if settings.pruner is not Pruner.none and raw.training.evaluate_every_steps is None:
-        raise ConfigError(
-            "pruning needs a validation loss during training, and none is measured",
-            f"sweep.pruner={settings.pruner.value}",
-            "training.evaluate_every_steps=20, or sweep.pruner=none",
-        )
-
-
 def _points_to_check(axes: tuple[Axis, ...]) -> Iterator[Sequence[str]]:
     """Yield the overrides of every point if they are few, else each axis's values with the other axes at their first.
 
-    Intervals are checked at both ends.
+    Intervals are checked at both ends, a ladder's first seed alone.
     """
-    with_ends = tuple(_interval_ends(axis) for axis in axes)
-    with_ends = tuple(replace(axis, values=axis.values[:1]) if _is_ladders_seed(axis) else axis for axis in with_ends)
-    if math.prod(len(axis.values) for axis in with_ends) <= GRID_CHECK_LIMIT:
-        spaces = [with_ends]
-    else:
-        first = [replace(axis, values=axis.values[:1]) for axis in with_ends]
-        spaces = [
-            tuple(axis if axis is varied else first[i] for i, axis in enumerate(with_ends)) for varied in with_ends
-        ]
+    listed: list[Axis] = []
+    for axis in axes:
+        if axis.kind is not AxisKind.CHOICE:
+            known = [end for end in (axis.low, axis.high) if end is not None]
+            ends = tuple(known if axis.kind is AxisKind.FLOAT else map(int, known))
+            axis = replace(axis, kind=AxisKind.CHOICE, values=ends, low=None, high=None, step=None, log=False)
+        is_ladders_seed = axis.key == "seed" and "ladder" in axis.tags
+        listed.append(replace(axis, values=axis.values[:1]) if is_ladders_seed else axis)
+    spaces = [listed]
+    if math.prod(len(axis.values) for axis in listed) > GRID_CHECK_LIMIT:
+        first = [replace(axis, values=axis.values[:1]) for axis in listed]
+        spaces = [[*first[:i], axis, *first[i + 1 :]] for i, axis in enumerate(listed)]
     points = (point_overrides(params) for space in spaces for params in grid(space))
     return itertools.islice(points, GRID_CHECK_LIMIT)
-
-
-def _is_ladders_seed(axis: Axis) -> bool:
-    return axis.key == "seed" and "ladder" in axis.tags
-
-
-def _interval_ends(axis: Axis) -> Axis:
-    if axis.kind is AxisKind.CHOICE:
-        return axis
-    assert axis.low is not None
-    assert axis.high is not None
-    ends = (axis.low, axis.high) if axis.kind is AxisKind.FLOAT else (int(axis.low), int(axis.high))
-    return replace(axis, kind=AxisKind.CHOICE, values=ends, low=None, high=None, step=None, log=False)
 
 
 def _default_name(fixed: Sequence[str], swept: Mapping[str, str]) -> str:
@@ -366,12 +349,6 @@ def _default_name(fixed: Sequence[str], swept: Mapping[str, str]) -> str:
     return f"{chosen[0] if chosen else 'multirun'}-{digest}"
 
 
-def _trial_overrides(fixed: Sequence[str], outputs: OutputPaths) -> Iterator[str]:
-    study_keys = ("sweep.name", "output_root", "sweep.join", "sweep.storage")
-    yield from (text for text in fixed if override_key(text) not in study_keys)
-    yield from point_overrides({"output_root": str(outputs.root)})
-
-
 def _existing_spec(paths: StudyPaths, name: str) -> StudySpec | None:
     """Return the existing study of this name; ``None``: there is none, or it can't be read."""
     try:
@@ -379,3 +356,58 @@ def _existing_spec(paths: StudyPaths, name: str) -> StudySpec | None:
     except RecordError:
         return None
     return earlier if study_name(earlier.name) == name else None
+
+
+def _check_name(name: str) -> None:
+    """Raise :class:`ConfigError` if a new study can't have this name: a terminal, a command or a database would misread
+    it."""
+    hint = "sweep.name=NAME, or null for a name made from the command"
+    problems = []
+    if not name.strip():
+        problems.append("a study's name can't be empty")
+    if len(name) > MAX_NAME_CHARACTERS:
+        problems.append(f"a study's name has at most {MAX_NAME_CHARACTERS} characters, not {len(name)}")
+    if any(unicodedata.category(character) in FORBIDDEN_CATEGORIES for character in name):
+        problems.append("a study's name can't hold control characters")
+    if name.startswith("-"):
+        problems.append("a study's name can't begin with -, which begins an option")
+    if name == LAST:
+        problems.append(f"a study can't be called {LAST}, which means the newest one")
+    raise_all([ConfigError(what, f"sweep.name={name!a}", hint) for what in problems])
+
+
+def _with_absolute_paths(fixed: Sequence[str], raw: DictConfig) -> list[str]:
+    """Return ``fixed`` with absolute paths, including those that a file of sweeps/ sets, so that they mean the same
+    place from every folder."""
+    places = {key: _text_as_written(raw, key) for key in (*FILES, *STORES)}
+    absolute = {key: _absolute_value(key, value) for key, value in places.items()}
+    changed = {key: value for key, value in absolute.items() if value != places[key]}
+    return [*(text for text in fixed if override_key(text) not in changed), *point_overrides(changed)]
+
+
+def _text_as_written(raw: DictConfig, key: str) -> Any:
+    """Return the setting's text as written, since an axis may change what an interpolation in it refers to.
+
+    If it begins with an interpolation that gives a relative path, ``./`` is put before it.
+    """
+    section, _, name = key.rpartition(".")
+    value = unresolved_texts(raw[section], name) if raw[section] is not None else None
+    if isinstance(value, str) and value.startswith("${") and key in FILES:
+        try:
+            resolved = OmegaConf.select(raw, key)
+        except OmegaConfBaseException:
+            return value
+        return value if resolved == _absolute_value(key, resolved) else f"./{value}"
+    return value
+
+
+def _absolute_value(key: str, value: Any) -> Any:
+    """Return ``value`` of the setting ``key`` as an absolute path. A path that begins with an interpolation stays as it
+    is."""
+    if not isinstance(value, str) or value.startswith("${"):
+        return value
+    if key in FILES and has_interpolation(value):
+        return os.path.join(os.getcwd(), os.path.expanduser(value.removeprefix("./")))
+    if key in FILES:
+        return absolute_path(value)
+    return absolute_store(value) if key in STORES else value

@@ -13,7 +13,7 @@ from qlora_exp.errors import ConfigError, QloraExpError, raise_all
 from qlora_exp.records.files import write_json
 from qlora_exp.system import heap
 from qlora_exp.system.environment import available_cores
-from qlora_exp.system.gpus import DEVICES_VARIABLE
+from qlora_exp.system.gpus import DEVICE_ORDER, DEVICES_VARIABLE, instances
 from qlora_exp.system.gpus import cards as cards_here
 from qlora_exp.system.gpus import visible_devices as visible_gpus
 
@@ -49,9 +49,10 @@ def assign(
         own_pids: processes that may hold memory.
 
     Raises:
-        ConfigError, Problems: other processes hold memory on GPUs that would be used; they are named.
+        ConfigError, Problems: other processes hold memory on GPUs that would be used; they are named. Or ``visible``
+            names a GPU that isn't there.
     """
-    usable = visible_gpus(gpus, visible, lambda entry: Gpu(-1, entry, ""))
+    usable = visible_gpus(gpus, visible, lambda entry: Gpu(-1, entry, ""), os.environ.get(DEVICE_ORDER))
     count = slots if slots is not None else max(1, len(usable))
     if not usable:
         return (None,) * count
@@ -85,15 +86,15 @@ def _by_nvml() -> tuple[Gpu, ...]:
         import pynvml
 
         pynvml.nvmlInit()
-        return tuple(_gpu_of_index(index) for index in range(pynvml.nvmlDeviceGetCount()))
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return tuple(_gpu_of(index, part) for index, handle in enumerate(handles) for part in instances(handle))
     except Exception:  # no NVML: missing package, library, driver or GPU each raise differently
         return ()
 
 
-def _gpu_of_index(index: int) -> Gpu:
+def _gpu_of(index: int, handle: object) -> Gpu:
     import pynvml
 
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
     users = tuple(
         GpuUser(int(process.pid), _name_of(int(process.pid)), process.usedGpuMemory)
         for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)

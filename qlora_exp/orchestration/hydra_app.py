@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import hydra
 import yaml
 from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
@@ -19,9 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 from qlora_exp.config.compose import as_checked_config, check_hydra, check_multirun, compose, compose_raw
 from qlora_exp.config.interpolations import unresolved_error, unresolved_texts
 from qlora_exp.config.override_errors import problems_of
-from qlora_exp.config.overrides import first_choice, is_swept, without_globs
+from qlora_exp.config.overrides import SEARCH_PATH, first_choice, is_swept, search_folders, search_path, without_globs
 from qlora_exp.config.schema import Config, register, to_plain
-from qlora_exp.config.search_path import SEARCH_PATH, search_folders, search_path
 from qlora_exp.errors import ConfigError, QloraExpError, raise_all
 from qlora_exp.paths import CONF
 from qlora_exp.runs.entry_points import complete_killed_record, run_with_progress
@@ -35,58 +35,7 @@ from qlora_exp.runs.process import (
 )
 from qlora_exp.system import heap, memory_limits, signals, streams
 from qlora_exp.system.distributed import check_single_rank
-from qlora_exp.system.terminal import check_arguments, show_any_text
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the Hydra application. Exit codes: 0, 1 a run failed, 2 wrong input, 130 interrupted."""
-    show_any_text()
-    arguments_given = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        check_arguments(arguments_given)
-    except QloraExpError as error:
-        print_error(error)
-        return EXIT_WRONG_INPUT
-    flags = get_args_parser().parse_args(
-        arguments_given
-    )  # as Hydra itself does; it ends with 2 for a flag that doesn't exist
-    multirun = flags.multirun
-    only_shows = any((flags.help, flags.hydra_help, flags.info, flags.cfg, flags.shell_completion))
-    _codes.clear()
-    if only_shows:
-        return _main(arguments_given, flags, multirun, only_shows)
-    streams.ignore_write_errors()
-    try:
-        with signals.signals_as_interrupts():
-            return _main(arguments_given, flags, multirun, only_shows)
-    except KeyboardInterrupt:  # a second one, while the first one was handled
-        return EXIT_INTERRUPTED
-
-
-def _main(arguments: list[str], flags: argparse.Namespace, multirun: bool, only_shows: bool) -> int:
-    try:
-        if not only_shows:
-            check_single_rank()
-        _check_flags(flags)
-        if only_shows:
-            _check_displayed_config(flags)
-        else:
-            _check(flags.overrides, multirun)
-        if BASIC_SWEEPER in flags.overrides:
-            arguments = without_globs(arguments, flags.overrides)
-        _hydra(_with_search_path(arguments))
-    except QloraExpError as error:
-        print_error(error)
-        return EXIT_WRONG_INPUT
-    except ExitCode as ended:
-        return ended.code
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again" if only_shows else "interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:  # ``… --help | head``, as in the qlora-exp commands
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return max(_codes, default=EXIT_COMPLETED)
-
+from qlora_exp.system.streams import check_arguments, show_any_text
 
 BASIC_SWEEPER = "hydra/sweeper=basic"
 """Hydra's own sweeper: one process per run, no study."""
@@ -98,6 +47,58 @@ REJECTED_FLAGS = {
     "experimental_rerun": "qlora-exp rerun RUN",
 }
 """Hydra's flags that would read another configuration than conf/ (the last one a pickle), and what to use instead."""
+
+_codes: list[int] = []
+"""Exit codes of the jobs that ran in this process: Hydra discards what its jobs return."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the Hydra application. Exit codes: 0, 1 a run failed, 2 wrong input, 130 interrupted."""
+    show_any_text()
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        check_arguments(given)
+    except QloraExpError as error:
+        print_error(error)
+        return EXIT_WRONG_INPUT
+    flags = get_args_parser().parse_args(given)  # as Hydra itself does; it ends with 2 for a flag that doesn't exist
+    only_shows = any((flags.help, flags.hydra_help, flags.info, flags.cfg, flags.shell_completion))
+    _codes.clear()
+    if only_shows:
+        return _main(given, flags, only_shows)
+    streams.ignore_write_errors()
+    try:
+        with signals.signals_as_interrupts():
+            return _main(given, flags, only_shows)
+    except KeyboardInterrupt:  # a second one, while the first one was handled
+        return EXIT_INTERRUPTED
+
+
+def _main(arguments: list[str], flags: argparse.Namespace, only_shows: bool) -> int:
+    try:
+        if not only_shows:
+            check_single_rank()
+        _check_flags(flags)
+        if only_shows:
+            _check_displayed_config(flags)
+        else:
+            _check(flags.overrides, flags.multirun)
+        if BASIC_SWEEPER in flags.overrides:
+            arguments = without_globs(arguments, flags.overrides)
+        register()
+        sys.argv = ["qlora_exp", *_with_search_path(arguments)]
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(run_job)()
+    except QloraExpError as error:
+        print_error(error)
+        return EXIT_WRONG_INPUT
+    except ExitCode as ended:
+        return ended.code
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again" if only_shows else "interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # ``… --help | head``, as in the qlora-exp commands
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return max(_codes, default=EXIT_COMPLETED)
 
 
 def _check_flags(flags: argparse.Namespace) -> None:
@@ -129,10 +130,6 @@ def _check_displayed_config(flags: argparse.Namespace) -> None:
             raise unresolved_error(error, str(getattr(error, "full_key", None) or "the configuration")) from None
 
 
-_codes: list[int] = []
-"""Exit codes of the jobs that ran in this process: Hydra discards what its jobs return."""
-
-
 def _check(overrides: Sequence[str], multirun: bool) -> None:
     """Check everything before Hydra starts. The sweep itself checks the points of a study."""
     if not multirun:
@@ -153,14 +150,6 @@ def _with_search_path(arguments: Sequence[str]) -> list[str]:
     rest = [text for text in arguments if text not in own]
     position = next((i for i, text in enumerate(rest) if "=" in text and not text.startswith("-")), len(rest))
     return [*rest[:position], search_path(search_folders(own)), *rest[position:]]
-
-
-def _hydra(arguments: Sequence[str]) -> None:
-    import hydra
-
-    register()
-    sys.argv = ["qlora_exp", *arguments]
-    hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(run_job)()
 
 
 def run_job(raw: Any) -> Any:

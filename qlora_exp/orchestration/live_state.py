@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
+import json
 import os
 import socket
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlora_exp.paths import slug
+from qlora_exp.errors import RecordError
+from qlora_exp.paths import StudyPaths, slug
 from qlora_exp.records.files import write_json
+from qlora_exp.records.schema import from_dict
 from qlora_exp.records.types import Process
-from qlora_exp.system.environment import process_identity
+from qlora_exp.system.environment import is_alive_if_visible, process_identity
+from qlora_exp.system.orchestrator_lease import age_seconds
+
+SILENT_WORKER_SECONDS = 60.0
+"""A worker on another machine that has not written its file for so long is gone, if the file has no lease."""
 
 
 @dataclass
@@ -34,22 +41,6 @@ class SlotState:
     started_at: str | None = None
 
 
-@dataclass(frozen=True)
-class WorkerState:
-    """``workers/<host>-<pid>.json``. If its process isn't alive, the worker was killed."""
-
-    worker: str
-    host: str
-    job: int
-    process: Process
-    written_at: str
-    stopping: str | None
-    """``gracefully``, ``now`` or ``failures``: no new trial starts."""
-    slots: tuple[SlotState, ...]
-    lease_seconds: float | None = None
-    """A worker on another machine that has not written this file for so long is gone."""
-
-
 def worker_name() -> str:
     """Return this worker's name, ``<host>-<pid>``."""
     return f"{slug(socket.gethostname(), 40)}-{os.getpid()}"
@@ -60,23 +51,54 @@ def utc_now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def worker_state(
-    worker: str, job: int, stopping: str | None, slots: list[SlotState], lease_seconds: float | None = None
-) -> WorkerState:
-    """Return the state to write, with copies of the slots' states."""
-    copies = tuple(dataclasses.replace(slot) for slot in slots)
-    return WorkerState(
-        worker, socket.gethostname(), job, process_identity(), utc_now(), stopping, copies, lease_seconds
-    )
+def write_worker_state(
+    paths: StudyPaths, job: int, stopping: str | None, slots: Sequence[SlotState], lease_seconds: float
+) -> None:
+    """Write this worker's file. A full disk is reported elsewhere; the trials continue without this file.
 
-
-def write_worker_state(folder: Path, state: WorkerState) -> None:
-    """Write the worker's file. A full disk is reported elsewhere; the trials continue without this file."""
+    Args:
+        stopping: why no new trial starts, e.g. ``gracefully``, ``now`` or ``failures``.
+        lease_seconds: a worker on another machine that has not written its file for so long is gone.
+    """
+    state = {
+        "worker": worker_name(),
+        "host": socket.gethostname(),
+        "job": job,
+        "process": process_identity(),
+        "written_at": utc_now(),
+        "stopping": stopping,
+        "slots": slots,
+        "lease_seconds": lease_seconds,
+    }
     with contextlib.suppress(OSError):
-        write_json(folder / f"{state.worker}.json", state)
+        write_json(paths.workers / f"{worker_name()}.json", state)
 
 
-def remove_worker_state(folder: Path, worker: str) -> None:
-    """Delete the worker's file."""
+def remove_worker_state(paths: StudyPaths) -> None:
+    """Delete this worker's file."""
     with contextlib.suppress(OSError):
-        (folder / f"{worker}.json").unlink()
+        (paths.workers / f"{worker_name()}.json").unlink()
+
+
+def worker_files(paths: StudyPaths) -> Iterator[tuple[Path, Process, dict[str, Any]]]:
+    """Yield the files of the study's workers that can be read, with process and content. A killed worker leaves its
+    file."""
+    for file in sorted(paths.workers.glob("*.json")):
+        with contextlib.suppress(OSError, ValueError, RecordError, KeyError, TypeError):
+            content = json.loads(file.read_text(encoding="utf-8"))
+            yield file, from_dict(Process, content["process"]), content
+
+
+def running_slots(paths: StudyPaths) -> list[SlotState]:
+    """Return what the living workers' slots are doing now; slots without a trial are left out."""
+    states: list[SlotState] = []
+    for file, process, content in worker_files(paths):
+        with contextlib.suppress(ValueError, RecordError, KeyError, TypeError):
+            is_alive = is_alive_if_visible(process)
+            if is_alive is None:  # on another machine only the file, which its worker writes every second, shows that
+                age = age_seconds(file)
+                is_alive = age is not None and abs(age) <= float(content.get("lease_seconds") or SILENT_WORKER_SECONDS)
+            if is_alive:
+                slots = [from_dict(SlotState, slot) for slot in content["slots"]]
+                states += [slot for slot in slots if slot.trial is not None]
+    return states

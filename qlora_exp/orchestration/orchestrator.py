@@ -1,26 +1,30 @@
 """Which process orchestrates a study. One process at a time holds the study's lease; others may share the work.
 
-Also: how a study's workers are asked to stop.
+Also: how a study's workers are asked to stop, by a command or by a signal to the process that launched them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
+import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 from filelock import FileLock
 
 from qlora_exp.config.schema import WorkersConfig
 from qlora_exp.errors import RecordError
-from qlora_exp.orchestration.status import running_slots
+from qlora_exp.orchestration.live_state import running_slots, worker_files
 from qlora_exp.paths import StudyPaths, make_folder
 from qlora_exp.records.files import write_json
-from qlora_exp.system.environment import is_alive_if_visible, process_identity
+from qlora_exp.system import signals
+from qlora_exp.system.environment import is_alive, is_alive_if_visible, process_identity
 from qlora_exp.system.orchestrator_lease import Lease, LeaseObserver, held_lease, read_lease, touch, write_lease
 
 POLL_SECONDS = 0.2
@@ -28,6 +32,10 @@ BETWEEN_TRIALS_SECONDS = 2.0
 """After a trial has ended, its worker has none for a moment."""
 ANNOUNCE_AFTER_SECONDS = 2.0
 """A shorter wait is not announced."""
+WORKER_GRACE_SECONDS = 150.0
+"""Time for the end of a step and a checkpoint in each worker, and for logging to MLflow."""
+
+_sweeping = threading.local()
 
 
 class Orchestration:
@@ -128,7 +136,7 @@ def orchestrating(paths: StudyPaths, name: str, join: bool, workers: WorkersConf
 def _take_over_silent_holder(
     orchestration: Orchestration, paths: StudyPaths, lease: Lease, name: str | None = None
 ) -> bool:
-    """Watch a holder that can't be seen from here. True: it gave no sign of life, and ``one`` holds the lease now."""
+    """Watch a holder that can't be seen from here. True: it gave no sign of life, and this process took the lease."""
     if is_alive_if_visible(lease.process) is not None:
         return False
     watched = LeaseObserver(paths.orchestrator)
@@ -160,12 +168,6 @@ def wait_for_others(opened: Any, workers: WorkersConfig) -> None:
         quiet_checks = 0 if opened.others_run_trials(workers.lease_seconds) else quiet_checks + 1
 
 
-def current_orchestrator(paths: StudyPaths) -> Lease | None:
-    """Return the lease of the process that orchestrates the study; ``None``: none does, it is dead, or its lease ran
-    out."""
-    return held_lease(paths.orchestrator)
-
-
 def request_stop(paths: StudyPaths, name: str, now: bool) -> str:
     """Ask the workers to stop and return the mode: ``gracefully``, or ``now`` if ``now`` or if this is the second
     request.
@@ -173,10 +175,58 @@ def request_stop(paths: StudyPaths, name: str, now: bool) -> str:
     Raises:
         RecordError: no process works on the study.
     """
-    if current_orchestrator(paths) is None and not running_slots(paths):
+    if held_lease(paths.orchestrator) is None and not running_slots(paths):
         raise RecordError(
             "no process works on the study", f"study {name}", f"qlora-exp resume {shlex.quote(name)} continues it"
         )
     mode = "now" if now or paths.stop.is_file() else "gracefully"
     write_json(paths.stop, {"mode": mode})
     return mode
+
+
+def launches_sweep() -> bool:
+    """Return whether this thread launches a sweep: after a worker in it was stopped, the launcher must start no other
+    one."""
+    return getattr(_sweeping, "depth", 0) > 0
+
+
+@contextlib.contextmanager
+def stop_workers_on_signal(paths: StudyPaths) -> Iterator[None]:
+    """Pass a request to stop on to the workers that a launcher started on this machine.
+
+    They save and return their trials, and the launcher returns. Without such workers, and at the second request, this
+    raises KeyboardInterrupt. Otherwise the signal would reach the launcher first, which kills its processes.
+    """
+    import psutil
+
+    timers: list[threading.Timer] = []
+
+    def stop_workers(number: int, frame: FrameType | None) -> None:
+        meaning = signals.meaning_of(number)
+        if meaning is signals.Meaning.SAME:
+            return
+        workers: list[int] = []
+        if meaning is not signals.Meaning.AGAIN:
+            descendants = {child.pid for child in psutil.Process().children(recursive=True)}
+            processes = [process for _, process, _ in worker_files(paths) if process.pid in descendants]
+            workers = [process.pid for process in processes if is_alive(process)]
+        if not workers:
+            raise KeyboardInterrupt
+        for pid in workers:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGTERM)
+        timers.append(threading.Timer(WORKER_GRACE_SECONDS, os.kill, (os.getpid(), signal.SIGINT)))
+        timers[-1].daemon = True
+        timers[-1].start()
+        signals.print_to_stderr("the workers save and stop; a second signal stops them at once")
+
+    _sweeping.depth = getattr(_sweeping, "depth", 0) + 1
+    try:
+        with signals.handle_signals(stop_workers):
+            yield
+        if timers:
+            raise KeyboardInterrupt
+    finally:
+        _sweeping.depth -= 1
+        for timer in timers:
+            timer.cancel()

@@ -11,6 +11,7 @@ from typing import Any
 
 from qlora_exp.config.schema import Engine, WorkersConfig
 from qlora_exp.errors import QloraExpError
+from qlora_exp.orchestration import forking
 from qlora_exp.orchestration.devices import assign_slots, environment_of, threads_per_process
 from qlora_exp.orchestration.live_state import worker_name
 from qlora_exp.orchestration.trial_process import TrialProcess
@@ -63,14 +64,15 @@ def prestarted(config: Any, workers: WorkersConfig, paths: StudyPaths, at_most: 
 
     Only the main thread may use this: the kernel kills a process when the thread that started it ends.
     """
-    try:
-        with contextlib.suppress(QloraExpError, OSError):  # the worker meets it too, and reports it
-            for one in process_starts(config, workers, paths)[:at_most]:
-                _started[one] = one.start()
-        yield
-    finally:
-        while _started:
-            _started.popitem()[1].kill()
+    with forking.servers_kept():
+        try:
+            with contextlib.suppress(QloraExpError, OSError):  # the worker meets it too, and reports it
+                for one in process_starts(config, workers, paths)[:at_most]:
+                    _started[one] = one.start()
+            yield
+        finally:
+            while _started:
+                _started.popitem()[1].kill()
 
 
 def take_started(one: ProcessStart) -> TrialProcess:

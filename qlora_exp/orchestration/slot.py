@@ -38,8 +38,9 @@ from qlora_exp.records.files import read_record, write_json
 from qlora_exp.records.types import Failure, RunRecord, Status, Trial
 from qlora_exp.study.types import Claim, Outcome, StudySpec
 from qlora_exp.system import memory_limits
+from qlora_exp.system.device_errors import bitsandbytes_error
 from qlora_exp.system.environment import is_alive
-from qlora_exp.system.out_of_memory import SMALLER_HINTS, killed_for_memory
+from qlora_exp.system.out_of_memory import SMALLER_HINTS, ended_for_memory, killed_for_memory
 from qlora_exp.training.outcome import is_disk_full
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ TRIAL_GRACE_SECONDS = 120.0
 LAST_OWNER_SECONDS = 10.0
 """A killed worker's trial process ends with it: within two seconds, or a little more on an overloaded machine."""
 PROBE_BYTES = 1 << 20
+OUTPUT_BYTES = 1 << 16
+"""Part of a log that is read to learn why its process ended."""
 MAX_PAUSE_SECONDS = 300.0
 
 
@@ -112,6 +115,7 @@ class Slot(threading.Thread):
         self._host: TrialProcess | None = None
         self._pauses = 0
         self._kills_before: int | None = None
+        self._log_start = 0
 
     def run(self) -> None:
         try:
@@ -162,8 +166,9 @@ class Slot(threading.Thread):
     def _run_in_process(self, claim: Claim, run_id: str, record: RunRecord | None) -> End:
         spec = self.setting.spec
         self._kills_before = memory_limits.out_of_memory_kills()
+        with contextlib.suppress(OSError):  # no log yet
+            self._log_start = self._host_start.log.stat().st_size
         host = self._host = self._host or take_started(self._host_start)
-        self.state.host_pid = host.pid
         host.send(
             RunTrial(
                 overrides=(*spec.overrides, *claim.overrides),
@@ -193,6 +198,7 @@ class Slot(threading.Thread):
         stop_at: float | None = None
         while True:
             message = host.receive(LISTEN_SECONDS)
+            self.state.host_pid = host.pid
             clock = time.monotonic()
             if message is not None:
                 heard, started = clock, True
@@ -230,10 +236,10 @@ class Slot(threading.Thread):
         if isinstance(end, ProcessDied) and record is not None and record.status is Status.RUNNING:
             record = self._killed_for_memory(paths, record, end)
         if record is not None and not _is_resumable(record):
-            if record.status is Status.OUT_OF_MEMORY:
-                self._end_host()  # the allocator's state after a failed allocation is undefined
-                if self._retry_with_half(claim, paths, record):
-                    return None
+            if _leaves_process_unusable(record):
+                self._end_host()
+            if record.status is Status.OUT_OF_MEMORY and self._retry_with_half(claim, paths, record):
+                return None
             return self.worker.tell(self.number, claim, self.setting.outcome_of(record, self.setting.spec))
         if isinstance(end, TrialRefused):
             return self.worker.tell(self.number, claim, self._skipped_outcome(end))
@@ -253,11 +259,13 @@ class Slot(threading.Thread):
                 )
             return self.worker.return_trial(self.number, claim)
         why = str(end) if isinstance(end, TimedOut | ProcessDied) else "the run was interrupted from outside"
+        if isinstance(end, ProcessDied) and (error := bitsandbytes_error(self._output())) is not None:
+            why += f"; bitsandbytes ended it because of the CUDA error: {error}"
         return self._lost(claim, paths, record, why)
 
     def _killed_for_memory(self, paths: RunPaths, record: RunRecord, end: ProcessDied) -> RunRecord:
         """Return the record of a run whose process died, marked as out of memory if that is probable."""
-        failure = killed_for_memory(record, -end.code, self._kills_before)
+        failure = killed_for_memory(record, -end.code, self._kills_before) or ended_for_memory(record, self._output())
         if failure is None:
             return record
         failure = replace(failure, phase=self.state.phase, step=self.state.step)
@@ -316,6 +324,13 @@ class Slot(threading.Thread):
         _write(paths, record)
         return False
 
+    def _output(self) -> str:
+        """Return the end of what the trial process wrote to its log during this attempt."""
+        with contextlib.suppress(OSError), self._host_start.log.open("rb") as stream:
+            stream.seek(max(self._log_start, self._host_start.log.stat().st_size - OUTPUT_BYTES))
+            return stream.read().decode("utf-8", "replace")
+        return ""
+
     # A full disk.
 
     def _disk_is_full(self, end: End, paths: RunPaths) -> bool:
@@ -361,6 +376,16 @@ def _run_id(spec: StudySpec, claim: Claim) -> str:
 
 def _is_resumable(record: RunRecord) -> bool:
     return record.status in (Status.RUNNING, Status.INTERRUPTED) or _failed_by_full_disk(record)
+
+
+def _leaves_process_unusable(record: RunRecord) -> bool:
+    """Return whether no further trial may run in the process of a run that has ended.
+
+    The allocator's state after a failed allocation is undefined. After some CUDA errors (illegal memory access, failed
+    launch) every later call fails, and such an error may be hidden behind another one: any failure on a GPU counts.
+    """
+    failed_on_gpu = record.status is Status.FAILED and record.environment.device.kind == "cuda"
+    return record.status is Status.OUT_OF_MEMORY or failed_on_gpu
 
 
 def _failed_by_full_disk(record: RunRecord) -> bool:

@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import json
 import shlex
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from qlora_exp.errors import RecordError
-from qlora_exp.formatting import UNKNOWN_CELL, bytes_text, number, print_table, simple_table
-from qlora_exp.orchestration.memory_feedback import MemoryFeedback, MemoryPredictionSummary
-from qlora_exp.paths import OutputPaths, StudyPaths
-from qlora_exp.records.schema import from_dict
-from qlora_exp.records.types import Process, Status
+from qlora_exp.formatting import UNKNOWN_CELL, bytes_text, number, simple_table
+from qlora_exp.orchestration.live_state import SlotState, running_slots
+from qlora_exp.orchestration.memory_predictions import MemoryFeedback, MemoryPredictionSummary
+from qlora_exp.paths import StudyPaths
 from qlora_exp.study.types import Counts, StudySpec, TrialRow
-from qlora_exp.system.environment import is_alive_if_visible, process_identity
-from qlora_exp.system.orchestrator_lease import Lease, age_seconds
+from qlora_exp.system.environment import process_identity
+from qlora_exp.system.orchestrator_lease import Lease, held_lease
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -35,49 +30,36 @@ PREDICTED_NOT_TO_FIT = "DOES_NOT_FIT"
 
 REFRESH_SECONDS = 1.0
 SHOWN_BEST = 5
-SILENT_WORKER_SECONDS = 60.0
-"""A worker on another machine that has not written its file for so long is gone, if the file has no lease."""
 
 
-@dataclass(frozen=True)
-class SlotState:
-    """What one slot of a worker is doing; ``None``: not reported yet."""
+def study_status(spec: StudySpec, opened: Any, paths: StudyPaths, holder: Lease | None) -> RenderableType:
+    """Return everything as one renderable: progress, time left, running trials, the best so far, and the machine's
+    load."""
+    from rich.console import Group
+    from rich.text import Text
 
-    trial: int | None
-    params: dict[str, Any]
-    phase: str | None
-    step: int | None
-    total: int | None
-    started_at: str | None
-    loss: float | None
-    process: Process
-
-
-def running_slots(paths: StudyPaths) -> list[SlotState]:
-    """Return what the living workers' slots are doing now."""
-    states: list[SlotState] = []
-    for file in sorted(paths.workers.glob("*.json")):
-        with contextlib.suppress(OSError, ValueError, RecordError, KeyError, AttributeError, TypeError):
-            raw = json.loads(file.read_text(encoding="utf-8"))
-            process = from_dict(Process, raw["process"])
-            if _is_alive(process, file, float(raw.get("lease_seconds") or SILENT_WORKER_SECONDS)):
-                states.extend(_slot_state(slot, process) for slot in raw["slots"] if slot.get("trial") is not None)
-    return states
-
-
-def _is_alive(process: Process, file: Path, lease_seconds: float) -> bool:
-    """Return whether the worker that writes ``file`` every second is alive; on another machine only its file shows
-    that."""
-    is_alive = is_alive_if_visible(process)
-    if is_alive is None:
-        age = age_seconds(file)
-        return age is not None and abs(age) <= lease_seconds
-    return is_alive
-
-
-def _slot_state(slot: dict[str, Any], process: Process) -> SlotState:
-    keys = ("trial", "phase", "step", "total", "started_at", "loss")
-    return SlotState(params=slot.get("params") or {}, process=process, **{key: slot.get(key) for key in keys})
+    counts, rows = opened.counts(), opened.trials()
+    running_numbers = {row.number for row in rows if row.state == "RUNNING"}
+    # The file of a worker that just died may still look fresh, so the study's own state decides.
+    slots = [slot for slot in running_slots(paths) if slot.trial in running_numbers]
+    text = f"{'SYNTHETIC ' if spec.synthetic else ''}study {spec.name}: {progress_text(counts)}"
+    if not counts.is_complete:
+        seconds = seconds_left(rows, counts, len(slots))
+        text += f", {_duration(seconds)} left" if seconds is not None and slots else ""
+        resume_hint = f"no process works on it: qlora-exp resume {shlex.quote(spec.name)}"
+        text += f"\nworked on by {holder.owner}" if holder else f"\n{resume_hint}"
+    predicted = memory_predictions(rows, paths)
+    text += f"\n{predicted.sentence}" if predicted is not None else ""
+    parts: list[RenderableType] = [Text(text)]
+    if slots:
+        parts.append(_running_table(slots))
+    best = opened.best()
+    if best:
+        parts.append(best_table(best[:SHOWN_BEST], spec))
+    if len(best) > SHOWN_BEST:
+        parts.append(Text(f"and {len(best) - SHOWN_BEST} more: qlora-exp best {shlex.quote(spec.name)}"))
+    parts.append(Text(_machine_use(), style="dim"))
+    return Group(*parts)
 
 
 def progress_text(counts: Counts) -> str:
@@ -98,18 +80,63 @@ def seconds_left(rows: Sequence[TrialRow], counts: Counts, at_once: int) -> floa
     return sum(known) / len(known) * left / max(at_once, 1)
 
 
-def objective_fields(spec: StudySpec) -> list[str]:
-    """Return the record's field of each objective."""
-    return [objective.split(maxsplit=1)[-1] for objective in spec.objectives]
+def memory_predictions(rows: Sequence[TrialRow], paths: StudyPaths) -> MemoryPredictionSummary | None:
+    """Return how the predictions of the trials' memory turned out; ``None`` if nothing limits the memory."""
+    return MemoryFeedback(paths.outputs).predicted(rows)
+
+
+def _running_table(slots: Sequence[SlotState]) -> Table:
+    table = simple_table("running", "phase", "step", "loss", "for", "configuration")
+    for slot in slots:
+        step = f"{slot.step}/{slot.total}" if slot.step is not None else UNKNOWN_CELL
+        configuration = " ".join(f"{key}={_text(value)}" for key, value in slot.params.items())
+        duration = UNKNOWN_CELL
+        with contextlib.suppress(ValueError, TypeError):
+            duration = _duration((datetime.now(UTC) - datetime.fromisoformat(str(slot.started_at))).total_seconds())
+        table.add_row(
+            f"trial {slot.trial}", slot.phase or UNKNOWN_CELL, step, number(slot.loss), duration, configuration
+        )
+    return table
+
+
+def _machine_use() -> str:
+    """Return the whole machine's CPU, memory and GPU use, for example ``cpu 87 %, memory 3.1 GB of 8.3 GB``."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    parts = [f"cpu {psutil.cpu_percent(interval=0.1):.0f} %"]
+    parts.append(f"memory {bytes_text(memory.used)} of {bytes_text(memory.total)}")
+    # Without a driver, a library, or a GPU that reports its use, there is nothing to show.
+    with contextlib.suppress(Exception):
+        import pynvml
+
+        pynvml.nvmlInit()
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            card = pynvml.nvmlDeviceGetMemoryInfo(handle)
+            share = pynvml.nvmlDeviceGetUtilizationRates(handle).gpu
+            parts.append(f"gpu {index} {share} %, {bytes_text(card.used)} of {bytes_text(card.total)}")
+    return ", ".join(parts)
+
+
+# Tables of trials.
 
 
 def best_table(rows: Sequence[TrialRow], spec: StudySpec) -> Table:
     """Return a table of the best trial, the Pareto front, or a ladder's runs at its recommended rank."""
-    table = simple_table("best", *objective_fields(spec), *(axis.key for axis in spec.axes), "run")
+    table = simple_table("best", *_objective_fields(spec), *(axis.key for axis in spec.axes), "run")
     for row in rows:
-        values = [_value(value) for value in row.values]
-        params = [_param(row, axis.key) for axis in spec.axes]
-        table.add_row(f"trial {row.number}", *values, *params, row.run_id or UNKNOWN_CELL)
+        table.add_row(f"trial {row.number}", *_value_cells(row), *_param_cells(row, spec), row.run_id or UNKNOWN_CELL)
+    return table
+
+
+def trials_table(rows: Sequence[TrialRow], spec: StudySpec) -> Table:
+    """Return a table of all trials, one row each."""
+    axes = [axis.key for axis in spec.axes]
+    table = simple_table("trial", "status", *_objective_fields(spec), "seconds", *axes, "run")
+    for row in rows:
+        start = (str(row.number), status_text(row), *_value_cells(row), number(row.seconds, 1))
+        table.add_row(*start, *_param_cells(row, spec), row.run_id or UNKNOWN_CELL)
     return table
 
 
@@ -119,28 +146,13 @@ def write_csv(rows: Sequence[TrialRow], spec: StudySpec, stream: TextIO) -> None
 
     Values of axes have all digits. ``null`` is a value; an axis that the trial doesn't have is empty.
     """
-    fields = objective_fields(spec)
+    fields, axes = _objective_fields(spec), [axis.key for axis in spec.axes]
     columns = ["value"] if len(fields) == 1 else [f"value_{field}" for field in fields]
-    axes = [axis.key for axis in spec.axes]
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(["number", "status", *columns, "run_id", "seconds", *axes])
     for row in rows:
-        values = [*row.values, *[None] * len(columns)][: len(columns)]
         params = [exact_text(row.params[key]) if key in row.params else None for key in axes]
-        writer.writerow([row.number, status_text(row), *values, row.run_id, row.seconds, *params])
-
-
-def trials_table(rows: Sequence[TrialRow], spec: StudySpec) -> Table:
-    """Return a table of all trials, one row each."""
-    fields, axes = objective_fields(spec), [axis.key for axis in spec.axes]
-    table = simple_table("trial", "status", *fields, "seconds", *axes, "run")
-    for row in rows:
-        values = [_value(value) for value in [*row.values, *[None] * len(fields)][: len(fields)]]
-        params = [_param(row, key) for key in axes]
-        table.add_row(
-            str(row.number), status_text(row), *values, number(row.seconds, 1), *params, row.run_id or UNKNOWN_CELL
-        )
-    return table
+        writer.writerow([row.number, status_text(row), *row.values, row.run_id, row.seconds, *params])
 
 
 def status_text(row: TrialRow) -> str:
@@ -150,75 +162,45 @@ def status_text(row: TrialRow) -> str:
     return row.status.value if row.status is not None else row.state
 
 
-def study_status(spec: StudySpec, opened: Any, paths: StudyPaths, holder: Lease | None) -> RenderableType:
-    """Return everything as one renderable: progress, time left, running trials, the best so far, and the machine's
-    load."""
-    from rich.console import Group
-    from rich.text import Text
-
-    counts, rows = opened.counts(), opened.trials()
-    running_numbers = {row.number for row in rows if row.state == "RUNNING"}
-    # The file of a worker that just died may still look fresh, so the study's own state decides.
-    slots = [slot for slot in running_slots(paths) if slot.trial in running_numbers]
-    seconds = seconds_left(rows, counts, len(slots))
-    text = f"{'SYNTHETIC ' if spec.synthetic else ''}study {spec.name}: {progress_text(counts)}"
-    if counts.running + counts.waiting + counts.to_ask:
-        text += f", {_duration(seconds)} left" if seconds is not None and slots else ""
-        resume_hint = f"no process works on it: qlora-exp resume {shlex.quote(spec.name)}"
-        text += f"\nworked on by {holder.owner}" if holder else f"\n{resume_hint}"
-    predicted = memory_predictions(rows, paths)
-    text += f"\n{predicted.sentence}" if predicted is not None else ""
-    parts: list[RenderableType] = [Text(text)]
-    if slots:
-        parts.append(_running_table(slots))
-    best = opened.best()
-    if best:
-        parts.append(best_table(best[:SHOWN_BEST], spec))
-    if len(best) > SHOWN_BEST:
-        parts.append(Text(f"and {len(best) - SHOWN_BEST} more: qlora-exp best {shlex.quote(spec.name)}"))
-    parts.append(Text(machine_use(), style="dim"))
-    return Group(*parts)
+def _objective_fields(spec: StudySpec) -> list[str]:
+    return [objective.split(maxsplit=1)[-1] for objective in spec.objectives]
 
 
-def memory_predictions(rows: Sequence[TrialRow], paths: StudyPaths) -> MemoryPredictionSummary | None:
-    """Return how the predictions of the trials' memory turned out; ``None`` if nothing limits the memory."""
-    return MemoryFeedback(OutputPaths(paths.folder.parent.parent)).predicted(rows)
+def _value_cells(row: TrialRow) -> list[str]:
+    return [UNKNOWN_CELL if value is None else _value(value) for value in row.values]
 
 
-def _running_table(slots: Sequence[SlotState]) -> Table:
-    table = simple_table("running", "phase", "step", "loss", "for", "configuration")
-    for slot in slots:
-        step = f"{slot.step}/{slot.total}" if slot.step is not None else UNKNOWN_CELL
-        configuration = " ".join(f"{key}={_text(value)}" for key, value in slot.params.items())
-        duration = _duration(_age(slot.started_at)) if slot.started_at else UNKNOWN_CELL
-        table.add_row(
-            f"trial {slot.trial}", slot.phase or UNKNOWN_CELL, step, number(slot.loss), duration, configuration
-        )
-    return table
+def _param_cells(row: TrialRow, spec: StudySpec) -> list[str]:
+    return [_text(row.params[axis.key]) if axis.key in row.params else UNKNOWN_CELL for axis in spec.axes]
 
 
-def machine_use() -> str:
-    """Return the whole machine's CPU, memory and GPU use, for example ``cpu 87 %, memory 3.1 GB of 8.3 GB``."""
-    import psutil
-
-    memory = psutil.virtual_memory()
-    cpu = psutil.cpu_percent(interval=0.1)
-    parts = [f"cpu {cpu:.0f} %", f"memory {bytes_text(memory.used)} of {bytes_text(memory.total)}"]
-    return ", ".join([*parts, *_gpu_use()])
+def _value(value: float) -> str:
+    return f"{value:.4g}" if abs(value) < 1e6 else f"{value:,.0f}"
 
 
-def _gpu_use() -> Iterator[str]:
-    try:
-        import pynvml
+def _text(value: Any) -> str:
+    """Return an axis's value for people: at most six digits."""
+    return f"{value:.6g}" if isinstance(value, float) else exact_text(value)
 
-        pynvml.nvmlInit()
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-            share = pynvml.nvmlDeviceGetUtilizationRates(handle).gpu
-            yield f"gpu {index} {share} %, {bytes_text(memory.used)} of {bytes_text(memory.total)}"
-    except Exception:  # no driver, no library, or a GPU that doesn't report its use: there is nothing to show
-        return
+
+def exact_text(value: Any) -> str:
+    """Return an axis's value exactly as the trial had it: every digit of a number, ``null`` for none."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(exact_text, value))}]"
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+# While the study runs.
 
 
 class LiveStatus:
@@ -228,17 +210,19 @@ class LiveStatus:
     raises into the sweep.
     """
 
-    def __init__(self, spec: StudySpec, opened: Any, paths: StudyPaths, tracker: Any, stream: TextIO | None = None):
-        self._spec, self._opened, self._paths, self._tracker = spec, opened, paths, tracker
-        self._stream = stream if stream is not None else sys.stderr
+    def __init__(self, spec: StudySpec, opened: Any, paths: StudyPaths, log: Callable[[], None] | None):
+        """``log`` is called after every change."""
+        self._spec, self._opened, self._paths, self._log = spec, opened, paths, log
+        self._stream = sys.stderr
         self._me = Lease(process_identity(), lease_seconds=0.0, heartbeat_seconds=0.0)
-        self._told: set[int] = set()
+        self._printed: set[int] = set()
+        """Numbers of the ended trials that have their line, or had ended before."""
         self._counts: Counts | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._poll, name="qlora-exp-watch", daemon=True)
 
     def __enter__(self) -> LiveStatus:
-        self._told = {row.number for row in self._opened.trials() if row.status is not None and row.status.ended}
+        self._printed = {row.number for row in self._opened.trials() if row.status is not None and row.status.ended}
         self._thread.start()
         return self
 
@@ -257,22 +241,6 @@ class LiveStatus:
                 with contextlib.suppress(Exception):
                     self._refresh(live)
 
-    def _refresh(self, live: Any) -> None:
-        counts = self._opened.counts()
-        if live is not None:
-            live.update(study_status(self._spec, self._opened, self._paths, self._me), refresh=True)
-        if counts == self._counts:
-            return
-        self._counts = counts
-        rows = self._opened.trials()
-        if not self._stream.isatty():
-            for row in rows:
-                if row.status is not None and row.status.ended and row.number not in self._told:
-                    self._told.add(row.number)
-                    print(trial_line(row, len(self._told), counts.total), file=self._stream, flush=True)
-        if self._tracker is not None:
-            self._tracker.update(tracking_rows(rows), [row.number for row in self._opened.best()])
-
     def _live(self) -> Any:
         if not self._stream.isatty():
             return contextlib.nullcontext()
@@ -280,6 +248,21 @@ class LiveStatus:
         from rich.live import Live
 
         return Live(console=Console(file=self._stream), auto_refresh=False, transient=True)
+
+    def _refresh(self, live: Any) -> None:
+        counts = self._opened.counts()
+        if live is not None:
+            live.update(study_status(self._spec, self._opened, self._paths, self._me), refresh=True)
+        if counts == self._counts:
+            return
+        self._counts = counts
+        if not self._stream.isatty():
+            for row in self._opened.trials():
+                if row.status is not None and row.status.ended and row.number not in self._printed:
+                    self._printed.add(row.number)
+                    print(trial_line(row, len(self._printed), counts.total), file=self._stream, flush=True)
+        if self._log is not None:
+            self._log()
 
 
 def trial_line(row: TrialRow, done: int, total: int) -> str:
@@ -292,68 +275,13 @@ def trial_line(row: TrialRow, done: int, total: int) -> str:
     return f"[{done}/{total}] trial {row.number} {result}  {params}{seconds}{failure}"
 
 
-def tracking_rows(rows: Sequence[TrialRow]) -> list[Any]:
-    """Return the trials as :mod:`qlora_exp.tracking` takes them."""
-    from qlora_exp.tracking.study_fields import TrialRow
-
-    return [
-        TrialRow(row.number, row.status or Status.RUNNING, row.values, row.params, row.run_id, row.seconds)
-        for row in rows
-        if row.status is not None or row.state == "RUNNING"
-    ]
-
-
-def watch_status(spec: StudySpec, opened: Any, paths: StudyPaths, holder: Any) -> None:
+def watch_status(spec: StudySpec, opened: Any, paths: StudyPaths) -> None:
     """Show the study's status every second until it is complete. Ctrl-C ends the view, not the study."""
     from rich.live import Live
 
     with Live(auto_refresh=False) as live:
         while True:
-            live.update(study_status(spec, opened, paths, holder(paths)), refresh=True)
-            counts = opened.counts()
-            if counts.running + counts.waiting + counts.to_ask == 0:
+            live.update(study_status(spec, opened, paths, held_lease(paths.orchestrator)), refresh=True)
+            if opened.counts().is_complete:
                 return
             time.sleep(REFRESH_SECONDS)
-
-
-def show_status(spec: StudySpec, opened: Any, paths: StudyPaths, holder: Lease | None) -> None:
-    """Print the study's status."""
-    print_table(study_status(spec, opened, paths, holder))
-
-
-def _age(moment: str) -> float | None:
-    with contextlib.suppress(ValueError, TypeError):
-        return (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds()
-    return None
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return UNKNOWN_CELL
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def _value(value: float | None) -> str:
-    return UNKNOWN_CELL if value is None else f"{value:.4g}" if abs(value) < 1e6 else f"{value:,.0f}"
-
-
-def _param(row: TrialRow, key: str) -> str:
-    return _text(row.params[key]) if key in row.params else UNKNOWN_CELL
-
-
-def _text(value: Any) -> str:
-    """Return an axis's value for people: at most six digits."""
-    return f"{value:.6g}" if isinstance(value, float) else exact_text(value)
-
-
-def exact_text(value: Any) -> str:
-    """Return an axis's value exactly as the trial had it: every digit of a number, ``null`` for none."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, list | tuple):
-        return f"[{','.join(map(exact_text, value))}]"
-    return repr(value) if isinstance(value, float) else str(value)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import faulthandler
 import math
 import os
@@ -44,14 +43,13 @@ from qlora_exp.orchestration.messages import (
     encode_message,
 )
 from qlora_exp.records.redaction import redact_text
+from qlora_exp.runs.process import die_with, import_and_freeze_gc, silence_libraries
 from qlora_exp.system import streams
-from qlora_exp.system.terminal import show_any_text
+from qlora_exp.system.streams import show_any_text
 from qlora_exp.training.outcome import PruneCheck, is_disk_full
 
 if TYPE_CHECKING:
     from qlora_exp.models.base_models import BaseModels
-
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def main() -> int:
@@ -59,14 +57,12 @@ def main() -> int:
     parser.add_argument("--parent", type=int, required=True)
     parser.add_argument("--preload", action="append", default=[], choices=sorted(PRELOADED))
     arguments = parser.parse_args()
-    _die_with(arguments.parent)
+    die_with(arguments.parent)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     streams.ignore_write_errors()
     line = Channel()
     show_any_text()
-    from qlora_exp.runs.process import import_and_freeze_gc, silence_libraries
-
     silence_libraries()
     import_and_freeze_gc(module for name in arguments.preload for module in PRELOADED[name])
     line.tell(Ready())
@@ -81,17 +77,6 @@ def _base_cache() -> BaseModels:
     from qlora_exp.models.base_cache import BaseCache
 
     return BaseCache()
-
-
-def _die_with(parent: int) -> None:
-    """Make the kernel kill this process when the parent's thread that started it ends (Linux).
-
-    Elsewhere the end of standard input has this effect. The parent may already have died before the kernel call.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 class Channel:

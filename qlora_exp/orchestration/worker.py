@@ -9,52 +9,36 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import ParamSpec, TypeVar
 
 from qlora_exp.config.compose import compose_raw
 from qlora_exp.config.schema import WorkersConfig
-from qlora_exp.estimate.budget import StudyBudget, budget_of, limits_of
+from qlora_exp.estimate.budget import budget_of, limits_of
 from qlora_exp.estimate.memory_fit import MemoryLimit
-from qlora_exp.orchestration.live_state import (
-    SlotState,
-    remove_worker_state,
-    worker_name,
-    worker_state,
-    write_worker_state,
-)
-from qlora_exp.orchestration.memory_feedback import MAX_CONSECUTIVE_SKIPS, MemoryFeedback
+from qlora_exp.orchestration import forking
+from qlora_exp.orchestration.live_state import SlotState, remove_worker_state, worker_name, write_worker_state
+from qlora_exp.orchestration.memory_predictions import MAX_CONSECUTIVE_SKIPS, MemoryFeedback
 from qlora_exp.orchestration.prestart import process_starts, processes_per_device
 from qlora_exp.orchestration.slot import GRACEFULLY, NOW, Slot, SlotContext
+from qlora_exp.orchestration.study_budget import StudyBudget
 from qlora_exp.paths import OutputPaths, StudyPaths
+from qlora_exp.rank_doubling.ladder import proposer_of
 from qlora_exp.records.types import RunRecord, Status
 from qlora_exp.study import objectives
-from qlora_exp.study.types import Claim, Counts, Outcome, Owner, StudySpec, TrialRow
+from qlora_exp.study.storage import is_unreachable, unreachable_error
+from qlora_exp.study.study import Study
+from qlora_exp.study.types import Claim, Outcome, Owner, StudySpec
 from qlora_exp.system import signals
 from qlora_exp.system.environment import process_identity
 from qlora_exp.training.outcome import is_disk_full
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 FAILURES, BUDGET, MEMORY = "failures", "budget", "memory"
 TICK_SECONDS = 0.5
 STATE_SECONDS = 1.0
 WAIT_SECONDS = 2.0
-
-
-class StudyCalls(Protocol):
-    """The part of :class:`qlora_exp.study.study.Study` that a worker uses."""
-
-    def claim(self, owner: Owner, lease_seconds: float, affordable: Callable[[], bool] = ...) -> Claim | None: ...
-    def trials(self) -> list[TrialRow]: ...
-    def set_run(self, claim: Claim, run_id: str) -> None: ...
-    def heartbeat(self, claim: Claim) -> bool: ...
-    def report(self, claim: Claim, step: int, value: float, items: Sequence[float] | None = None) -> bool: ...
-    def tell(self, claim: Claim, outcome: Outcome) -> None: ...
-    def requeue(self, claim: Claim, why: str) -> bool: ...
-    def requeue_with_half_micro_batch(self, claim: Claim) -> bool: ...
-    def counts(self) -> Counts: ...
-    def consecutive_skips(self, limit_bytes: int | None) -> int: ...
-    def failures_reached(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -76,7 +60,7 @@ def run_worker(
     workers: WorkersConfig,
     job: int = 0,
     stop: Callable[[], str | None] = lambda: None,
-    study: StudyCalls | None = None,
+    study: Study | None = None,
     outcome_of: Callable[[RunRecord, StudySpec], Outcome] | None = None,
 ) -> WorkerResult:
     """Run trials until the study has none left.
@@ -90,8 +74,6 @@ def run_worker(
         QloraExpError: the study can't be opened, or a GPU is in use by another process; nothing was started.
     """
     # Without checks: the configuration may only be valid together with the axes' values.
-    from qlora_exp.study.study import Study
-
     config = compose_raw(spec.overrides)
     starts = process_starts(config, workers, paths)
     setting = SlotContext(
@@ -102,19 +84,20 @@ def run_worker(
         budget=budget_of(config),
         processes_per_device=processes_per_device(starts),
     )
-    worker = Worker(setting, study if study is not None else Study.open(spec, paths), job, len(starts), stop)
+    opened = study if study is not None else Study.open(spec, paths, proposer_of(spec, paths))
+    worker = Worker(setting, opened, job, len(starts), stop)
     slots = [Slot(worker, state.slot, start, state) for state, start in zip(worker.states, starts, strict=True)]
-    return worker.run(slots)
+    with forking.servers_kept():
+        return worker.run(slots)
 
 
 class Worker:
     """What the slots of one worker share: the study, called by one slot at a time, and whether to stop."""
 
     def __init__(
-        self, setting: SlotContext, study: StudyCalls, job: int, slots: int, stop: Callable[[], str | None]
+        self, setting: SlotContext, study: Study, job: int, slots: int, stop: Callable[[], str | None]
     ) -> None:
         self.setting, self.study, self.job = setting, study, job
-        self.name = worker_name()
         self.states = [SlotState(number) for number in range(slots)]
         self.stopping: str | None = None
         self.killing = False
@@ -146,7 +129,7 @@ class Worker:
                     self._wait()
                     raise
         finally:
-            remove_worker_state(self.setting.paths.workers, self.name)
+            remove_worker_state(self.setting.paths)
         if self.error is not None:
             raise self.error
         return WorkerResult(self.finished, self.stopping, self.by_signal)
@@ -167,12 +150,8 @@ class Worker:
 
     def claim(self, slot: int) -> Claim | None:
         """Return a trial for ``slot``; ``None``: there is none now."""
-        owner = Owner(self._process, self.name, slot)
-        lease = self.setting.workers.lease_seconds
-        limited = bool(limits_of(self.setting.budget))
-        claim = self._ask(
-            lambda: self.study.claim(owner, lease, self._affordable) if limited else self.study.claim(owner, lease)
-        )
+        owner = Owner(self._process, worker_name(), slot)
+        claim = self._ask(self.study.claim, owner, self.setting.workers.lease_seconds, self._affordable)
         if claim is not None:
             self._claims[slot] = claim
         return claim
@@ -182,6 +161,8 @@ class Worker:
 
         Running trials may turn out cheaper than reserved, so the budget counts as spent only when none runs.
         """
+        if not limits_of(self.setting.budget):
+            return True
         trials = self.study.trials()
         if self._study_budget.first_exhausted(trials) is None:
             return True
@@ -194,13 +175,11 @@ class Worker:
         more."""
         if self.stopping is None and self._ask(self.study.failures_reached):
             self._stop(FAILURES)
-        if self.stopping is None and self.setting.limits_memory and self._nothing_fits():
-            self._stop(MEMORY)
+        if self.stopping is None and self.setting.limits_memory:
+            skips = self._ask(self.study.consecutive_skips, self.setting.budget.memory_bytes)
+            if skips >= MAX_CONSECUTIVE_SKIPS:
+                self._stop(MEMORY)
         return self.stopping is None
-
-    def _nothing_fits(self) -> bool:
-        bound = self.setting.budget.memory_bytes
-        return self._ask(lambda: self.study.consecutive_skips(bound)) >= MAX_CONSECUTIVE_SKIPS
 
     def memory_limit(self, claim: Claim) -> MemoryLimit | None:
         """Return what a trial that starts now must fit into, corrected by the ended trials."""
@@ -214,8 +193,7 @@ class Worker:
 
     def all_trials_ended(self) -> bool:
         """Return whether all trials have ended. A trial that another worker runs may still be lost and become free."""
-        counts = self._ask(self.study.counts)
-        return counts.running + counts.waiting + counts.to_ask == 0
+        return self._ask(self.study.counts).is_complete
 
     def no_trial_finished(self) -> bool:
         """Return whether no trial of the study has ended yet."""
@@ -227,35 +205,35 @@ class Worker:
             self._changed.wait(seconds)
 
     def set_run(self, claim: Claim, run_id: str) -> None:
-        self._ask(lambda: self.study.set_run(claim, run_id))
+        self._ask(self.study.set_run, claim, run_id)
 
     def report(self, claim: Claim, step: int, value: float, items: Sequence[float] | None = None) -> bool:
-        return self._ask(lambda: self.study.report(claim, step, value, items))
+        return self._ask(self.study.report, claim, step, value, items)
 
     def tell(self, slot: int, claim: Claim, outcome: Outcome) -> None:
-        self._ask(lambda: self.study.tell(claim, outcome))
+        self._ask(self.study.tell, claim, outcome)
         self.finished += 1
         self.forget_trial(slot)
 
     def requeue(self, slot: int, claim: Claim, why: str) -> bool:
         """Return the trial to the study for another attempt. ``False``: none is left, and the trial has failed."""
-        again = self._ask(lambda: self.study.requeue(claim, why))
+        again = self._ask(self.study.requeue, claim, why)
         self.forget_trial(slot)
         return again
 
     def return_trial(self, slot: int, claim: Claim) -> None:
         """Return the trial to the study because the worker stops; the attempt doesn't count."""
         unknown = (None,) * len(self.setting.spec.objectives)
-        self._ask(lambda: self.study.tell(claim, Outcome(Status.INTERRUPTED, unknown, (), None)))
+        self._ask(self.study.tell, claim, Outcome(Status.INTERRUPTED, unknown, (), None))
         self.forget_trial(slot)
 
     def owns_trial(self, claim: Claim) -> bool:
         """Return whether no other worker has taken the trial over (after this machine slept longer than the lease, for
         example)."""
-        return self._ask(lambda: self.study.heartbeat(claim))
+        return self._ask(self.study.heartbeat, claim)
 
     def memory_retry(self, slot: int, claim: Claim) -> bool:
-        granted = self._ask(lambda: self.study.requeue_with_half_micro_batch(claim))
+        granted = self._ask(self.study.requeue_with_half_micro_batch, claim)
         if granted:
             self.forget_trial(slot)
         return granted
@@ -277,18 +255,16 @@ class Worker:
         self.error = self.error or error
         self._stop(NOW)
 
-    def _ask(self, call: Callable[[], T]) -> T:
+    def _ask(self, call: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
         """Call the study, and wait for a full disk to have space, or for one lease for a server to answer.
 
         So no finished work is lost.
         """
-        from qlora_exp.study.storage import is_unreachable, unreachable_error
-
         reported, deadline = False, time.monotonic() + self.setting.workers.lease_seconds
         while True:
             try:
                 with self._calls:
-                    return call()
+                    return call(*arguments, **options)
             except Exception as error:  # each storage driver raises its own exceptions
                 disk_is_full, storage_is_lost = is_disk_full(error), is_unreachable(error)
                 if self.killing or not (disk_is_full or storage_is_lost):
@@ -315,15 +291,11 @@ class Worker:
                 self._heartbeat(claim)
         if now >= self._next_state:
             self._next_state = now + STATE_SECONDS
-            lease = self.setting.workers.lease_seconds
-            write_worker_state(
-                self.setting.paths.workers, worker_state(self.name, self.job, self.stopping, self.states, lease)
-            )
+            lease_seconds = self.setting.workers.lease_seconds
+            write_worker_state(self.setting.paths, self.job, self.stopping, self.states, lease_seconds)
 
     def _heartbeat(self, claim: Claim) -> None:
         """Renew a claim. A failed heartbeat does no harm: the lease lasts for many."""
-        from qlora_exp.study.storage import is_unreachable
-
         try:
             with self._calls:
                 if not self.study.heartbeat(claim):

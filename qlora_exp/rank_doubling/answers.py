@@ -5,27 +5,31 @@ All of it is computed from the runs' records and per-item files; nothing else is
 
 from __future__ import annotations
 
-import contextlib
 import math
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_exp.analysis.power import Noise, half_width, plan
 from qlora_exp.analysis.rank import Comparison, RankAnswer, answer, as_object
-from qlora_exp.analysis.rule import MAX_SEEDS, Rule, StepVerdict
-from qlora_exp.config.schema import LrPolicy
-from qlora_exp.errors import RecordError
-from qlora_exp.paths import OutputPaths, RunPaths
-from qlora_exp.rank_doubling.ladder import LadderState, LadderTrial, LearningRateChoice, evaluate_ladder
+from qlora_exp.analysis.rank_rule import MAX_SEEDS, Rule, StepVerdict
+from qlora_exp.config.compose import compose_raw
+from qlora_exp.config.schema import LadderConfig, LrPolicy
+from qlora_exp.paths import StudyPaths
+from qlora_exp.rank_doubling.ladder import (
+    LOSS_UNIT,
+    LadderProposer,
+    LadderState,
+    LadderTrial,
+    LearningRateChoice,
+    evaluate_ladder,
+)
 from qlora_exp.rank_doubling.settings import SPLIT, is_single_rank, rule_of
-from qlora_exp.records.files import read_curve, read_record
 from qlora_exp.records.schema import to_dict
-from qlora_exp.records.types import RunRecord, Status
 from qlora_exp.study.objectives import MODEL_STATE, objective_value
-from qlora_exp.study.types import LadderSettings, LadderSpec
+from qlora_exp.study.types import LadderSettings, LadderSpec, StudySpec, TrialRow
 
-LOSS_UNIT = "nats per item"
 COSTS = {
     "model_state_bytes": MODEL_STATE,
     "peak_train_bytes": "memory.peak_train_bytes",
@@ -37,24 +41,29 @@ MAX_CURVE_DIFFERENCE = 0.005
 """Two training curves count as the same if they differ by less than this share of the loss decrease at every step."""
 
 
-def ended_trial(params: dict[str, Any], run_id: str | None, outputs: OutputPaths) -> LadderTrial:
-    """Return the ended trial with what its run left on disk."""
-    record, losses, curve = None, None, {}
-    if run_id is not None:
-        paths = outputs.run(run_id)
-        with contextlib.suppress(RecordError):
-            record = read_record(paths.record)
-        if record is not None and params.get(SPLIT) == "test":
-            losses = _test_losses(paths)
-            curve = {point["step"]: point["loss"] for point in read_curve(paths.curve) if "loss" in point}
-    return LadderTrial(params, ended=True, record=record, losses=losses, curve=curve)
+def announce(spec: StudySpec, config: LadderConfig) -> None:
+    """Print before training whether the planned seeds and items can settle the margin, if there is one."""
+    assert spec.ladder is not None
+    if is_single_rank(spec.ladder):
+        return
+    raw = compose_raw(spec.overrides)
+    limits = [limit for limit in (raw.evaluation.max_items, raw.task.max_test_items) if limit is not None]
+    rule, items = rule_of(spec.ladder), min(limits, default=None)
+    settles, sentence = plan_sentence(rule, config.seed_sd, config.item_sd, items, spec.ladder.max_seeds)
+    print(f"  {'' if settles else 'warning: '}{sentence}", file=sys.stderr, flush=True)
 
 
-def ladder_trials(records: Sequence[RunRecord], outputs: OutputPaths) -> list[LadderTrial]:
-    """Return the ended trials of a study from its runs' records: enough to compute the answer again without the
-    database."""
-    ended = [record for record in records if record.status not in (Status.RUNNING, Status.INTERRUPTED)]
-    return [ended_trial(record.trial.params, record.run_id, outputs) for record in ended if record.trial is not None]
+def print_answers(spec: StudySpec, paths: StudyPaths, trials: Sequence[TrialRow]) -> dict[str, Any]:
+    """Print each ladder's sentence and warnings so far, and return the content of ``ladder.json``."""
+    assert spec.ladder is not None
+    ladder_answers = answers(spec.ladder, LadderProposer(spec.ladder, paths).ladder_trials(trials))
+    for ladder in ladder_answers:
+        name = ", ".join(f"{key}={value}" for key, value in ladder["axes"].items())
+        parts = ["SYNTHETIC" if spec.synthetic else "", name, ladder["sentence"]]
+        print(": ".join(part for part in parts if part))
+        for warning in ladder["warnings"]:
+            print(f"  warning: {warning}")
+    return {"study": spec.name, "synthetic": spec.synthetic, "ladders": ladder_answers}
 
 
 def answers(spec: LadderSpec, trials: Sequence[LadderTrial]) -> list[dict[str, Any]]:
@@ -68,22 +77,7 @@ def answers(spec: LadderSpec, trials: Sequence[LadderTrial]) -> list[dict[str, A
       bytes, seconds and dollars. Negative: it costs more. ``train_seconds`` is ``None`` if the two ranks' runs
       overlap in time taken.
     """
-    return [
-        _answer_object(spec, ladder, evaluate_ladder(spec, ladder, trials), _trials_of_ladder(ladder, trials))
-        for ladder in spec.ladders
-    ]
-
-
-def recommended(spec: LadderSpec, trials: Sequence[LadderTrial]) -> list[dict[str, Any]]:
-    """Return the parameters of the completed decision runs at the recommended ranks, by ladder and seed."""
-    params = []
-    for ladder in spec.ladders:
-        state = evaluate_ladder(spec, ladder, trials)
-        if state.comparisons and not state.needs:
-            rank = answer(state.comparisons, rule_of(spec), LOSS_UNIT).recommended_rank
-            runs = state.runs.get(rank, ()) if rank is not None else ()
-            params += [trial.params for trial in runs if trial.completed]
-    return params
+    return [_answer_object(spec, ladder, trials) for ladder in spec.ladders]
 
 
 def plan_sentence(
@@ -116,35 +110,20 @@ def plan_sentence(
     return settles, sentence
 
 
-def _test_losses(paths: RunPaths) -> dict[str, float] | None:
-    """Return item → nats, sorted by item; ``None`` if the file is missing or can't be read."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(paths.items("after", "test"), columns=["item_id", "loss_sum_nats"])
-    except (OSError, pa.ArrowException):
-        return None
-    return dict(sorted(zip(table["item_id"].to_pylist(), table["loss_sum_nats"].to_pylist(), strict=True)))
-
-
-def _trials_of_ladder(ladder: LadderSettings, trials: Sequence[LadderTrial]) -> list[LadderTrial]:
-    return [trial for trial in trials if ladder.axes.items() <= trial.params.items()]
-
-
-def _answer_object(
-    spec: LadderSpec, ladder: LadderSettings, state: LadderState, own: Sequence[LadderTrial]
-) -> dict[str, Any]:
-    rank_answer = answer(state.comparisons, rule_of(spec), LOSS_UNIT) if state.comparisons else None
-    last = _final_comparison(rank_answer) if rank_answer is not None else None
-    saves = _saves(last, state) if last is not None else None
-    answer_object = (
-        as_object(rank_answer)
-        if rank_answer is not None
-        else {}
-        if is_single_rank(spec)
-        else _undecided_object(rule_of(spec))
-    )
+def _answer_object(spec: LadderSpec, ladder: LadderSettings, trials: Sequence[LadderTrial]) -> dict[str, Any]:
+    state = evaluate_ladder(spec, ladder, trials)
+    answer_object: dict[str, Any] = {}
+    rank_answer = last = saves = None
+    if state.comparisons:
+        rank_answer = answer(state.comparisons, rule_of(spec), LOSS_UNIT)
+        answer_object = as_object(rank_answer)
+        decided = (step for step in rank_answer.comparisons if step.decision.verdict is not StepVerdict.CONTINUE)
+        last = next(decided, rank_answer.comparisons[-1])
+        saves = _saves(last, state)
+    elif not is_single_rank(spec):
+        rule = rule_of(spec)
+        answer_object = {"decision": None, "recommended_rank": None, "comparisons": []}
+        answer_object |= {"margin": rule.margin, "half_zone": rule.half_zone}
     return answer_object | {
         "status": "open" if state.needs else "decided" if state.trouble is None else "failed",
         "axes": ladder.axes,
@@ -154,22 +133,10 @@ def _answer_object(
         "seeds": {str(rank): sum(trial.completed for trial in runs) for rank, runs in state.runs.items()},
         "items": last.decision.items if last is not None else None,
         "saves": saves,
-        "spent": _spent(own),
+        "spent": _spent([trial for trial in trials if trial.ended and ladder.axes.items() <= trial.params.items()]),
         "warnings": _warnings(spec, state, last),
         "sentence": " ".join(_sentences(spec, ladder, state, rank_answer, saves)),
     }
-
-
-def _undecided_object(rule: Rule) -> dict[str, Any]:
-    undecided: dict[str, Any] = {"decision": None, "recommended_rank": None, "comparisons": []}
-    return undecided | {"margin": rule.margin, "half_zone": rule.half_zone}
-
-
-def _final_comparison(rank_answer: RankAnswer) -> Comparison:
-    return next(
-        (c for c in rank_answer.comparisons if c.decision.verdict is not StepVerdict.CONTINUE),
-        rank_answer.comparisons[-1],
-    )
 
 
 def _saves(last: Comparison, state: LadderState) -> dict[str, Any] | None:
@@ -181,20 +148,15 @@ def _saves(last: Comparison, state: LadderState) -> dict[str, Any] | None:
     if ranks is None:
         return None
     chosen, other = (_costs(state.runs.get(rank, ())) for rank in ranks)
-    differences = {
-        name: statistics.fmean(other[name]) - statistics.fmean(chosen[name])
-        for name in COSTS
-        if chosen[name] and other[name]
-    }
-    own_seconds, other_seconds = chosen["train_seconds"], other["train_seconds"]
-    if (
-        own_seconds
-        and other_seconds
-        and min(own_seconds) <= max(other_seconds)
-        and min(other_seconds) <= max(own_seconds)
-    ):
-        del differences["train_seconds"]  # runs of the same rank differ by more than the two ranks do
-    return {"against_rank": ranks[1]} | {name: differences.get(name) for name in COSTS}
+    saves: dict[str, Any] = {"against_rank": ranks[1]}
+    for name in COSTS:
+        known = bool(chosen[name] and other[name])
+        saves[name] = statistics.fmean(other[name]) - statistics.fmean(chosen[name]) if known else None
+        # Unclear if runs of the same rank differ by more than the two ranks do.
+        if known and name == "train_seconds":
+            overlap = min(chosen[name]) <= max(other[name]) and min(other[name]) <= max(chosen[name])
+            saves[name] = None if overlap else saves[name]
+    return saves
 
 
 def _costs(runs: Sequence[LadderTrial]) -> dict[str, list[float]]:
@@ -204,16 +166,14 @@ def _costs(runs: Sequence[LadderTrial]) -> dict[str, list[float]]:
     return {name: [value for value in values if value is not None] for name, values in known.items()}
 
 
-def _spent(own: Sequence[LadderTrial]) -> dict[str, Any]:
+def _spent(ended: Sequence[LadderTrial]) -> dict[str, Any]:
     """Return what all runs of the ladder took, pilots and failures included."""
-    records = [trial.record for trial in own if trial.record is not None]
-    seconds = [record.speed.total_seconds for record in records if record.speed.total_seconds is not None]
-    usd = [record.speed.cost_usd for record in records if record.speed.cost_usd is not None]
-    pilots = sum(trial.ended and trial.params[SPLIT] == "validation" for trial in own)
+    speeds = [trial.record.speed for trial in ended if trial.record is not None]
+    usd = [speed.cost_usd for speed in speeds if speed.cost_usd is not None]
     return {
-        "runs": len([trial for trial in own if trial.ended]),
-        "pilots": pilots,
-        "seconds": math.fsum(seconds),
+        "runs": len(ended),
+        "pilots": sum(trial.params[SPLIT] == "validation" for trial in ended),
+        "seconds": math.fsum(speed.total_seconds for speed in speeds if speed.total_seconds is not None),
         "cost_usd": math.fsum(usd) if usd else None,
     }
 

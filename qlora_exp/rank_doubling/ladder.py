@@ -10,20 +10,21 @@ requested as soon as it is certainly needed, independent of the results of runni
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
-from qlora_exp.analysis.rank import Comparison, decide_doubling
-from qlora_exp.analysis.rule import MAX_SEEDS, StepVerdict
+from qlora_exp.analysis.rank import Comparison, answer, decide_doubling
+from qlora_exp.analysis.rank_rule import MAX_SEEDS, StepVerdict
 from qlora_exp.analysis.variance import Array
 from qlora_exp.config.schema import LrPolicy
-from qlora_exp.errors import AnalysisError
+from qlora_exp.errors import AnalysisError, RecordError
+from qlora_exp.paths import OutputPaths, RunPaths, StudyPaths
 from qlora_exp.rank_doubling.settings import (
     RANK,
     RATE,
@@ -36,19 +37,20 @@ from qlora_exp.rank_doubling.settings import (
     round_rate,
     rule_of,
 )
+from qlora_exp.records.files import read_curve, read_record
 from qlora_exp.records.types import RunRecord, Status
+from qlora_exp.study.proposer import PlannedProposer, Proposer, TrialPoint, Trials
 from qlora_exp.study.space import point_overrides
-from qlora_exp.study.types import LadderSettings, LadderSpec
+from qlora_exp.study.types import LadderSettings, LadderSpec, StudySpec, TrialRow
 
-LadderPoint = dict[str, Any]
-"""Axis → value of one trial."""
+LOSS_UNIT = "nats per item"
 
 
 @dataclass(frozen=True)
 class LadderTrial:
     """One trial of the study, with what the ladder uses of its run."""
 
-    params: LadderPoint
+    params: TrialPoint
     ended: bool
     record: RunRecord | None = None
     """``None`` until the trial has ended, and if its run left no record."""
@@ -88,7 +90,7 @@ class LearningRateChoice:
 class LadderState:
     """State of one ladder. ``needs``: points that it still waits for, running ones included; empty if it has ended."""
 
-    needs: tuple[LadderPoint, ...]
+    needs: tuple[TrialPoint, ...]
     choices: tuple[LearningRateChoice, ...]
     comparisons: tuple[Comparison, ...]
     runs: Mapping[int, tuple[LadderTrial, ...]]
@@ -97,7 +99,91 @@ class LadderState:
     """Why the ladder ended without an answer."""
 
 
-def next_point(spec: LadderSpec, trials: Sequence[LadderTrial]) -> LadderPoint | None:
+def proposer_of(spec: StudySpec, paths: StudyPaths) -> Proposer:
+    """Return what decides the study's trials: its ladders, if it has any."""
+    return PlannedProposer(spec) if spec.ladder is None else LadderProposer(spec.ladder, paths)
+
+
+class LadderProposer:
+    """Decides a study's trials by its ladders, from the trials that have ended."""
+
+    replaces_skipped = False
+
+    def __init__(self, spec: LadderSpec, paths: StudyPaths) -> None:
+        self._spec, self._outputs = spec, paths.outputs
+        self._ended: dict[int, LadderTrial] = {}
+        self._done: dict[int, bool] = {}
+        """Number of ended trials → whether the ladders are done, which only the end of a trial changes."""
+
+    def planned_point(self, number: int) -> TrialPoint:
+        return {}
+
+    def next_point(self, trials: Trials) -> TrialPoint | None:
+        return next_point(self._spec, self.ladder_trials(trials()))
+
+    def is_done(self, trials: Trials) -> bool:
+        known = self.ladder_trials(trials())
+        if len(self._ended) not in self._done:
+            self._done[len(self._ended)] = is_done(self._spec, known)
+        return self._done[len(self._ended)]
+
+    def best(self, trials: Sequence[TrialRow]) -> list[TrialRow]:
+        """Return the completed decision runs at the recommended ranks, by ladder and seed."""
+        rows = {_key(row.params): row for row in trials}
+        known, best = self.ladder_trials(trials), []
+        for ladder in self._spec.ladders:
+            state = evaluate_ladder(self._spec, ladder, known)
+            if state.comparisons and not state.needs:
+                rank = answer(state.comparisons, rule_of(self._spec), LOSS_UNIT).recommended_rank
+                runs = state.runs.get(rank, ()) if rank is not None else ()
+                best += [rows[key] for trial in runs if trial.completed and (key := _key(trial.params)) in rows]
+        return best
+
+    def ladder_trials(self, trials: Sequence[TrialRow]) -> list[LadderTrial]:
+        """Return the trials with what their runs left. Trials without parameters are left out."""
+        unfinished: list[LadderTrial] = []
+        for row in trials:
+            if row.params and row.state in ("WAITING", "RUNNING"):
+                unfinished.append(LadderTrial(row.params, ended=False))
+            elif row.params and row.number not in self._ended:
+                ended = ended_trial(row.params, row.run_id, self._outputs)
+                self._ended[row.number] = replace(ended, skipped=row.skipped is not None)
+        return [*self._ended.values(), *unfinished]
+
+
+def ladder_trials(records: Sequence[RunRecord], outputs: OutputPaths) -> list[LadderTrial]:
+    """Return the ended trials of a study from its runs' records: enough to compute the answer again without the
+    database."""
+    ended = [record for record in records if record.status not in (Status.RUNNING, Status.INTERRUPTED)]
+    return [ended_trial(record.trial.params, record.run_id, outputs) for record in ended if record.trial is not None]
+
+
+def ended_trial(params: TrialPoint, run_id: str | None, outputs: OutputPaths) -> LadderTrial:
+    """Return the ended trial with what its run left on disk."""
+    record, losses, curve = None, None, {}
+    if run_id is not None:
+        paths = outputs.run(run_id)
+        with contextlib.suppress(RecordError):
+            record = read_record(paths.record)
+        if record is not None and params.get(SPLIT) == "test":
+            losses = _test_losses(paths)
+            curve = {point["step"]: point["loss"] for point in read_curve(paths.curve) if "loss" in point}
+    return LadderTrial(params, ended=True, record=record, losses=losses, curve=curve)
+
+
+def _test_losses(paths: RunPaths) -> dict[str, float] | None:
+    """Return item → nats, sorted by item; ``None`` if the file is missing or can't be read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(paths.items("after", "test"), columns=["item_id", "loss_sum_nats"])
+    except (OSError, pa.ArrowException):
+        return None
+    return dict(sorted(zip(table["item_id"].to_pylist(), table["loss_sum_nats"].to_pylist(), strict=True)))
+
+
+def next_point(spec: LadderSpec, trials: Sequence[LadderTrial]) -> TrialPoint | None:
     """Return the parameters of the next trial; ``None``: nothing to start now (see :func:`is_done`).
 
     The first ladder that needs a run goes first, so that a trial process keeps its base model; the others continue
@@ -132,7 +218,7 @@ def evaluate_ladder(spec: LadderSpec, ladder: LadderSettings, trials: Sequence[L
 
 def select_learning_rate(
     spec: LadderSpec, ladder: LadderSettings, trials: Sequence[LadderTrial], rank: int
-) -> tuple[LearningRateChoice | None, tuple[LadderPoint, ...]]:
+) -> tuple[LearningRateChoice | None, tuple[TrialPoint, ...]]:
     """Return the learning rate of ``rank`` from its ended pilots, and the pilots that are still missing.
 
     Unlike :func:`evaluate_ladder` this doesn't depend on the lower ranks' results.
@@ -147,7 +233,7 @@ class _LadderEvaluation:
     def __init__(self, spec: LadderSpec, ladder: LadderSettings, trials: Sequence[LadderTrial]) -> None:
         self.spec, self.one = spec, ladder
         self.trials = {_key(trial.params): trial for trial in trials}
-        self.needs: list[LadderPoint] = []
+        self.needs: list[TrialPoint] = []
         self.choices: dict[int, LearningRateChoice] = {}
         self.comparisons: list[Comparison] = []
         self.seeds: dict[int, int] = {}
@@ -178,7 +264,7 @@ class _LadderEvaluation:
                 for seed in range(self.seeds[rank]):
                     self._ended(self._point(rank, self.spec.first_seed + seed, choice.learning_rate, "test"))
 
-    def _ended(self, point: LadderPoint) -> LadderTrial | None:
+    def _ended(self, point: TrialPoint) -> LadderTrial | None:
         trial = self.trials.get(_key(point))
         if trial is not None and trial.ended:
             return trial
@@ -186,7 +272,7 @@ class _LadderEvaluation:
             self.needs.append(point)
         return None
 
-    def _point(self, rank: int, seed: int, rate: float, split: str) -> LadderPoint:
+    def _point(self, rank: int, seed: int, rate: float, split: str) -> TrialPoint:
         return {**self.one.axes, RANK: rank, SEED: seed, RATE: rate, SPLIT: split}
 
     # Learning rates.
@@ -203,26 +289,22 @@ class _LadderEvaluation:
         return self._search_learning_rate(rank)
 
     def _search_learning_rate(self, rank: int) -> LearningRateChoice | None:
+        """Return the best pilot's learning rate. If it is at the edge of the grid, one rate beyond the edge is run,
+        too."""
         rates = rates_of(self.spec, self.one, rank)
-        pilots = self._pilots(rank, rates)
-        if pilots is None:
-            return None
-        best = self._best(pilots, rank)
-        if best in (rates[0], rates[-1]):
-            beyond = rates[0] ** 2 / rates[1] if best == rates[0] else rates[-1] ** 2 / rates[-2]
-            rates = sorted([*rates, round_rate(beyond)])
-            pilots = self._pilots(rank, rates)
-            if pilots is None:
+        extended = False
+        while True:
+            points = [self._point(rank, self.spec.pilot_seed, rate, "validation") for rate in rates]
+            ended = [trial for point in points if (trial := self._ended(point)) is not None]
+            if len(ended) < len(rates):
                 return None
+            pilots = [Pilot(rate, _validation_loss(trial)) for rate, trial in zip(rates, ended, strict=True)]
             best = self._best(pilots, rank)
-        return LearningRateChoice(rank, best, best in (rates[0], rates[-1]), tuple(pilots))
-
-    def _pilots(self, rank: int, rates: Sequence[float]) -> list[Pilot] | None:
-        ended = [self._ended(self._point(rank, self.spec.pilot_seed, rate, "validation")) for rate in rates]
-        known = [trial for trial in ended if trial is not None]
-        if len(known) < len(ended):
-            return None
-        return [Pilot(rate, _validation_loss(trial)) for rate, trial in zip(rates, known, strict=True)]
+            at_edge = best in (rates[0], rates[-1])
+            if extended or not at_edge:
+                return LearningRateChoice(rank, best, at_edge, tuple(pilots))
+            beyond = rates[0] ** 2 / rates[1] if best == rates[0] else rates[-1] ** 2 / rates[-2]
+            rates, extended = sorted([*rates, round_rate(beyond)]), True
 
     def _best(self, pilots: Sequence[Pilot], rank: int) -> float:
         known = [(pilot.validation_loss, pilot.learning_rate) for pilot in pilots if pilot.validation_loss is not None]
@@ -276,7 +358,7 @@ def _validation_loss(trial: LadderTrial) -> float | None:
     return loss if loss is not None and math.isfinite(loss) else None
 
 
-def _key(point: LadderPoint) -> frozenset[str]:
+def _key(point: TrialPoint) -> frozenset[str]:
     return frozenset(point_overrides(point))
 
 

@@ -6,16 +6,56 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
-from qlora_exp.analysis.rule import MAX_SEEDS, Rule, make_rule
-from qlora_exp.config.schema import LadderConfig, LrPolicy
+from qlora_exp.analysis.rank_rule import MAX_SEEDS, Rule, make_rule
+from qlora_exp.config.compose import compose_raw
+from qlora_exp.config.interpolations import unresolved_texts
+from qlora_exp.config.overrides import override_key
+from qlora_exp.config.schema import LadderConfig, LrPolicy, SweepConfig
 from qlora_exp.errors import AnalysisError, ConfigError, QloraExpError, raise_all
-from qlora_exp.study.space import parse_axes
+from qlora_exp.study.space import grid, parse_axes, point_overrides
 from qlora_exp.study.types import Axis, LadderSettings, LadderSpec
 
 RANK, SEED, RATE, SPLIT = "lora.r", "seed", "training.learning_rate", "evaluation.split"
 LADDER_KEYS = (RANK, SEED, RATE, SPLIT)
 """Keys that a ladder sets in each of its trials: no other axis may use them."""
+
+
+def ladder_of(settings: SweepConfig, fixed: Sequence[str], others: tuple[Axis, ...]) -> LadderSpec:
+    """Return one ladder for each point of the sweep's other axes.
+
+    ``fixed``: the overrides of every trial. Its ``seed`` is the first seed, its ``training.learning_rate`` the centre
+    at r_start.
+
+    Raises:
+        ConfigError, Problems: nothing was started.
+    """
+    fixed_keys = [axis.key for axis in others if axis.key in LADDER_KEYS]
+    fixed_keys += [key for text in fixed if (key := override_key(text)) in (RANK, SPLIT)]
+    hint = "set sweep.ladder.r_start, r_max, seeds and lr_factors instead, or use another sampler"
+    raise_all([ConfigError("the ladder sets this key itself", f"{key}=…", hint) for key in fixed_keys])
+    ladders = [_ladder_at(fixed, point, settings.ladder.r_start) for point in grid(others)]
+    return resolve(settings.ladder, int(compose_raw(fixed).seed), ladders)
+
+
+def _ladder_at(fixed: Sequence[str], point: dict[str, Any], r_start: int) -> LadderSettings:
+    """Return the ladder at ``point``, with the settings that this point's configuration has at the first rank.
+
+    Another model may bring another learning rate, and ``lora.alpha=${lora.r}`` follows the rank: so two ranks are
+    composed.
+    """
+    raw, doubled = (compose_raw([*fixed, *point_overrides(point | {RANK: rank})]) for rank in (r_start, 2 * r_start))
+    follows = raw.lora.alpha_policy != "fixed" or raw.lora.alpha != doubled.lora.alpha
+    alpha = str(raw.lora.alpha_policy)
+    if alpha == "fixed":
+        alpha = str(unresolved_texts(raw.lora, "alpha")) if follows else f"fixed at {raw.lora.alpha}"
+    return LadderSettings(
+        axes=point,
+        learning_rate=float(raw.training.learning_rate),
+        rate_exponent=0.0 if raw.lora.rslora or not follows else -0.5,
+        alpha=f"{alpha}, rsLoRA" if raw.lora.rslora else alpha,
+    )
 
 
 def resolve(config: LadderConfig, first_seed: int, ladders: Sequence[LadderSettings]) -> LadderSpec:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qlora_exp.errors import RecordError
 from qlora_exp.records.schema import from_dict, to_dict
 from qlora_exp.records.types import SCHEMA_VERSION, RunRecord
 from qlora_exp.records.upgrade import upgrade_record
+
+T = TypeVar("T")
 
 
 def write_json(path: Path, value: Any, durable: bool = True) -> None:
@@ -63,6 +66,17 @@ def read_record(path: Path) -> RunRecord:
             "upgrade qlora-exp",
         )
     return from_dict(RunRecord, upgrade_record(raw), str(path))
+
+
+def read_or_none(kind: type[T], path: Path, upgrade: Callable[[Any], Any] = lambda raw: raw) -> T | None:
+    """Return the ``kind`` (a dataclass) in a JSON file; ``None`` if the file is missing, damaged or another.
+
+    ``upgrade``: turns what an earlier version wrote into this version's names.
+    """
+    try:
+        return from_dict(kind, upgrade(json.loads(path.read_text(encoding="utf-8"))))
+    except (OSError, ValueError, RecordError):
+        return None
 
 
 def read_curve(path: Path) -> list[dict[str, Any]]:

@@ -51,16 +51,13 @@ class EndedRuns:
 
     def records(self) -> list[RunRecord]:
         """Return the records, newest first; a record that can't be read is left out."""
-        newest = self._newest()
+        try:
+            newest = sorted(os.listdir(self._outputs.runs), reverse=True)[:MAX_ENDED_RUNS]
+        except OSError:
+            newest = []
         self._seen = {name: self._seen[name] for name in newest if name in self._seen}
         records = [self._read(name) for name in newest]
         return [record for record in records if record is not None]
-
-    def _newest(self) -> list[str]:
-        try:
-            return sorted(os.listdir(self._outputs.runs), reverse=True)[:MAX_ENDED_RUNS]
-        except OSError:
-            return []
 
     def _read(self, name: str) -> RunRecord | None:
         stamp, record = self._seen.get(name, (None, None))
@@ -93,37 +90,27 @@ def find_run(run: str, outputs: OutputPaths) -> RunPaths:
     if not folders:
         raise RecordError("there are no runs yet", str(outputs.runs), "qlora-exp run, or say --output-root DIR")
     if run == LAST:
-        return _last(folders)
+        return folders[max(folders, key=lambda name: (_started_at(folders[name]), name))]
     if run in folders:
         return folders[run]
     matches = [name for name in folders if name.startswith(run) or name.endswith(run)] if run else []
     if len(matches) == 1:
         return folders[matches[0]]
     if matches:
-        raise RecordError(
-            f"{run!r} matches {len(matches)} runs", str(outputs.runs), f"type more: {_first_names(matches)}"
-        )
-    raise RecordError(f"there is no run {run!r}", str(outputs.runs), _nearest_run(run, list(folders)))
+        first = ", ".join(matches[:4]) + (", …" if len(matches) > 4 else "")
+        raise RecordError(f"{run!r} matches {len(matches)} runs", str(outputs.runs), f"type more: {first}")
+    hint = nearest(run, list(folders))
+    if not hint.startswith("did you mean"):
+        hint = f"the newest are {', '.join(list(folders)[-3:])}; qlora-exp ls runs"
+    raise RecordError(f"there is no run {run!r}", str(outputs.runs), hint)
 
 
-def _last(folders: dict[str, RunPaths]) -> RunPaths:
-    """Return the run that started last. Runs with a damaged record count as the oldest, in order of their names."""
-    started = {}
-    for name, paths in folders.items():
-        try:
-            started[name] = read_record(paths.record).started_at
-        except RecordError:
-            started[name] = ""
-    return folders[max(folders, key=lambda name: (started[name], name))]
-
-
-def _nearest_run(run: str, names: list[str]) -> str:
-    hint = nearest(run, names)
-    return hint if hint.startswith("did you mean") else f"the newest are {_first_names(names[-3:])}; qlora-exp ls runs"
-
-
-def _first_names(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+def _started_at(paths: RunPaths) -> str:
+    """Return when the run started; "" for a damaged record: such runs count as the oldest."""
+    try:
+        return read_record(paths.record).started_at
+    except RecordError:
+        return ""
 
 
 def study_names(outputs: OutputPaths) -> list[str]:

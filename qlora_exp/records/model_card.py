@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+from qlora_exp.formatting import figure
 from qlora_exp.records.redaction import redact, redact_text
-from qlora_exp.records.types import Data, RunRecord
+from qlora_exp.records.types import Data, RunRecord, Scores
 
 CARD_MEASURES = {
     "loss": "nats per completion token",
@@ -25,34 +26,29 @@ CARD_MEASURES = {
 }
 
 
-def model_card(record: RunRecord) -> str:
-    """Return Markdown with the Hub's metadata header. Secrets are redacted."""
+def model_card(record: RunRecord, library: str = "peft", chapter: str = "") -> str:
+    """Return Markdown with the Hub's metadata header. Secrets are redacted.
+
+    Args:
+        library: the library that loads the model.
+        chapter: Markdown to put before the settings.
+    """
+    from huggingface_hub import ModelCardData
+
     config = redact(record.config)
-    lines = [*_header(config), f"# {record.name}", "", *_made_from(record, config), "", *_scores(record), ""]
+    model = config.get("model") or {}
+    base = model.get("path") or (model.get("checkpoints") or {}).get(model.get("variant"))
+    on_hub = base is not None and "/" in base and not base.startswith(("/", ".", "~"))
+    header = ModelCardData(base_model=base if on_hub else None, library_name=library, tags=["lora", "qlora-exp"])
+    lines = ["---", header.to_yaml(), "---", "", f"# {record.name}", ""]
+    mode = (config.get("quantization") or {}).get("mode")
+    lines.append(f"A LoRA adapter for `{base or model.get('family')}` ({model.get('variant')}, held in {mode}).")
+    lines += [*_origin(record), "", *_scores(record), "", *([chapter, ""] if chapter else [])]
     lines += ["## Settings", "", *_settings(record, config), "", "## Licence and limits", "", *_limits(config)]
     return redact_text("\n".join(lines)) + "\n"
 
 
-def _header(config: dict[str, Any]) -> Iterator[str]:
-    yield "---"
-    base = _base(config)
-    if base is not None and "/" in base and not base.startswith(("/", ".", "~")):
-        yield f"base_model: {json.dumps(base)}"
-    yield "library_name: peft"
-    yield "tags: [lora, qlora-exp]"
-    yield "---"
-    yield ""
-
-
-def _base(config: dict[str, Any]) -> str | None:
-    model = config.get("model") or {}
-    return model.get("path") or (model.get("checkpoints") or {}).get(model.get("variant"))
-
-
-def _made_from(record: RunRecord, config: dict[str, Any]) -> Iterator[str]:
-    model = config.get("model") or {}
-    mode = (config.get("quantization") or {}).get("mode")
-    yield f"A LoRA adapter for `{_base(config) or model.get('family')}` ({model.get('variant')}, held in {mode})."
+def _origin(record: RunRecord) -> Iterator[str]:
     if record.model_fingerprint:
         yield f"Base fingerprint: `{record.model_fingerprint}`."
     if record.data is not None:
@@ -75,8 +71,8 @@ def _prompt(data: Data) -> Iterator[str]:
     """Yield what a server needs to render prompts as in training."""
     variables = data.answer_prefix_variables
     if data.answer_prefix:
-        text = json.dumps(data.answer_prefix)
-        yield f"Prompts ended in `{text}`, which the chat template writes before an answer without reasoning."
+        prefix = json.dumps(data.answer_prefix)
+        yield f"Prompts ended in `{prefix}`, which the chat template writes before an answer without reasoning."
     if variables:
         yield f"Serve it with the chat template's variables `{json.dumps(variables)}`."
     elif data.answer_prefix:
@@ -89,34 +85,40 @@ def _scores(record: RunRecord) -> Iterator[str]:
     yield "## Scores"
     yield ""
     table = record.scores
-    for title, before, after in (
-        ("validation", table.before, table.after),
-        ("test", table.test_before, table.test),
-    ):
-        measured = after or before
-        if measured is None:
-            continue
-        yield f"On {measured.split or title}, {measured.items:,} items:"
-        yield ""
-        yield "| measure | before | after | how |"
-        yield "|---|---:|---:|---|"
-        for name, how in CARD_MEASURES.items():
-            values = [getattr(scores, name) if scores is not None else None for scores in (before, after)]
-            if any(value is not None for value in values):
-                yield f"| {name.replace('_', ' ')} | {_figure(values[0])} | {_figure(values[1])} | {how} |"
-        yield ""
+    for title, before, after in (("validation", table.before, table.after), ("test", table.test_before, table.test)):
+        if (scores := after or before) is not None:
+            yield f"On {scores.split or title}, {scores.items:,} items:"
+            yield ""
+            yield "| measure | before | after | how |"
+            yield "|---|---:|---:|---|"
+            for name, *figures in score_rows(before, after, CARD_MEASURES):
+                yield f"| {name} | {' | '.join(figures)} | {CARD_MEASURES[name.replace(' ', '_')]} |"
+            yield ""
     if table.before is None and table.after is None and table.test is None:
         yield "Not measured."
+    yield from findings(record)
+
+
+def score_rows(before: Scores | None, after: Scores | None, names: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+    """Yield (name, before, after) as text for those of ``names`` that either model has."""
+    for name in names:
+        values = [getattr(scores, name) if scores is not None else None for scores in (before, after)]
+        if any(value is not None for value in values):
+            yield name.replace("_", " "), figure(values[0]), figure(values[1])
+
+
+def findings(record: RunRecord) -> Iterator[str]:
+    """Yield a sentence for each thing that was measured beyond the scores: baselines, forgetting, goal."""
     if record.baselines is not None:
         yield (
-            f"Baselines on {record.baselines.split}: majority class {_figure(record.baselines.majority_accuracy)}, "
-            f"TF-IDF + logistic regression {_figure(record.baselines.tfidf_accuracy)} (accuracy)."
+            f"Baselines on {record.baselines.split}: majority class {figure(record.baselines.majority_accuracy)}, "
+            f"TF-IDF + logistic regression {figure(record.baselines.tfidf_accuracy)} (accuracy)."
         )
-    for loss in (table.forgetting, table.forgetting_chat):
+    for loss in (record.scores.forgetting, record.scores.forgetting_chat):
         if loss is not None:
             yield (
-                f"Loss on {loss.text} ({loss.documents} documents) changed by {_figure(loss.difference)} nats per byte "
-                f"(95 % interval {_figure(loss.low)} to {_figure(loss.high)})."
+                f"Loss on {loss.text} ({loss.documents} documents) changed by {figure(loss.difference)} nats per byte "
+                f"(95 % interval {figure(loss.low)} to {figure(loss.high)})."
             )
     if record.goal is not None:
         yield f"Goal `{record.goal.text}` on {record.goal.split}: {record.goal.answer}."
@@ -158,7 +160,3 @@ def _limits(config: dict[str, Any]) -> Iterator[str]:
         yield "DoRA's magnitudes are read by PEFT; vLLM and llama.cpp refuse them. Merge the adapter for these."
     if (config.get("task") or {}).get("source") == "embedded":
         yield "The embedded task is made from WordNet 3.0 (Princeton University), used under the WordNet 3.0 licence."
-
-
-def _figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"

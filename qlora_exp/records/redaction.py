@@ -74,34 +74,27 @@ def is_secret_key(key: str) -> bool:
     return words[-1] == "token" and not TOKENIZER_WORDS.intersection(words[:-1])
 
 
-def redact(value: Any, key: str = "") -> Any:
+def redact(value: Any, key: str = "", secrets: Sequence[str] | None = None) -> Any:
     """Return a copy of plain JSON types without secrets.
 
     Values of a secret key become ``***``, except ``None``, booleans and empty texts. Other texts go through
-    :func:`redact_text`.
+    :func:`redact_text`. ``secrets``: :func:`environment_secrets`, if they are known already.
     """
-    return _redact(value, key, environment_secrets())
-
-
-def _redact(value: Any, key: str, secrets: Sequence[str]) -> Any:
+    secrets = environment_secrets() if secrets is None else secrets
     if is_secret_key(key) and value not in (None, "", True, False) and not isinstance(value, Mapping):
         return REDACTED
     if isinstance(value, Mapping):
-        return {name: _redact(entry, str(name), secrets) for name, entry in value.items()}
+        return {name: redact(entry, str(name), secrets) for name, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_redact(entry, "", secrets) for entry in value]
+        return [redact(entry, "", secrets) for entry in value]
     if isinstance(value, str):
-        return _redact_text(value, secrets)
+        return redact_text(value, secrets)
     return value
 
 
-def redact_text(text: str) -> str:
-    """Return ``text`` (a message, a traceback, a URL) without secrets."""
-    return _redact_text(text, environment_secrets())
-
-
-def _redact_text(text: str, secrets: Sequence[str]) -> str:
-    for secret in secrets:
+def redact_text(text: str, secrets: Sequence[str] | None = None) -> str:
+    """Return ``text`` (a message, a traceback, a URL) without secrets; ``secrets`` as for :func:`redact`."""
+    for secret in environment_secrets() if secrets is None else secrets:
         text = text.replace(secret, REDACTED)
     text = TOKEN_SHAPES.sub(REDACTED, text)
     text = URL_PASSWORD.sub(rf"\g<before>:{REDACTED}@", text)

@@ -249,6 +249,17 @@ class Memory:
     source: str | None = None
     """What the peaks measure: ``cuda_allocated`` or ``resident``."""
 
+    @property
+    def model_state_bytes(self) -> float | None:
+        """Weights + quantization state + adapter + gradients + optimizer: what training needs besides activations.
+        ``None`` if one of them is unknown."""
+        parts = (
+            *(self.base_weight_bytes, self.quantization_state_bytes, self.adapter_bytes),
+            *(self.gradient_bytes, self.optimizer_bytes),
+        )
+        known = [part for part in parts if part is not None]
+        return float(sum(known)) if len(known) == len(parts) else None
+
 
 @dataclass(frozen=True)
 class Speed:

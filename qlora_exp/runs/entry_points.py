@@ -9,7 +9,7 @@ from typing import Any
 
 from qlora_exp.architecture.run_plan import EARLIER_TASK_DEFAULTS
 from qlora_exp.config.compose import as_checked_config
-from qlora_exp.config.override_values import escape_interpolations
+from qlora_exp.config.overrides import escape_interpolations
 from qlora_exp.config.schema import Config
 from qlora_exp.errors import ConfigError, RecordError
 from qlora_exp.estimate.budget import STUDY_LIMITS
@@ -31,7 +31,7 @@ def run_with_progress(config: Config, resume: str | None = None) -> int:
         record = execute(config, observer, resume, alone=True)
     print(run_summary(record, config))
     if config.tracking.enabled:
-        from qlora_exp.tracking.pending import not_delivered
+        from qlora_exp.tracking.state import not_delivered
 
         missing = not_delivered(OutputPaths.of(config.output_root), [record.run_id])
         if missing is not None:

@@ -88,7 +88,7 @@ def execute(
         if alone and config.training.engine is not Engine.sleep:
             import_and_freeze_gc(("qlora_exp.runs.pipeline",))
         if resume is not None:  # its memory was checked when it first started
-            prepared = _prepare(config, bases)
+            prepared = _prepare(config, bases, memory)
             _check_same_data(read_record(outputs.run(resume).record), prepared.data_fingerprint)
             record, paths = create_record(config, outputs, prepared.environment, resume, run_id, trial)
         else:  # wrong input raises here, before a run exists
@@ -218,7 +218,7 @@ def preflight(config: Config, prepared: Prepared, probed: Environment) -> str | 
     check_energy(config.budget, config.training.device)
     if config.training.engine is Engine.sleep:
         return memory_warning(sleep_engine.synthetic_fit(config, probed, _memory_limit(config)))
-    return memory_warning(memory_fit(config, prepared, probed, _memory_limit(config)))
+    return memory_warning(memory_fit(config, prepared.estimate, _memory_limit(config)))
 
 
 def _memory_limit(config: Config) -> MemoryLimit:
@@ -243,7 +243,7 @@ def _fit_micro_batch(
     batch = config.training.batch_size
     requested = size = config.training.micro_batch_size or batch
     try:
-        prepared = _prepare(config, bases)
+        prepared = _prepare(config, bases, memory)
         fit = prepared.fit(memory)
         return config, prepared, fit, _warnings(fit)
     except PredictedOutOfMemory as error:
@@ -255,7 +255,7 @@ def _fit_micro_batch(
         smaller = dataclasses.replace(config, training=dataclasses.replace(config.training, micro_batch_size=size))
         warning = f"predicted not to fit with micro-batches of {requested}; uses {size}, with the same batch size"
         with contextlib.suppress(PredictedOutOfMemory):
-            prepared = _prepare(smaller, bases)
+            prepared = _prepare(smaller, bases, memory)
             fit = prepared.fit(memory)
             return smaller, prepared, fit, (warning, *_warnings(fit))
     raise first_error
@@ -266,25 +266,25 @@ def _warnings(fit: Fit | None) -> tuple[str, ...]:
     return (warning,) if warning is not None else ()
 
 
-def _prepare(config: Config, bases: BaseModels | None) -> _Prepared:
-    return _SleepRun(config) if config.training.engine is Engine.sleep else _TrainingRun(config, bases)
+def _prepare(config: Config, bases: BaseModels | None, memory: MemoryLimit) -> _Prepared:
+    return _SleepRun(config) if config.training.engine is Engine.sleep else _TrainingRun(config, bases, memory)
 
 
 class _TrainingRun:
     """A run that trains a model."""
 
-    def __init__(self, config: Config, bases: BaseModels | None) -> None:
+    def __init__(self, config: Config, bases: BaseModels | None, memory: MemoryLimit) -> None:
         from qlora_exp.runs.prepare import prepare
 
         self.config, self.bases = config, bases
         self.environment = environment.probe(config.training.device)
-        self.prepared = prepare(config, self.environment, self.bases)
+        self.prepared = prepare(config, self.environment, self.bases, memory)
         self.data_fingerprint: str | None = self.prepared.splits.record.fingerprint
 
     def fit(self, memory: MemoryLimit) -> Fit | None:
         from qlora_exp.estimate.preflight import memory_fit
 
-        return memory_fit(self.config, self.prepared, self.environment, memory)
+        return memory_fit(self.config, self.prepared.estimate, memory)
 
     def run(
         self, record: RunRecord, paths: RunPaths, observer: Observer, report: PruneCheck

@@ -13,7 +13,7 @@ from qlora_exp.runs.entry_points import config_from_plain, run_with_progress
 from qlora_exp.runs.process import EXIT_INTERRUPTED, EXIT_WRONG_INPUT, print_error
 from qlora_exp.system import signals, streams
 from qlora_exp.system.distributed import check_single_rank
-from qlora_exp.system.terminal import show_any_text
+from qlora_exp.system.streams import show_any_text
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 

@@ -13,9 +13,9 @@ from typing import Any
 from qlora_exp.architecture.targets import rank_warning
 from qlora_exp.config.schema import Config, EvaluationSplit
 from qlora_exp.errors import ModelError, QloraExpError
-from qlora_exp.estimate.budget import budget_stop_message
-from qlora_exp.estimate.preflight_budget import affordable_steps_message
-from qlora_exp.estimate.run_estimate import with_first_predictions
+from qlora_exp.estimate.budget import affordable_steps, budget_stop_message
+from qlora_exp.estimate.estimator import with_first_predictions
+from qlora_exp.estimate.workload import train_flops_per_token
 from qlora_exp.evaluation.base_scores import baselines_of, score_base_model, score_splits, write_items
 from qlora_exp.evaluation.few_shot import few_shot_scores
 from qlora_exp.evaluation.goal import answer_goal
@@ -31,6 +31,7 @@ from qlora_exp.records.schema import from_dict
 from qlora_exp.records.types import Failure, Plan, RunRecord, ScoreTable, Status
 from qlora_exp.runs.prepare import Prepared
 from qlora_exp.runs.record_figures import RunFigures
+from qlora_exp.system.device_errors import is_cuda_error
 from qlora_exp.training import meter as measurement
 from qlora_exp.training.checkpoints import newest_valid, step_of
 from qlora_exp.training.outcome import Diverged, NullObserver, Observer, PruneCheck, no_pruning, status_of
@@ -55,6 +56,7 @@ def run_pipeline(
         paths,
         measurement.Meter(prepared.plan.device, process_reused=_host_is_reused()),
         earlier_seconds=record.speed.total_seconds or 0.0,
+        useful_flops_per_token=_useful_flops_per_token(prepared),
     )
     try:
         _run_pipeline(config, prepared, progress, observer or NullObserver(), report, bases or NoCache())
@@ -71,8 +73,8 @@ def _run_pipeline(
     cache = OutputPaths.of(config.output_root).cache
     progress.resident_bytes = measurement.resident_bytes()
     if not progress.earlier.seconds:
-        for text in affordable_steps_message(config, prepared):
-            observer.note(text)
+        for affordable in affordable_steps(config.budget, prepared.estimate):
+            observer.note(affordable.message)
 
     progress.enter("load", observer)
     with meter.phase("load"):
@@ -187,6 +189,13 @@ def _check_same_model(record: RunRecord, fingerprint: str) -> None:
         )
 
 
+def _useful_flops_per_token(prepared: Prepared) -> float:
+    """Return the plan's operations for one unpadded token, without those for padding and recomputation."""
+    row = prepared.estimate.workload.row
+    unpadded, trainable = replace(row, padded=row.tokens), prepared.plan.trainable_parameters
+    return train_flops_per_token(prepared.architecture, trainable, unpadded, recomputed=False, fused_head=False)
+
+
 _runs_in_this_process = itertools.count()
 
 
@@ -212,17 +221,22 @@ def _failed_record(progress: RunFigures, error: BaseException) -> RunRecord:
         message=message[:4000],
         phase=progress.phase,
         step=getattr(error, "step", None) or (progress.watch.so_far().training.steps if progress.watch else None),
-        hint=error.hint if isinstance(error, QloraExpError) else _hint(status, progress.paths),
+        hint=error.hint if isinstance(error, QloraExpError) else _hint(status, progress.paths, error),
         traceback=None if isinstance(error, QloraExpError) else trace,
     )
     return progress.known().replace(status=status, failure=failure)
 
 
-def _hint(status: Status, paths: RunPaths) -> str | None:
+def _hint(status: Status, paths: RunPaths, error: BaseException) -> str | None:
     newest = newest_valid(paths.checkpoints)
-    start = f"goes on at step {step_of(newest[0])}" if newest else "starts again: no step was saved"
+    start = f"continues at step {step_of(newest[0])}" if newest else "starts again: no step was saved"
     if paths.trained.exists():
-        start = "goes on with the evaluation"
+        start = "continues with the evaluation"
+    if status is Status.FAILED and is_cuda_error(error):
+        return (
+            "start it again in a new process: CUDA may be unusable in this one; with CUDA_LAUNCH_BLOCKING=1 in the "
+            "environment the traceback shows the operation that failed"
+        )
     return {
         Status.INTERRUPTED: f"qlora-exp run --resume {shlex.quote(str(paths.folder))} {start}",
         Status.OUT_OF_MEMORY: "halve training.micro_batch_size (accumulation keeps the batch), set "

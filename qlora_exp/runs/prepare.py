@@ -10,18 +10,18 @@ from typing import Any
 from qlora_exp.architecture import run_plan
 from qlora_exp.architecture.shapes import Architecture
 from qlora_exp.architecture.targets import rank_warning, resolve_targets
-from qlora_exp.config.checks_lora import int8_dora
+from qlora_exp.config.checks_lora import int8_dora, scaled_16_bit_adapters
 from qlora_exp.config.schema import Config, EvaluationSplit
-from qlora_exp.data.items import Splits
+from qlora_exp.data.items import Splits, check_positions, check_vocabulary
 from qlora_exp.data.load import load_data
-from qlora_exp.data.model_limits import check_positions, check_vocabulary
 from qlora_exp.data.sources import state_of_files
 from qlora_exp.data.splits import load_rows
 from qlora_exp.errors import ConfigError, DataError
-from qlora_exp.estimate.flops import Workload
-from qlora_exp.estimate.run_estimate import PredictedRun, lengths_of, predict_run, row_lengths
+from qlora_exp.estimate.estimator import RunEstimate, estimator_of_run, with_predictions
+from qlora_exp.estimate.memory_fit import MemoryLimit, memory_limit_bytes
+from qlora_exp.estimate.tokens import row_lengths
+from qlora_exp.evaluation.generation import check_answers
 from qlora_exp.evaluation.metrics import hub_metric
-from qlora_exp.evaluation.oracle import check_answers
 from qlora_exp.models.base_cache import NoCache, model_key
 from qlora_exp.models.base_models import BaseModels
 from qlora_exp.models.inspect import describe
@@ -33,23 +33,29 @@ from qlora_exp.records.types import Environment, Plan
 
 @dataclass(frozen=True)
 class Prepared:
-    """A checked run: its predictions, full names of its target modules, tokenizer, data and architecture."""
+    """A checked run: its plan and estimate, full names of its target modules, tokenizer, data and architecture."""
 
-    predicted: PredictedRun
+    plan: Plan
+    estimate: RunEstimate
     modules: tuple[str, ...]
     tokenizer: Any
     splits: Splits
     architecture: Architecture
 
-    @property
-    def plan(self) -> Plan:
-        return self.predicted.plan
 
+def prepare(
+    config: Config, environment: Environment, bases: BaseModels | None = None, memory: MemoryLimit | None = None
+) -> Prepared:
+    """Check rows, target modules and plan, the cheapest checks first. Raises :class:`QloraExpError`.
 
-def prepare(config: Config, environment: Environment, bases: BaseModels | None = None) -> Prepared:
-    """Check rows, target modules and plan, the cheapest checks first. Raises :class:`QloraExpError`."""
+    ``memory``: the limit for ``gradient_checkpointing=auto``; ``None``: the budget's, or the device's memory.
+    """
     if environment.device.kind == "cpu" and (problem := int8_dora(config)):
         raise problem  # with training.device=auto the device is known only here
+    device = environment.device
+    computed_in = run_plan.compute_dtype(config.quantization, device.kind, device.bf16)
+    if device.kind == "cuda" and (problem := scaled_16_bit_adapters(config, computed_in)):
+        raise problem  # a card without bfloat16 computes quantized weights in float16
     if environment.device.kind == "cpu" and config.model.attention == "flex_attention":
         what = "FlexAttention can't be trained on a CPU: torch has no backward pass for it there"
         raise ConfigError(what, "model.attention = flex_attention", "model.attention=auto, or a GPU")
@@ -69,12 +75,15 @@ def prepare(config: Config, environment: Environment, bases: BaseModels | None =
         answers_key = (task_key, model_id, length, config.evaluation.max_new_tokens)
         bases.memoize("answers that can be right", answers_key, lambda: check_answers(splits, tokenizer, config))
     _check_evaluation(config, splits)
-    planned = run_plan.make_plan(config, environment, architecture, modules, splits.format)
-    if config.training.max_tokens is not None:
-        planned = replace(planned, max_steps=_steps_for_tokens(config, splits))
     ended = bases.memoize("ended runs", config.output_root, lambda: EndedRuns(OutputPaths.of(config.output_root)))
-    prediction = predict_run(planned, config, environment, architecture, modules, splits, ended.records(), bases.warm)
-    return Prepared(prediction, modules, tokenizer, splits, architecture)
+    memory = memory or MemoryLimit(config.budget.memory_bytes, 1, (), allow_borderline=True, halvings=0)
+    memory_bytes = memory_limit_bytes(memory, device)
+    estimator = estimator_of_run(environment, architecture, modules, splits, ended.records(), bases.warm, memory_bytes)
+    estimate = estimator.estimate(config)
+    planned = run_plan.make_plan(config, environment, architecture, modules, splits.format, estimate.checkpointing)
+    if config.training.max_tokens is not None:
+        planned = replace(planned, max_steps=_steps_for_tokens(estimate, splits))
+    return Prepared(with_predictions(planned, estimate), estimate, modules, tokenizer, splits, architecture)
 
 
 def _check_evaluation(config: Config, splits: Splits) -> None:
@@ -94,11 +103,11 @@ SHORT_ROWS_SIGMAS = 4.0
 the token limit, not the last step, ends the training."""
 
 
-def _steps_for_tokens(config: Config, splits: Splits) -> int:
+def _steps_for_tokens(estimate: RunEstimate, splits: Splits) -> int:
     """Return enough steps for ``training.max_tokens``; TokenBudget stops at the exact step."""
     lengths = row_lengths(splits)
     mean = statistics.fmean(lengths)
-    workload = Workload.of(config.training, lengths_of(splits, config.training.max_length))
+    workload = estimate.workload
     rows = workload.tokens / mean
     factor = 1 + SHORT_ROWS_SIGMAS * statistics.pstdev(lengths) / mean / math.sqrt(max(rows, 1.0))
     return 1 + math.ceil(factor * rows / workload.step_rows)

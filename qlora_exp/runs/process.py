@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterable
@@ -15,7 +17,9 @@ from qlora_exp.errors import QloraExpError
 from qlora_exp.records import redaction
 from qlora_exp.records.types import Status
 from qlora_exp.system import gpus
+from qlora_exp.system.environment import NO_TELEMETRY
 
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 EXIT_COMPLETED, EXIT_RUN_FAILED, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
@@ -25,6 +29,17 @@ class ExitCode(KeyboardInterrupt):
     def __init__(self, code: int) -> None:
         super().__init__(code)  # in args, so that pickle restores it in a launcher's parent process
         self.code = code
+
+
+def die_with(parent: int) -> None:
+    """Make the kernel kill this process when the parent's thread that started it ends (Linux).
+
+    Elsewhere the end of standard input has this effect. The parent may already have died before the kernel call.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def set_threads(threads: int | None) -> None:
@@ -52,8 +67,7 @@ def silence_libraries() -> None:
     process with threads forks."""
     for key, value in {
         "TOKENIZERS_PARALLELISM": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "DO_NOT_TRACK": "1",
+        **NO_TELEMETRY,
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "DATASETS_VERBOSITY": "error",

@@ -28,6 +28,8 @@ class RunFigures:
     meter: measurement.Meter
     earlier_seconds: float
     """Seconds of a resumed run's earlier parts."""
+    useful_flops_per_token: float | None = None
+    """Operations that the model needs for one unpadded token, without padding and recomputation."""
     phase: str = "prepare"
     weights: WeightBytes | None = None
     resident_bytes: int | None = None
@@ -108,11 +110,13 @@ def _memory(progress: RunFigures, trained: Trained | None) -> Memory:
 def _working_set(progress: RunFigures) -> int | None:
     """Return the bytes that training needed at its peak, base model included.
 
-    On a CPU this excludes what the process held before training for scoring or MLflow.
+    On CUDA, states of a paged optimizer are added: torch's allocator doesn't know of them. On a CPU this excludes what
+    the process held before training for scoring or MLflow.
     """
     train, weights = progress.meter.of("train"), progress.weights
     if progress.meter.device == "cuda":
-        return train.peak_bytes
+        paged_bytes = progress.watch.meter.paged_bytes if progress.watch is not None else 0
+        return train.peak_bytes + paged_bytes if train.peak_bytes is not None else None
     if train.anonymous_peak_bytes is None or weights is None:
         return None
     weight_bytes = weights.base_weight_bytes + weights.quantization_state_bytes + weights.adapter_bytes
@@ -146,17 +150,16 @@ def _speed(progress: RunFigures, trained: Trained | None) -> Speed:
         train_tokens_per_second=rate,
         step_seconds_p50=_quantile(ordered, 0.5),
         step_seconds_p95=_quantile(ordered, 0.95),
-        model_flops_utilisation=_utilisation(record, rate),
+        model_flops_utilisation=_utilisation(progress, rate),
         energy_joules=meter.of("train").energy_joules,
     )
 
 
-def _utilisation(record: RunRecord, tokens_per_second: float | None) -> float | None:
-    if record.plan is None or tokens_per_second is None or record.plan.device != "cuda":
+def _utilisation(progress: RunFigures, tokens_per_second: float | None) -> float | None:
+    flops = progress.useful_flops_per_token
+    if tokens_per_second is None or flops is None or progress.meter.device != "cuda":
         return None
-    plan = record.plan
-    flops = measurement.flops_per_token(plan.total_parameters, plan.trainable_parameters, recomputed=False)
-    return measurement.model_flops_utilisation(record.environment.device.name, flops, tokens_per_second)
+    return measurement.model_flops_utilisation(progress.record.environment.device.name, flops, tokens_per_second)
 
 
 def _quantile(ordered: Sequence[float], share: float) -> float | None:

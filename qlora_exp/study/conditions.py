@@ -106,7 +106,11 @@ def _parse(text: str, where: str) -> tuple[Clause, ...]:
         match = CLAUSE.match(text, position)
         if match is None:
             raise ConfigError("the condition can't be parsed", where, CONDITION_HINT)
-        clauses.append(Clause(match["key"], match["sign"], _value(match["value"], where)))
+        try:
+            value = OverridesParser.create().parse_override(f"value={match['value']}").value()
+        except (HydraException, ValueError):
+            raise ConfigError(f"{match['value']} is not a value", where, CONDITION_HINT) from None
+        clauses.append(Clause(match["key"], match["sign"], value))
         conjunction = AND.match(text, match.end())
         if conjunction is None:
             break
@@ -114,13 +118,6 @@ def _parse(text: str, where: str) -> tuple[Clause, ...]:
     if match.end() != len(text):
         raise ConfigError(f"the condition can't be parsed from {text[match.end() :]!r} on", where, CONDITION_HINT)
     return tuple(clauses)
-
-
-def _value(text: str, where: str) -> Any:
-    try:
-        return OverridesParser.create().parse_override(f"value={text}").value()
-    except (HydraException, ValueError):
-        raise ConfigError(f"{text} is not a value", where, CONDITION_HINT) from None
 
 
 def _clause_problem(

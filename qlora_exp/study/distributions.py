@@ -8,7 +8,7 @@ from typing import Any
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import Trial
 
-from qlora_exp.config.override_values import hydra_value
+from qlora_exp.config.overrides import hydra_value
 from qlora_exp.errors import ConfigError, nearest
 from qlora_exp.study.conditions import is_active, topological_order
 from qlora_exp.study.types import Axis, AxisKind
@@ -54,9 +54,9 @@ def suggest(axes: Sequence[Axis], trial: Trial) -> dict[str, Any]:
 
 def contains(axis: Axis, value: Any) -> bool:
     """Return whether ``value`` lies on the axis."""
-    distribution_of_axis = distribution(axis)
+    space = distribution(axis)
     try:
-        return distribution_of_axis._contains(distribution_of_axis.to_internal_repr(encode_value(value)))
+        return space._contains(space.to_internal_repr(encode_value(value)))
     except ValueError:
         return False
 
@@ -76,22 +76,10 @@ def check_enqueued(axes: Sequence[Axis], points: Sequence[Mapping[str, Any]]) ->
 
 
 def _suggest(axis: Axis, trial: Trial) -> Any:
-    distribution_of_axis = distribution(axis)
-    if isinstance(distribution_of_axis, CategoricalDistribution):
-        return trial.suggest_categorical(axis.key, distribution_of_axis.choices)
-    if isinstance(distribution_of_axis, IntDistribution):
-        return trial.suggest_int(
-            axis.key,
-            distribution_of_axis.low,
-            distribution_of_axis.high,
-            step=distribution_of_axis.step,
-            log=distribution_of_axis.log,
-        )
-    assert isinstance(distribution_of_axis, FloatDistribution)
-    return trial.suggest_float(
-        axis.key,
-        distribution_of_axis.low,
-        distribution_of_axis.high,
-        step=distribution_of_axis.step,
-        log=distribution_of_axis.log,
-    )
+    space = distribution(axis)
+    if isinstance(space, CategoricalDistribution):
+        return trial.suggest_categorical(axis.key, space.choices)
+    if isinstance(space, IntDistribution):
+        return trial.suggest_int(axis.key, space.low, space.high, step=space.step, log=space.log)
+    assert isinstance(space, FloatDistribution)
+    return trial.suggest_float(axis.key, space.low, space.high, step=space.step, log=space.log)

@@ -1,7 +1,8 @@
-"""A study's objectives and constraints: paths into the run's record, checked before anything runs."""
+"""A study's objectives and constraints, which are paths into the run's record, and what each axis explains of them."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -9,17 +10,21 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Literal
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, Literal
 
 from qlora_exp.errors import ConfigError, nearest
-from qlora_exp.records.types import Memory, RunRecord
+from qlora_exp.records.types import RunRecord
 from qlora_exp.study.types import Outcome, StudySpec
 
-MODEL_STATE = "memory.model_state_bytes"
-"""Derived field: memory that training needs besides activations (base, quantization state, adapter, gradients,
-optimizer)."""
+if TYPE_CHECKING:
+    import optuna
 
+MODEL_STATE = "memory.model_state_bytes"
+"""A property of the record, not a field: memory that training needs besides activations."""
+
+MIN_TRIALS = 4
+"""Importances need trials that differ; with fewer they mean nothing."""
 
 Direction = Literal["minimize", "maximize"]
 DIRECTIONS: dict[str, Direction] = {"minimize": "minimize", "maximize": "maximize"}
@@ -75,8 +80,6 @@ def parse_constraint(text: str) -> Constraint:
 
 def objective_value(record: RunRecord, field: str) -> float | None:
     """Return the number at ``field``; ``None`` if it is unknown or not finite."""
-    if field == MODEL_STATE:
-        return _model_state_bytes(record.memory)
     value: Any = record
     for name in field.split("."):
         value = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
@@ -107,22 +110,34 @@ def outcome_of(record: RunRecord, spec: StudySpec) -> Outcome:
     )
 
 
+def importances(study: optuna.Study, spec: StudySpec) -> dict[str, dict[str, float]]:
+    """Return objective → axis → share of its variance (fANOVA with a fixed seed), largest first.
+
+    Objectives and axes without a computable share are left out.
+    """
+    from optuna.importance import FanovaImportanceEvaluator, get_param_importances  # imports scikit-learn
+
+    trials = [trial for trial in study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"]
+    by_objective = {}
+    for number, text in enumerate(spec.objectives):
+        has_variance = len({trial.values[number] for trial in trials}) > 1
+        if len(trials) >= MIN_TRIALS and has_variance:
+            evaluator = FanovaImportanceEvaluator(seed=0)
+            target = partial(_value, number=number)
+            with contextlib.suppress(ValueError, RuntimeError):  # conditional axes, and no trial has all of them
+                shares = get_param_importances(study, evaluator=evaluator, target=target)
+                by_objective[parse_objective(text).field] = dict(shares)
+    return {field: shares for field, shares in by_objective.items() if shares}
+
+
+def _value(trial: optuna.trial.FrozenTrial, number: int) -> float:
+    return float(trial.values[number])
+
+
 @cache
 def numeric_fields() -> tuple[str, ...]:
     """Return the paths of all numbers in a record. ``….*`` means that any name may follow."""
     return (MODEL_STATE, *_numeric_paths(RunRecord, ""))
-
-
-def _model_state_bytes(memory: Memory) -> float | None:
-    parts = (
-        memory.base_weight_bytes,
-        memory.quantization_state_bytes,
-        memory.adapter_bytes,
-        memory.gradient_bytes,
-        memory.optimizer_bytes,
-    )
-    known = [part for part in parts if part is not None]
-    return float(sum(known)) if len(known) == len(parts) else None
 
 
 def _checked_field(field: str, where: str) -> str:

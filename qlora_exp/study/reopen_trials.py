@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
 from typing import Any
 
 from filelock import FileLock
@@ -18,10 +17,11 @@ from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.trial import FrozenTrial, TrialState
 
 from qlora_exp.errors import ConfigError, RecordError, StudyError
-from qlora_exp.paths import OutputPaths, StudyPaths
+from qlora_exp.paths import StudyPaths
 from qlora_exp.records.files import read_record, write_json
 from qlora_exp.records.types import Status
-from qlora_exp.study.heartbeats import (
+from qlora_exp.study.open import open_study
+from qlora_exp.study.trials import (
     CLAIM,
     FAILURE,
     INTERRUPTED_ATTEMPTS,
@@ -30,9 +30,8 @@ from qlora_exp.study.heartbeats import (
     SKIPPED,
     STATUS,
     attempt_of,
+    is_skipped,
 )
-from qlora_exp.study.open import open_study
-from qlora_exp.study.trials import is_skipped
 from qlora_exp.study.types import StudySpec
 
 DOES_NOT_FIT_CHOICE = "does_not_fit"
@@ -64,8 +63,12 @@ def retry_trials(spec: StudySpec, paths: StudyPaths, what: str, url: str) -> lis
     with FileLock(paths.lock):
         trials = [trial for trial in storage.get_all_trials(study_id) if _ended_as(trial, what)]
         # Records first: if a trial were claimed while its record still says that it ended, it would not run again.
-        for trial in trials:
-            _reopen_record(trial, OutputPaths(paths.folder.parent.parent))
+        run_ids = [run_id for trial in trials if (run_id := trial.user_attrs.get(RUN)) is not None]
+        for file in (paths.outputs.run(run_id).record for run_id in run_ids):
+            with contextlib.suppress(RecordError):  # it failed before it had a record
+                record = read_record(file)
+                if record.status is not Status.COMPLETED:
+                    write_json(file, record.replace(status=Status.INTERRUPTED, process=None))
         with _create_scoped_session(backend.scoped_session) as session:
             for trial in trials:
                 _set_waiting(trial, session)
@@ -80,17 +83,6 @@ def _ended_as(trial: FrozenTrial, what: str) -> bool:
     return trial.state not in unfinished and trial.user_attrs.get(STATUS) == Status[what.upper()].value
 
 
-def _reopen_record(trial: FrozenTrial, outputs: OutputPaths) -> None:
-    run_id = trial.user_attrs.get(RUN)
-    if run_id is None:
-        return
-    file = outputs.run(run_id).record
-    with contextlib.suppress(RecordError):  # it failed before it had a record
-        record = read_record(file)
-        if record.status is not Status.COMPLETED:
-            write_json(file, record.replace(status=Status.INTERRUPTED, process=None))
-
-
 def _set_waiting(trial: FrozenTrial, session: Any) -> None:
     row = models.TrialModel.find_or_raise_by_id(trial._trial_id, session, for_update=True)
     row.state, row.datetime_complete = TrialState.WAITING, None
@@ -103,8 +95,3 @@ def _set_waiting(trial: FrozenTrial, session: Any) -> None:
             session.add(models.TrialUserAttributeModel(trial_id=row.trial_id, key=key, value_json=json.dumps(value)))
         else:
             attribute.value_json = json.dumps(value)
-
-
-def numbers_text(numbers: Sequence[int]) -> str:
-    """Return ``trial 3`` or ``trials 3, 7, 9``."""
-    return f"trial{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"

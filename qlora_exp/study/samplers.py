@@ -43,6 +43,7 @@ SAMPLERS: dict[str, type[BaseSampler]] = {
     "qmc": QMCSampler,
     "cmaes": optuna.samplers.CmaEsSampler,
 }
+PLAIN_TYPES = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "None": (type(None),)}
 RESERVED_OPTIONS = {
     *("seed", "constraints_func", "independent_sampler", "gamma", "weights", "source_trials", "mutation", "crossover"),
     *("elite_population_selection_strategy", "child_generation_strategy", "after_trial_strategy"),
@@ -66,31 +67,27 @@ def check_search(spec: StudySpec) -> None:
         ConfigError, or Problems for several.
     """
     errors: list[QloraExpError] = []
-    checks: list[Callable[[], object]] = [partial(parse_objective, text) for text in spec.objectives]
-    checks += [partial(parse_constraint, text) for text in spec.constraints]
-    checks += [partial(make_sampler, spec), partial(make_pruner, spec)]
-    if spec.sampler == "grid":
-        checks.append(partial(grid, spec.axes))
+    checks: list[Callable[[], object]] = [
+        *(partial(parse_objective, text) for text in spec.objectives),
+        *(partial(parse_constraint, text) for text in spec.constraints),
+        partial(make_sampler, spec),
+        partial(make_pruner, spec),
+        *([partial(grid, spec.axes)] if spec.sampler == "grid" else []),
+    ]
     for check in checks:
         try:
             check()
         except QloraExpError as error:
             errors.append(error)
-    errors += _ladder_problems(spec) if spec.ladder is not None else []
-    if not spec.objectives:
-        errors.append(ConfigError("a study needs an objective", "sweep.objectives", "minimize FIELD"))
-    raise_all([*errors, *check_enqueued(spec.axes, spec.enqueue)])
-
-
-def _ladder_problems(spec: StudySpec) -> list[QloraExpError]:
-    errors: list[QloraExpError] = []
-    if spec.pruner != "none":
+    if spec.ladder is not None and spec.pruner != "none":
         what = "a ladder compares runs of equal length: none may be pruned"
         errors.append(ConfigError(what, f"sweep.pruner: {spec.pruner}", "sweep.pruner=none"))
     for key in ("enqueue", "warm_start"):
-        if getattr(spec, key):
+        if spec.ladder is not None and getattr(spec, key):
             errors.append(ConfigError("a ladder chooses its trials itself", f"sweep.{key}", f"sweep.{key}=[]"))
-    return errors
+    if not spec.objectives:
+        errors.append(ConfigError("a study needs an objective", "sweep.objectives", "minimize FIELD"))
+    raise_all([*errors, *check_enqueued(spec.axes, spec.enqueue)])
 
 
 def make_sampler(spec: StudySpec, history: Sequence[FrozenTrial] = ()) -> BaseSampler:
@@ -108,9 +105,8 @@ def make_sampler(spec: StudySpec, history: Sequence[FrozenTrial] = ()) -> BaseSa
             "CMA-ES supports only one objective", "sweep.sampler: cmaes", "sweep.sampler=nsga2, tpe or gp"
         )
     sampler = SeededSampler(spec, history)
-    _checked_construction(
-        partial(sampler.inner, 0), SAMPLERS[spec.sampler], spec.sampler_options, "sweep.sampler_options"
-    )
+    kind = SAMPLERS[spec.sampler]
+    _checked_construction(partial(sampler.inner, 0), kind, spec.sampler_options, "sweep.sampler_options")
     return sampler
 
 
@@ -139,7 +135,12 @@ def make_pruner(spec: StudySpec) -> BasePruner:
 
 
 def _checked_construction(make: Any, kind: type, options: dict[str, Any], where: str) -> Any:
-    valid = set(inspect.signature(kind).parameters) - RESERVED_OPTIONS
+    """Return ``make()``; raise :class:`ConfigError` for options that ``kind`` doesn't have, or of another type.
+
+    Otherwise only the first trial would fail.
+    """
+    parameters = inspect.signature(kind).parameters
+    valid = set(parameters) - RESERVED_OPTIONS
     raise_all(
         [
             ConfigError(f"{kind.__name__} has no option {name}", f"{where}.{name}", nearest(name, valid))
@@ -147,35 +148,21 @@ def _checked_construction(make: Any, kind: type, options: dict[str, Any], where:
             if name not in valid
         ]
     )
-    raise_all(
-        [
-            ConfigError(f"{kind.__name__}'s {name} can't be {value!r}", f"{where}.{name}", f"its type: {required_type}")
-            for name, value in options.items()
-            if (required_type := _required_type(kind, name, value))
-        ]
-    )
+    errors = []
+    for name, value in options.items():
+        # The annotation is compared as text, because Optuna imports the names in it only for type checkers.
+        annotation = parameters[name].annotation
+        type_text = str(getattr(annotation, "__name__", annotation))
+        types = [PLAIN_TYPES.get(type_name.strip()) for type_name in type_text.split("|")]
+        if None not in types and not any(type(value) in plain for plain in types if plain is not None):
+            what = f"{kind.__name__}'s {name} can't be {value!r}"
+            errors.append(ConfigError(what, f"{where}.{name}", f"its type: {type_text}"))
+    raise_all(errors)
     try:
         with _no_experimental_warnings():
             return make()
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"{kind.__name__} can't be created: {error}", where, f"options: {options}") from None
-
-
-PLAIN_TYPES = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "None": (type(None),)}
-
-
-def _required_type(kind: type, name: str, value: Any) -> str | None:
-    """Return the option's required type if ``value`` has another one, else ``None``. Otherwise only the first trial
-    would fail.
-
-    The annotation is compared as text, because Optuna imports the names in it only for type checkers.
-    """
-    annotation = inspect.signature(kind).parameters[name].annotation
-    type_text = str(getattr(annotation, "__name__", annotation))
-    type_names = [type_name.strip() for type_name in type_text.split("|")]
-    if not all(type_name in PLAIN_TYPES for type_name in type_names):
-        return None
-    return None if any(type(value) in PLAIN_TYPES[type_name] for type_name in type_names) else type_text
 
 
 @contextlib.contextmanager
@@ -204,31 +191,30 @@ class SeededSampler(BaseSampler):
 
     def inner(self, number: int, axis: str = "") -> BaseSampler:
         """Return a new inner sampler for the trial (and axis)."""
+        seed = _seed(self._spec.seed, number, axis)
+        kind, options = SAMPLERS[self._spec.sampler], dict(self._spec.sampler_options)
         with _no_experimental_warnings():
-            return self._inner(number, axis)
+            if self._spec.sampler == "qmc":
+                return NumberedQmc(self._spec, number, RandomSampler(seed))
+            if self._spec.sampler == "nsga2":
+                return RepeatableNsga2(seed=seed, **options)
+            if self._spec.sampler == "tpe" and any(axis.condition for axis in self._spec.axes):
+                options = {"group": True, "multivariate": True} | options
+            if self._spec.sampler != "tpe" and "warn_independent_sampling" in inspect.signature(kind).parameters:
+                options = {"warn_independent_sampling": False} | options
+            return kind(seed=seed, **options)  # type: ignore[call-arg]
 
     def _sampler_for(self, study: optuna.Study, number: int, axis: str = "") -> BaseSampler:
         """Return the trial's sampler: a random one if the trials before it were predicted not to fit.
 
         GP learns only from completed trials, so it would suggest nearly the same point again.
         """
-        if _all_skipped(study, range(number - SKIPS_BEFORE_RANDOM, number)):
-            return RandomSampler(_seed(self._spec.seed, number, axis))
+        before = range(number - SKIPS_BEFORE_RANDOM, number)
+        if before.start >= 0:
+            pruned = study._storage.get_all_trials(study._study_id, deepcopy=False, states=(TrialState.PRUNED,))
+            if set(before) <= {trial.number for trial in pruned if is_skipped(trial)}:
+                return RandomSampler(_seed(self._spec.seed, number, axis))
         return self.inner(number, axis)
-
-    def _inner(self, number: int, axis: str) -> BaseSampler:
-        seed = _seed(self._spec.seed, number, axis)
-        kind, options = SAMPLERS[self._spec.sampler], dict(self._spec.sampler_options)
-        conditional = any(axis.condition for axis in self._spec.axes)
-        if self._spec.sampler == "tpe" and conditional:
-            options = {"group": True, "multivariate": True} | options
-        if self._spec.sampler == "qmc":
-            return NumberedQmc(self._spec, number, RandomSampler(seed))
-        if self._spec.sampler == "nsga2":
-            return RepeatableNsga2(seed=seed, **options)
-        if "warn_independent_sampling" in inspect.signature(kind).parameters and self._spec.sampler != "tpe":
-            options = {"warn_independent_sampling": False} | options
-        return kind(seed=seed, **options)  # type: ignore[call-arg]
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         sampler = self._asked[trial.number] = self._sampler_for(study, trial.number)
@@ -312,14 +298,6 @@ class _StudyForSampler(optuna.Study):
         earlier = [trial for trial in self._history if states is None or trial.state in states]
         own = self._seen._get_trials(deepcopy, states, use_cache)
         return earlier + [trial for trial in own if trial.number != self._number]
-
-
-def _all_skipped(study: optuna.Study, numbers: range) -> bool:
-    """Return whether the trials with these numbers exist and were all predicted not to fit."""
-    if numbers.start < 0:
-        return False
-    trials = study._storage.get_all_trials(study._study_id, deepcopy=False, states=(TrialState.PRUNED,))
-    return set(numbers) <= {trial.number for trial in trials if is_skipped(trial)}
 
 
 def _trial_of_losses(losses: Sequence[float]) -> FrozenTrial:

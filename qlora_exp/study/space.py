@@ -22,7 +22,7 @@ from hydra.core.override_parser.types import (
 )
 from hydra.errors import HydraException
 
-from qlora_exp.config.override_values import hydra_value
+from qlora_exp.config.overrides import hydra_value
 from qlora_exp.errors import ConfigError, QloraExpError, nearest, raise_all
 from qlora_exp.study.conditions import active_values, check_conditions
 from qlora_exp.study.types import Axis, AxisKind
@@ -60,11 +60,8 @@ def parse_axes(
             errors.append(error)
     for key in conditions:
         if key not in params:
-            errors.append(
-                ConfigError(
-                    "a condition for a key that isn't searched", f"sweep.conditions.{key}", nearest(key, params)
-                )
-            )
+            what = "a condition for a key that isn't searched"
+            errors.append(ConfigError(what, f"sweep.conditions.{key}", nearest(key, params)))
     if not errors:
         errors += check_conditions(axes, narrowed)
     raise_all(errors)
@@ -84,10 +81,13 @@ def grid(axes: Sequence[Axis]) -> list[dict[str, Any]]:
     Raises:
         ConfigError: an axis is an interval.
     """
-    raise_all([_interval_in_grid(axis) for axis in axes if not axis.values])
+    what, hint = "a grid needs lists, and this is an interval", "list the values, e.g. 1e-4,3e-4,1e-3"
+    hint += ", or use another sampler, e.g. sweep.sampler=tpe"
+    raise_all([_axis_error(axis.key, axis.text, what, hint) for axis in axes if not axis.values])
+    keys = [axis.key for axis in axes]
     points: dict[tuple[str, ...], dict[str, Any]] = {}
     for values in itertools.product(*(axis.values for axis in axes)):
-        point = active_values(axes, dict(zip((axis.key for axis in axes), values, strict=True)))
+        point = active_values(axes, dict(zip(keys, values, strict=True)))
         points.setdefault(point_overrides(point), point)
     return list(points.values())
 
@@ -97,22 +97,13 @@ def point_overrides(params: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(f"{key}={hydra_value(value)}" for key, value in params.items())
 
 
-def _interval_in_grid(axis: Axis) -> ConfigError:
-    return ConfigError(
-        "a grid needs lists, and this is an interval",
-        f"sweep.params.{axis.key}: {axis.text}",
-        "list the values, e.g. 1e-4,3e-4,1e-3, or use another sampler, e.g. sweep.sampler=tpe",
-    )
-
-
 def _axis(key: str, text: str, condition: str | None, group_choices: Callable[[str], list[str]] | None) -> Axis:
     override = _parsed(key, text)
-    value = override.value()
+    value: Any = override.value()
     tags = tuple(sorted(value.tags)) if isinstance(value, Sweep) else ()
     if unknown := [tag for tag in tags if tag != "log"]:
-        raise _axis_error(
-            key, text, f"there is no tag {unknown[0]!r}", "tag(log, interval(lo,hi)) searches on a log scale"
-        )
+        hint = "tag(log, interval(lo,hi)) searches on a log scale"
+        raise _axis_error(key, text, f"there is no tag {unknown[0]!r}", hint)
     axis = Axis(override.get_key_element(), AxisKind.CHOICE, text, condition=condition, tags=tags)
     if isinstance(value, IntervalSweep):
         return _interval(axis, value)
@@ -120,7 +111,14 @@ def _axis(key: str, text: str, condition: str | None, group_choices: Callable[[s
         raise _axis_error(key, text, "a log scale needs an interval", "tag(log, interval(lo,hi))")
     if isinstance(value, RangeSweep):
         return _range(axis, value)
-    return _choice(axis, _choice_values(override, value, group_choices))
+    if isinstance(value, Glob):
+        names = group_choices(override.key_or_group) if group_choices else []
+        if not (matches := value.filter(names)):
+            raise _axis_error(axis.key, text, "nothing in this group matches", nearest(text, names))
+        return _choice(axis, matches)
+    if isinstance(value, ChoiceSweep):
+        return _choice(axis, [_parsed(axis.key, Transformer.str(entry)).value() for entry in value.list], value.shuffle)
+    return _choice(axis, [value])
 
 
 def _parsed(key: str, text: str) -> Override:
@@ -133,27 +131,11 @@ def _parsed(key: str, text: str) -> Override:
     return override
 
 
-def _choice_values(override: Override, value: Any, group_choices: Callable[[str], list[str]] | None) -> list[Any]:
-    key, text = override.get_key_element(), str(override.input_line).partition("=")[2]
-    if isinstance(value, Glob):
-        names = group_choices(override.key_or_group) if group_choices else []
-        matches = value.filter(names)
-        if not matches:
-            raise _axis_error(key, text, "nothing in this group matches", nearest(text, names))
-        return list(matches)
-    if not isinstance(value, ChoiceSweep):
-        return [value]
-    return _shuffled([_parsed(key, Transformer.str(entry)).value() for entry in value.list], value.shuffle)
-
-
-def _shuffled(values: list[Any], shuffle: bool) -> list[Any]:
+def _choice(axis: Axis, values: Sequence[Any], shuffle: bool = False) -> Axis:
+    shuffled = list(values)
     if shuffle:
-        random.Random(repr(values)).shuffle(values)
-    return values
-
-
-def _choice(axis: Axis, values: Sequence[Any]) -> Axis:
-    distinct = {hydra_value(value): value for value in values}
+        random.Random(repr(shuffled)).shuffle(shuffled)
+    distinct = {hydra_value(value): value for value in shuffled}
     if not distinct:
         raise _axis_error(axis.key, axis.text, "there is nothing to choose from", GRAMMAR)
     return replace(axis, values=tuple(distinct.values()))
@@ -168,7 +150,7 @@ def _range(axis: Axis, value: RangeSweep) -> Axis:
     if not points:
         raise _axis_error(axis.key, axis.text, "an empty range", "range(start,stop,step): stop comes after start")
     if value.shuffle or value.step < 0:
-        return _choice(axis, _shuffled(points, value.shuffle))
+        return _choice(axis, points, value.shuffle)
     is_integer = all(isinstance(number, int) for number in (value.start, value.stop, value.step))
     start, stop, step = (Decimal(str(number)) for number in (value.start, value.stop, value.step))
     last = start + (stop - start) // step * step

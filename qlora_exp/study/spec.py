@@ -7,7 +7,7 @@ import json
 import os
 from dataclasses import replace
 
-from qlora_exp.config.override_values import hydra_value
+from qlora_exp.config.overrides import hydra_value
 from qlora_exp.errors import RecordError, StudyError
 from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records.files import write_json

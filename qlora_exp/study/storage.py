@@ -1,12 +1,16 @@
-"""Optuna's storage of a study: opened by many processes at once, checked for damage and lost connections."""
+"""Optuna's storage of a study: opened by many processes at once, also read-only, checked for damage and lost
+connections."""
 
 from __future__ import annotations
 
 import shlex
+import shutil
 import sqlite3
+import tempfile
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import optuna
 import psutil
@@ -22,6 +26,9 @@ BUSY_SECONDS = 120.0
 LOCAL_DISKS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay", "apfs", "hfs")
 """SQLite's write-ahead log needs memory that all writers share: on a network file system it would corrupt the
 database."""
+
+_copies: list[tempfile.TemporaryDirectory[str]] = []
+"""Databases that had to be copied before reading; the copies are deleted when the process ends."""
 
 
 def connect(url: str, name: str) -> optuna.storages.BaseStorage:
@@ -45,10 +52,69 @@ def connect(url: str, name: str) -> optuna.storages.BaseStorage:
         raise StudyError("the study's database can't be created there", str(file), hint) from None
     with FileLock(lock):
         check_intact(file, name)
-        braces_escaped = url.replace("{", "{{").replace("}", "}}")
         write_ahead = on_local_disk(file)
         _set_journal(file, write_ahead)
-        return _open(braces_escaped, {"connect_args": {"timeout": BUSY_SECONDS}}, name, write_ahead)
+        return _open(_braces_escaped(url), {"connect_args": {"timeout": BUSY_SECONDS}}, name, write_ahead)
+
+
+def connect_read_only(url: str, name: str) -> optuna.storages.BaseStorage:
+    """Open the storage at ``url`` without writing anything, so that a copy on a read-only disk can be read, too.
+
+    Raises:
+        StudyError: the database is damaged or lost, or can't be read.
+    """
+    file = sqlite_file(url)
+    if file is None:
+        return connect(url, name)
+    if not file.exists():
+        raise damaged_error("the study's database doesn't exist", file, name)
+    address = _read_only_uri(file, name)
+
+    def connection() -> sqlite3.Connection:
+        return sqlite3.connect(address, uri=True, timeout=BUSY_SECONDS, check_same_thread=False)
+
+    try:
+        url = _braces_escaped(f"{SQLITE}{file}")
+        backend = optuna.storages.RDBStorage(url, engine_kwargs={"creator": connection}, skip_table_creation=True)
+        return optuna.storages.get_storage(backend)
+    except Exception as error:  # SQLAlchemy and Optuna each raise their own
+        raise StudyError(
+            f"the study's database can't be read: {str(error).splitlines()[0]}", str(file), "qlora-exp doctor"
+        ) from None
+
+
+def _braces_escaped(url: str) -> str:
+    """Return the URL as Optuna takes it: it fills in placeholders in braces."""
+    return url.replace("{", "{{").replace("}", "}}")
+
+
+def _read_only_uri(file: Path, name: str) -> str:
+    """Return a URI under which SQLite reads ``file`` without writing.
+
+    The write-ahead log of an unfinished sweep can only be read in a writable folder. In a read-only one, this copies
+    database and log and returns the copy's URI.
+    """
+    address = f"file:{quote(str(file.absolute()))}?mode=ro"
+    try:
+        _quick_check(address, file, name)
+        return address
+    except sqlite3.OperationalError:
+        log = file.with_name(f"{file.name}-wal")
+        if not log.exists() or log.stat().st_size == 0:
+            address += "&immutable=1"
+        else:
+            _copies.append(tempfile.TemporaryDirectory(prefix="qlora-exp-study-"))
+            copy = Path(_copies[-1].name) / file.name
+            shutil.copyfile(file, copy)
+            shutil.copyfile(log, copy.with_name(log.name))
+            address = f"file:{quote(str(copy))}"
+    try:
+        _quick_check(address, file, name)
+    except sqlite3.OperationalError as error:
+        raise StudyError(
+            f"the study's database can't be opened: {error}", str(file), "check its folder's permissions"
+        ) from None
+    return address
 
 
 def on_local_disk(file: Path) -> bool:
@@ -90,13 +156,22 @@ def check_intact(file: Path, name: str) -> None:
     if not file.exists():
         return
     try:
-        with closing(sqlite3.connect(file, timeout=BUSY_SECONDS)) as database:
-            result = database.execute("PRAGMA quick_check(1)").fetchone()[0]
+        _quick_check(file, file, name)
+    except sqlite3.OperationalError as error:
+        raise StudyError(
+            f"the study's database can't be opened: {error}", str(file), "check its folder's permissions and space"
+        ) from None
+
+
+def _quick_check(address: str | Path, file: Path, name: str) -> None:
+    """Raise ``sqlite3.OperationalError`` if ``address`` (a path or a URI) can't be opened, :class:`StudyError` if the
+    database is damaged."""
+    try:
+        with closing(sqlite3.connect(address, uri=isinstance(address, str), timeout=BUSY_SECONDS)) as database:
+            result = str(database.execute("PRAGMA quick_check(1)").fetchone()[0])
     except sqlite3.OperationalError as error:
         if "malformed" not in str(error):
-            raise StudyError(
-                f"the study's database can't be opened: {error}", str(file), "check its folder's permissions and space"
-            ) from None
+            raise
         result = str(error)
     except sqlite3.DatabaseError as error:
         result = str(error)

@@ -4,68 +4,67 @@ A trial is RUNNING from its claim on. Its user attributes name the owner and att
 sign of life (``heartbeat``, Unix seconds). A claim holds the study's lock, so a RUNNING trial without an owner belonged
 to a process that died during the claim.
 
-Trial number n's planned parameters (enqueued configurations, then a grid's points) follow from n, so none can be
-enqueued twice or lost. The parameters of a ladder's trial follow from the ended trials, and are stored when the trial
-is created.
+A :class:`~qlora_exp.study.proposer.Proposer` decides the trials. What it plans for trial number n follows from n, so
+no point can be lost or used twice. What it decides from the ended trials is stored when the trial is created.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import optuna
 from filelock import FileLock
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from qlora_exp.paths import OutputPaths, StudyPaths
+from qlora_exp.paths import StudyPaths
 from qlora_exp.records.schema import to_dict
-from qlora_exp.records.types import Failure, RunRecord, Status
-from qlora_exp.study import trials as rows
+from qlora_exp.records.types import Failure, Status
 from qlora_exp.study.distributions import decode_params, encode_value, suggest
-from qlora_exp.study.heartbeats import (
+from qlora_exp.study.heartbeats import Heartbeats
+from qlora_exp.study.objectives import importances
+from qlora_exp.study.open import open_study, read_study
+from qlora_exp.study.proposer import PlannedProposer, Proposer, TrialPoint
+from qlora_exp.study.samplers import ITEMS_ATTRIBUTE
+from qlora_exp.study.space import point_overrides
+from qlora_exp.study.trials import (
     CLAIM,
     FIXED_PARAMS,
     HEARTBEAT,
     INTERRUPTED_ATTEMPTS,
     MEMORY_RETRIES,
     RUN,
-    Heartbeats,
     attempt_of,
+    counts_of,
     interrupted_attempts,
+    is_skipped,
+    record_outcome,
+    trial_row,
 )
-from qlora_exp.study.objectives import parse_objective
-from qlora_exp.study.open import open_study, rebuild_study
-from qlora_exp.study.read_only import read_study
-from qlora_exp.study.samplers import ITEMS_ATTRIBUTE
-from qlora_exp.study.space import grid, point_overrides
-from qlora_exp.study.trial_outcomes import record_outcome
 from qlora_exp.study.types import Claim, Counts, Outcome, Owner, StudySpec, TrialRow
-
-if TYPE_CHECKING:
-    from qlora_exp.rank_doubling.ladder import LadderTrial
 
 
 class Study:
     """One study, opened in this process. Make one with :meth:`open`."""
 
-    def __init__(self, spec: StudySpec, paths: StudyPaths, study: optuna.Study) -> None:
+    def __init__(self, spec: StudySpec, paths: StudyPaths, proposer: Proposer | None, study: optuna.Study) -> None:
         self.spec = spec
         self._paths = paths
+        self._proposer = proposer or PlannedProposer(spec)
         self._study = study
         self._storage = study._storage
         self._heartbeats = Heartbeats()
-        self._ended: dict[int, LadderTrial] = {}
-        self._done: dict[int, bool] = {}
 
     @classmethod
-    def open(cls, spec: StudySpec, paths: StudyPaths, storage_url: str | None = None) -> Study:
+    def open(
+        cls, spec: StudySpec, paths: StudyPaths, proposer: Proposer | None = None, storage_url: str | None = None
+    ) -> Study:
         """Create the study, or open it again; any number of processes may do so at once.
 
+        ``proposer`` decides the trials; without one, enqueued configurations, the grid and the sampler do.
         ``storage_url`` replaces ``spec.storage``, which has no password.
 
         Raises:
@@ -73,31 +72,18 @@ class Study:
             StudyError: the database is damaged, or a study of this name exists with different settings.
         """
         study, identity = open_study(spec, paths, storage_url or spec.storage)
-        return cls(replace(spec, id=identity), paths, study)
+        return cls(replace(spec, id=identity), paths, proposer, study)
 
     @classmethod
-    def read(cls, spec: StudySpec, paths: StudyPaths, storage_url: str | None = None) -> Study:
+    def read(
+        cls, spec: StudySpec, paths: StudyPaths, proposer: Proposer | None = None, storage_url: str | None = None
+    ) -> Study:
         """Open the study for reading: nothing is written, and a read-only disk is enough.
 
         Raises:
             StudyError: the database is damaged or lost, or holds another study of that name.
         """
-        return cls(spec, paths, read_study(spec, storage_url or spec.storage))
-
-    @classmethod
-    def rebuild(
-        cls, spec: StudySpec, paths: StudyPaths, records: Sequence[RunRecord], storage_url: str | None = None
-    ) -> Study:
-        """Rebuild the study from its runs' records after its database was damaged or lost.
-
-        A damaged file is kept as ``….damaged-N``. Trials without a record will run again under their numbers. An
-        existing study stays as it is.
-
-        Raises:
-            as :meth:`open`.
-        """
-        rebuild_study(spec, paths, records, storage_url or spec.storage)
-        return cls.open(spec, paths, storage_url)
+        return cls(spec, paths, proposer, read_study(spec, storage_url or spec.storage))
 
     def claim(self, owner: Owner, lease_seconds: float, affordable: Callable[[], bool] = lambda: True) -> Claim | None:
         """Return a trial for ``owner`` to run; ``None``: there is none now, or none any more (see :meth:`counts`).
@@ -116,12 +102,17 @@ class Study:
                 return None
             unfinished = self._unfinished() if lost else unfinished
             waiting = [trial for trial in unfinished if trial.state is TrialState.WAITING]
-            if self.spec.ladder is not None:
-                return self._start_ladder_trial(waiting, owner)
-            if waiting:
-                return self._start(waiting[0], owner)
-            if not self._all_created():
-                return self._start(None, owner)
+            if not waiting and self._all_created():
+                return None
+            candidates: Sequence[FrozenTrial | None] = waiting or [None]
+            for candidate in candidates:
+                has_point = candidate is not None and self._point(candidate)
+                point = {} if has_point else self._proposer.next_point(self._created_trials)
+                if point is not None:
+                    return self._start(candidate, owner, point)
+            if waiting and self._proposer.is_done(self._created_trials):
+                for trial in waiting:  # nothing depends on it
+                    self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
         return None
 
     def others_run_trials(self, lease_seconds: float) -> bool:
@@ -196,53 +187,32 @@ class Study:
     def counts(self) -> Counts:
         """Return the number of trials by state."""
         trials = self._read()
-        done = self.spec.ladder is not None and self._ladder_is_done()
-        return rows.counts(trials, len(trials) if done else self._total_trials(trials))
+        done = self._proposer.is_done(self._created_trials)
+        return counts_of(trials, len(trials) if done else self._total_trials(trials))
 
     def consecutive_skips(self, limit_bytes: int | None) -> int:
         """Return how many of the last ended trials in a row were predicted not to fit into ``limit_bytes`` or more.
 
         ``None``: into any limit. 0 for a grid and a ladder, whose skipped points count as done.
         """
-        if self._skips_count:
+        if not self._proposer.replaces_skipped:
             return 0
         ended = [trial for trial in reversed(self._read()) if trial.state.is_finished()]
-        return sum(1 for _ in itertools.takewhile(lambda trial: rows.is_skipped(trial, limit_bytes), ended))
+        return sum(1 for _ in itertools.takewhile(lambda trial: is_skipped(trial, limit_bytes), ended))
 
     def trials(self) -> list[TrialRow]:
         """Return every trial, by number."""
-        return [rows.trial_row(trial, self.spec) for trial in self._read()]
+        return [trial_row(trial, self.spec) for trial in self._read()]
 
     def best(self) -> list[TrialRow]:
         """Return the best completed feasible trial, or the Pareto front of several objectives.
 
         For a ladder, which no single trial decides, return the runs at the recommended rank.
         """
-        if self.spec.ladder is not None:
-            return self._recommended()
-        return rows.best_rows(self.trials(), [parse_objective(text).direction for text in self.spec.objectives])
-
-    def ladder_trials(self) -> list[LadderTrial]:
-        """Return the trials as rank doubling sees them, with what their runs left. Trials without parameters are left
-        out."""
-        from qlora_exp.rank_doubling.answers import ended_trial
-        from qlora_exp.rank_doubling.ladder import LadderTrial
-
-        outputs = OutputPaths(self._paths.folder.parent.parent)
-        unfinished: list[LadderTrial] = []
-        for trial in self._read():
-            if trial.number not in self._ended and (point := self._point(trial)):
-                if trial.state.is_finished():
-                    ended = ended_trial(point, trial.user_attrs.get(RUN), outputs)
-                    self._ended[trial.number] = replace(ended, skipped=rows.is_skipped(trial))
-                else:
-                    unfinished.append(LadderTrial(point, ended=False))
-        return [*self._ended.values(), *unfinished]
+        return self._proposer.best(self.trials())
 
     def importances(self) -> dict[str, dict[str, float]]:
         """Return objective → axis → share of its variance, over the completed trials."""
-        from qlora_exp.study.importance import importances  # imports scikit-learn
-
         return importances(self._study, self.spec)
 
     def failures_reached(self) -> bool:
@@ -251,12 +221,6 @@ class Study:
         if limit is None:
             return False
         return self.counts().failed >= (limit if limit >= 1 else max(limit * self.spec.n_trials, 1))
-
-    @cached_property
-    def _planned(self) -> list[dict[str, Any]]:
-        """Parameters of the first trials, by number: enqueued configurations, then the remaining points of a grid."""
-        points = grid(self.spec.axes) if self.spec.sampler == "grid" else []
-        return [*self.spec.enqueue, *(point for point in points if point not in self.spec.enqueue)]
 
     def _read(self) -> list[FrozenTrial]:
         """Return all trials by number; Optuna caches the finished ones."""
@@ -269,12 +233,7 @@ class Study:
 
     def _total_trials(self, trials: Sequence[FrozenTrial]) -> int:
         """Return how many trials the study is to have in all."""
-        return self.spec.n_trials + (0 if self._skips_count else rows.count_skipped(trials))
-
-    @property
-    def _skips_count(self) -> bool:
-        """Whether a point that doesn't fit counts as one of the n_trials; a sampler replaces it instead."""
-        return self.spec.sampler in ("grid", "ladder")
+        return self.spec.n_trials + (sum(map(is_skipped, trials)) if self._proposer.replaces_skipped else 0)
 
     def _all_created(self) -> bool:
         return self._exists(self.spec.n_trials - 1) and self._exists(self._total_trials(self._read()) - 1)
@@ -291,51 +250,19 @@ class Study:
         is_ours = trial.state is TrialState.RUNNING and attempt_of(trial) == claim.attempt
         return trial if is_ours else None
 
-    def _recommended(self) -> list[TrialRow]:
-        from qlora_exp.rank_doubling.answers import recommended
+    def _created_trials(self) -> list[TrialRow]:
+        """Return every trial with the parameters that it was created with, even if it has not been sampled yet."""
+        return [replace(trial_row(trial, self.spec), params=self._point(trial)) for trial in self._read()]
 
-        assert self.spec.ladder is not None
-        by_point = {frozenset(point_overrides(row.params)): row for row in self.trials() if row.params}
-        points = recommended(self.spec.ladder, self.ladder_trials())
-        return [by_point[key] for point in points if (key := frozenset(point_overrides(point))) in by_point]
-
-    def _ladder_is_done(self) -> bool:
-        """Return whether the ladder has ended. Cached, since it is called often and changes only when a trial ends."""
-        from qlora_exp.rank_doubling.ladder import is_done
-
-        assert self.spec.ladder is not None
-        trials = self.ladder_trials()
-        if len(self._ended) not in self._done:
-            self._done[len(self._ended)] = is_done(self.spec.ladder, trials)
-        return self._done[len(self._ended)]
-
-    def _start_ladder_trial(self, waiting: Sequence[FrozenTrial], owner: Owner) -> Claim | None:
-        from qlora_exp.rank_doubling.ladder import next_point
-
-        assert self.spec.ladder is not None
-        with_point = [trial for trial in waiting if self._point(trial)]
-        if with_point:
-            return self._start(with_point[0], owner)
-        trials = self.ladder_trials()
-        point = next_point(self.spec.ladder, trials)
-        if point is None and waiting and self._ladder_is_done():  # a lost trial that nothing depends on
-            for trial in waiting:
-                self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-        if point is None or (not waiting and self._all_created()):
-            return None
-        return self._start(waiting[0] if waiting else None, owner, point)
-
-    def _point(self, trial: FrozenTrial) -> dict[str, Any]:
-        """Return the parameters of a ladder's trial; empty for a trial that never got any."""
+    def _point(self, trial: FrozenTrial) -> TrialPoint:
+        """Return the trial's parameters; empty if its worker died before it got any."""
         return decode_params(self.spec.axes, trial.system_attrs.get(FIXED_PARAMS) or trial.params)
 
-    def _start(self, waiting: FrozenTrial | None, owner: Owner, point: Mapping[str, Any] | None = None) -> Claim:
-        """Start the waiting trial, or a new one. ``point``: its parameters, if they don't follow from its number."""
+    def _start(self, waiting: FrozenTrial | None, owner: Owner, point: TrialPoint) -> Claim:
+        """Start the waiting trial, or a new one. ``point``: parameters that don't follow from its number."""
         attempt = attempt_of(waiting) + 1 if waiting else 1
         claim_attributes = {CLAIM: {"attempt": attempt, "owner": to_dict(owner)}, HEARTBEAT: time.time()}
-        fixed: dict[str, Any] = (
-            {FIXED_PARAMS: {key: encode_value(value) for key, value in point.items()}} if point else {}
-        )
+        fixed: dict[str, Any] = {FIXED_PARAMS: _encoded(point)} if point else {}
         if waiting is None:
             template = create_trial(state=TrialState.RUNNING, user_attrs=claim_attributes, system_attrs=fixed)
             trial_id = self._storage.create_new_trial(self._study._study_id, template)
@@ -347,7 +274,11 @@ class Study:
                 self._storage.set_trial_user_attr(trial_id, key, value)
             self._storage.set_trial_state_values(trial_id, TrialState.RUNNING)
         trial = self._storage.get_trial(trial_id)
-        params = self._ask(trial)
+        planned = self._proposer.planned_point(trial.number)
+        if planned and FIXED_PARAMS not in trial.system_attrs:
+            self._storage.set_trial_system_attr(trial_id, FIXED_PARAMS, _encoded(planned))
+        self._study._thread_local.cached_all_trials = None  # as Study.ask does: samplers see all ended trials
+        params = suggest(self.spec.axes, Trial(self._study, trial_id))
         return Claim(
             number=trial.number,
             trial_id=trial_id,
@@ -357,13 +288,6 @@ class Study:
             run_id=trial.user_attrs.get(RUN),
             out_of_memory_retries=trial.user_attrs.get(MEMORY_RETRIES, 0),
         )
-
-    def _ask(self, trial: FrozenTrial) -> dict[str, Any]:
-        if trial.number < len(self._planned) and FIXED_PARAMS not in trial.system_attrs:
-            planned = {key: encode_value(value) for key, value in self._planned[trial.number].items()}
-            self._storage.set_trial_system_attr(trial._trial_id, FIXED_PARAMS, planned)
-        self._study._thread_local.cached_all_trials = None  # as Study.ask does: samplers see all ended trials
-        return suggest(self.spec.axes, Trial(self._study, trial._trial_id))
 
     def _requeue_or_fail(self, trial: FrozenTrial, why: str) -> bool:
         retries = trial.user_attrs.get(MEMORY_RETRIES, 0) + interrupted_attempts(trial)
@@ -380,3 +304,7 @@ class Study:
         claim_attribute = {"attempt": attempt_of(trial), "owner": None}
         self._storage.set_trial_user_attr(trial._trial_id, CLAIM, claim_attribute)
         self._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+
+
+def _encoded(point: TrialPoint) -> dict[str, Any]:
+    return {key: encode_value(value) for key, value in point.items()}

@@ -200,3 +200,8 @@ class Counts:
     @property
     def finished(self) -> int:
         return self.completed + self.pruned + self.failed + self.skipped
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every trial has ended."""
+        return self.running + self.waiting + self.to_ask == 0

@@ -19,23 +19,11 @@ WORLD_SIZE_VARIABLES = (
 """Variables with the number of processes that were started together. SLURM_NTASKS is left out: a batch job also has
 it, for the tasks that it may start."""
 RANK_VARIABLES = (
-    "RANK",
-    "LOCAL_RANK",
-    "OMPI_COMM_WORLD_RANK",
-    "PMI_RANK",
-    "PMIX_RANK",
-    "MV2_COMM_WORLD_RANK",
-    "GROUP_RANK",
+    *("RANK", "LOCAL_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK", "GROUP_RANK"),
 )
 """Variables with this process's rank; the first process has 0."""
 TORCH_VARIABLES = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_RANK",
-    "GROUP_WORLD_SIZE",
-    "ROLE_RANK",
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK"),
 )
 LAUNCHER_SETTINGS = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "PARALLELISM_CONFIG_")
 """Prefixes of variables with which accelerate changes precision, device or gradient accumulation."""
@@ -51,14 +39,12 @@ def check_single_rank(environment: MutableMapping[str, str] = os.environ) -> Non
     variable = _above(WORLD_SIZE_VARIABLES, 1, environment) or _above(RANK_VARIABLES, 0, environment)
     if variable is not None:
         name, value = variable
-        what = (
-            f"a launcher started several processes of this command ({name}={value}), and each would train the full run"
-        )
+        started = f"a launcher started several processes of this command ({name}={value})"
         hint = (
             "start it once, without torchrun, accelerate launch, mpirun or srun -n: one process trains on one GPU, "
             f"and qlora-exp sweep uses several; if {name} is a leftover: unset {name}"
         )
-        raise ConfigError(what, name, hint)
+        raise ConfigError(f"{started}, and each would train the full run", name, hint)
     for name in [name for name in environment if name in TORCH_VARIABLES or name.startswith(LAUNCHER_SETTINGS)]:
         del environment[name]
 

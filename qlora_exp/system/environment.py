@@ -16,24 +16,11 @@ from qlora_exp.records.types import Device, Environment, Process
 from qlora_exp.system import heap, memory_limits
 
 RECORDED_PACKAGES = (
-    "qlora-exp",
-    "torch",
-    "transformers",
-    "peft",
-    "trl",
-    "bitsandbytes",
-    "accelerate",
-    "datasets",
-    "tokenizers",
-    "safetensors",
-    "hydra-core",
-    "optuna",
-    "mlflow",
-    "evaluate",
-    "scikit-learn",
-    "numpy",
-    "pyarrow",
-)
+    "qlora-exp", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "tokenizers",
+    "safetensors", "hydra-core", "optuna", "mlflow", "evaluate", "scikit-learn", "numpy", "pyarrow",
+)  # fmt: skip
+NO_TELEMETRY = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+"""MLflow decides on telemetry when it is imported."""
 GIT_SECONDS = 5.0
 """Time-out of git and nvidia-smi: a repository on a slow network disk must not delay a run."""
 
@@ -62,7 +49,7 @@ def _environment(device: Device, torch_threads: int | None) -> Environment:
         packages=package_versions(),
         device=device,
         cpu_cores=available_cores(),
-        memory_bytes=total_memory_bytes(),
+        memory_bytes=memory_limits.total_bytes(),
         torch_threads=torch_threads,
         omp_num_threads=os.environ.get("OMP_NUM_THREADS"),
         omp_wait_policy=os.environ.get("OMP_WAIT_POLICY"),
@@ -78,7 +65,7 @@ def process_identity() -> Process:
 
     Parts that the system doesn't report are ``None`` (systems other than Linux).
     """
-    return Process(os.getpid(), _start_ticks(os.getpid()), _boot_id(), _host(), _pid_namespace())
+    return Process(os.getpid(), _state_and_start(os.getpid())[1], _boot_id(), _host(), _pid_namespace())
 
 
 def is_alive(process: Process) -> bool | None:
@@ -98,16 +85,13 @@ def is_alive(process: Process) -> bool | None:
         return None
     try:
         os.kill(process.pid, 0)
-    except ProcessLookupError:
-        return False
-    except OverflowError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass  # it exists but belongs to another user
-    stat = _stat_fields(process.pid)
-    if stat is not None and stat[0] in ("Z", "X"):
+    state, start_ticks = _state_and_start(process.pid)
+    if state in ("Z", "X"):
         return False
-    start_ticks = _start_ticks(process.pid)
     return process.start_ticks is None or start_ticks is None or start_ticks == process.start_ticks
 
 
@@ -135,11 +119,6 @@ def available_cores() -> int | None:
     """Return the number of cores that this process may use: its affinity, or all cores if that is unknown."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity is not None else os.cpu_count()
-
-
-def total_memory_bytes() -> int | None:
-    """Return the machine's memory, or the control group's limit if it is smaller (containers, Slurm)."""
-    return memory_limits.total_bytes()
 
 
 @lru_cache
@@ -177,8 +156,10 @@ def _device(choice: DeviceChoice) -> Device:
 
     cuda = torch.cuda.is_available()
     if choice is DeviceChoice.cuda and not cuda:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        among = f" among CUDA_VISIBLE_DEVICES={visible or repr('')}" if visible is not None else ""
         raise ConfigError(
-            "training.device=cuda, but torch finds no CUDA device",
+            f"training.device=cuda, but torch finds no CUDA device{among}",
             "training.device",
             "training.device=auto or cpu; qlora-exp doctor says what torch was built for",
         )
@@ -207,7 +188,7 @@ def _cpu_device() -> Device:
         kind="cpu",
         name=cpu_name(),
         count=1,
-        memory_bytes=total_memory_bytes(),
+        memory_bytes=memory_limits.total_bytes(),
         compute_capability=None,
         driver=None,
         bf16="avx512_bf16" in flags or "amx_bf16" in flags,
@@ -221,9 +202,9 @@ def cpu_name() -> str | None:
 
 def _nvidia_driver() -> str | None:
     """Return the driver's version from its kernel module, else from nvidia-smi."""
-    version = _read(Path("/sys/module/nvidia/version"))
-    if version is not None:
-        return version.strip()
+    version = memory_limits.read(Path("/sys/module/nvidia/version")).strip()
+    if version:
+        return version
     try:
         process = subprocess.run(
             ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
@@ -242,28 +223,22 @@ def _nvidia_driver() -> str | None:
 def _cpu_fields() -> dict[str, str]:
     """Return the first processor's entries in /proc/cpuinfo; empty if that file doesn't exist."""
     fields: dict[str, str] = {}
-    for line in (_read(Path("/proc/cpuinfo")) or "").splitlines():
+    for line in memory_limits.read(Path("/proc/cpuinfo")).splitlines():
         name, colon, value = line.partition(":")
         if colon:
             fields.setdefault(name.strip(), value.strip())
     return fields
 
 
-def _start_ticks(pid: int) -> int | None:
-    """Return clock ticks from boot to the start of ``pid`` (field 22 of /proc/<pid>/stat)."""
-    fields = _stat_fields(pid)
-    return int(fields[19]) if fields is not None else None
-
-
-def _stat_fields(pid: int) -> list[str] | None:
-    """Return the fields of /proc/<pid>/stat from the third (state) on; the second (name) may hold spaces and ``)``."""
-    text = _read(Path(f"/proc/{pid}/stat"))
-    return text.rpartition(")")[2].split() if text else None
+def _state_and_start(pid: int) -> tuple[str | None, int | None]:
+    """Return the state of ``pid`` and clock ticks from boot to its start: fields 3 and 22 of /proc/<pid>/stat."""
+    text = memory_limits.read(Path(f"/proc/{pid}/stat"))
+    fields = text.rpartition(")")[2].split()  # field 2, the name, may hold spaces and ``)``
+    return (fields[0], int(fields[19])) if fields else (None, None)
 
 
 def _boot_id() -> str | None:
-    text = _read(Path("/proc/sys/kernel/random/boot_id"))
-    return text.strip() if text else None
+    return memory_limits.read(Path("/proc/sys/kernel/random/boot_id")).strip() or None
 
 
 def _pid_namespace() -> str | None:
@@ -276,10 +251,3 @@ def _pid_namespace() -> str | None:
 
 def _host() -> str | None:
     return platform.node() or None
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None

@@ -1,4 +1,4 @@
-"""The machine's GPUs, and the choice of one for this process. Imports neither torch nor the rest of this package.
+"""The machine's GPUs, and the choice of one for this process. Doesn't import torch.
 
 If a process sees several GPUs, transformers splits every batch over them (DataParallel), which TRL refuses.
 Therefore CUDA_VISIBLE_DEVICES limits each process to one GPU before torch is imported.
@@ -16,23 +16,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from qlora_exp.errors import ConfigError
+
 DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
 DEVICE_ORDER = "CUDA_DEVICE_ORDER"
 DRIVER_FILES = Path("/proc/driver/nvidia/gpus")
 DEVICE_FILES = Path("/dev")
 NVIDIA_SMI_SECONDS = 10.0
+UUID_PREFIXES = ("GPU-", "MIG-")
+NO_DEVICES = ("nodevfiles", "none", "void")
+"""Words in CUDA_VISIBLE_DEVICES, in lower case, that are meant to hide all GPUs: Slurm's and common ones. CUDA takes
+them for invalid entries, with this effect."""
 
 
-class HasIndexAndUuid(Protocol):
-    """A GPU with an index and a UUID."""
+class HasIdentity(Protocol):
+    """A GPU with its index, UUID and product name."""
 
     @property
     def index(self) -> int: ...
     @property
     def uuid(self) -> str: ...
+    @property
+    def name(self) -> str: ...
 
 
-T = TypeVar("T", bound=HasIndexAndUuid)
+T = TypeVar("T", bound=HasIdentity)
 
 
 @dataclass(frozen=True)
@@ -44,46 +52,82 @@ class Card:
     uuid: str
     name: str = ""
     free_bytes: int | None = None
+    total_bytes: int | None = None
+    """Known from NVML alone."""
 
 
 def use_one_gpu(environment: MutableMapping[str, str] = os.environ) -> str | None:
     """Limit this process to the visible GPU with the most free memory; return its entry in CUDA_VISIBLE_DEVICES.
 
     Returns ``None`` and changes nothing if at most one GPU is visible, or if torch has initialized CUDA already.
+
+    Raises:
+        ConfigError: CUDA_VISIBLE_DEVICES names a GPU that isn't there.
     """
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return None
-    variable = environment.get(DEVICES_VARIABLE)
-    usable = visible_devices(cards(), variable, lambda entry: Card(-1, entry))
+    order, variable = environment.get(DEVICE_ORDER), environment.get(DEVICES_VARIABLE)
+    usable = visible_devices(cards(), variable, lambda entry: Card(-1, entry), order)
     if len(usable) < 2:
         return None
-    by_index = variable is not None and any(entry.strip().isdecimal() for entry in variable.split(","))
-    if by_index and environment.get(DEVICE_ORDER) != "PCI_BUS_ID" and len({card.name for card in usable}) > 1:
-        # CUDA counts the fastest card first, the driver counts by slot: which card an index means is unknown here.
-        chosen = (variable or "").split(",")[0].strip()
-    else:
-        chosen = max(usable, key=lambda card: card.free_bytes or 0).uuid  # the first of equal ones
-    environment[DEVICES_VARIABLE] = chosen
-    return chosen
+    environment[DEVICES_VARIABLE] = max(usable, key=lambda card: card.free_bytes or 0).uuid  # the first of equal ones
+    return environment[DEVICES_VARIABLE]
 
 
-def visible_devices(known: Sequence[T], variable: str | None, unknown: Callable[[str], T]) -> list[T]:
+def visible_devices(
+    known: Sequence[T], variable: str | None, unknown: Callable[[str], T], order: str | None = None
+) -> list[T]:
     """Return the GPUs that CUDA_VISIBLE_DEVICES (``variable``) leaves visible, in its order.
 
-    As in CUDA, the list ends at the first invalid entry. ``unknown`` makes a GPU from an entry that can't be looked up:
-    an instance of a partitioned GPU, or a UUID if only indices are known.
+    As in CUDA, an empty or negative entry ends the list. ``unknown`` makes a GPU from an entry that can't be looked up:
+
+    * an index among different cards, unless CUDA_DEVICE_ORDER (``order``) is PCI_BUS_ID: CUDA counts the fastest card
+      first, the driver counts by slot;
+    * an instance of a partitioned GPU that NVML doesn't list, or the UUID of a partitioned GPU;
+    * a UUID if only indices are known.
+
+    Raises:
+        ConfigError: an entry names no GPU, several, or one that an earlier entry names.
     """
     if variable is None or not known:
         return list(known)
-    unlisted = ("MIG-", "GPU-") if all(gpu.uuid == str(gpu.index) for gpu in known) else ("MIG-",)
+    counted_by_slot = order == "PCI_BUS_ID" or len({gpu.name for gpu in known}) == 1
     visible: list[T] = []
     for entry in (part.strip() for part in variable.split(",")):
-        matches = [gpu for gpu in known if entry and (entry == str(gpu.index) or gpu.uuid.startswith(entry))]
-        if not matches and not entry.startswith(unlisted):
+        if not entry or entry.startswith("-") or entry.lower() in NO_DEVICES:
             break
-        visible.append(matches[0] if matches else unknown(entry))
+        if entry.isdecimal():
+            matches = [gpu for gpu in known if gpu.index == int(entry)][:1]  # CUDA uses the first instance of a GPU
+            if matches and not counted_by_slot:
+                matches = [unknown(entry)]
+        else:
+            matches = [gpu for gpu in known if entry.startswith(UUID_PREFIXES) and gpu.uuid.startswith(entry)]
+            if not matches and _cannot_be_looked_up(entry, known):
+                matches = [unknown(entry)]
+        if len(matches) != 1:
+            raise _visible_devices_error(
+                f"{entry!r} is {'more than one GPU' if matches else 'no GPU'}", variable, known
+            )
+        if matches[0].uuid in {gpu.uuid for gpu in visible}:
+            raise _visible_devices_error(f"{entry!r} is a GPU that is named before", variable, known)
+        visible += matches
     return visible
+
+
+def _cannot_be_looked_up(entry: str, known: Sequence[HasIdentity]) -> bool:
+    """Return whether ``entry`` may be the UUID of a GPU or instance that is not among ``known``."""
+    if entry.startswith("MIG-"):
+        return entry.startswith("MIG-GPU-") or not _lists_instances()  # the former: names before driver 470
+    only_indices = all(gpu.uuid == str(gpu.index) for gpu in known)
+    partitioned = any(gpu.uuid.startswith("MIG-") for gpu in known)
+    return entry.startswith("GPU-") and (only_indices or partitioned)
+
+
+def _visible_devices_error(what: str, variable: str, known: Sequence[HasIdentity]) -> ConfigError:
+    names = ", ".join(f"{gpu.index} ({gpu.uuid})" if gpu.uuid != str(gpu.index) else gpu.uuid for gpu in known)
+    hint = f"this machine has: {names}; {DEVICES_VARIABLE}=-1 hides all"
+    return ConfigError(what, f"{DEVICES_VARIABLE}={variable}", hint)
 
 
 def cards() -> tuple[Card, ...]:
@@ -97,35 +141,53 @@ def _by_nvml() -> tuple[Card, ...]:
 
         pynvml.nvmlInit()
         handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return tuple(_described(index, part) for index, handle in enumerate(handles) for part in _instances(handle))
+        return tuple(_described(index, part) for index, handle in enumerate(handles) for part in instances(handle))
     except Exception:  # NVML fails in many ways where it isn't available
         return ()
 
 
-def _instances(handle: object) -> list[object]:
+def instances(handle: object) -> list[object]:
     """Return the instances of a partitioned GPU (MIG), else the GPU itself."""
     import pynvml
 
-    try:
-        if not pynvml.nvmlDeviceGetMigMode(handle)[0]:
-            return [handle]
-        limit = pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)
-    except pynvml.NVMLError:  # the GPU doesn't support MIG
+    if not _is_partitioned(handle):
         return [handle]
-    instances = []
-    for number in range(limit):
+    parts = []
+    for number in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
         try:
-            instances.append(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, number))
+            parts.append(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, number))
         except pynvml.NVMLError:  # no such instance
             continue
-    return instances or [handle]
+    return parts or [handle]
+
+
+def _lists_instances() -> bool:
+    """Return whether NVML says which instances of partitioned GPUs there are, if any."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return not any(_is_partitioned(handle) and instances(handle) == [handle] for handle in handles)
+    except Exception:  # as in _by_nvml
+        return False
+
+
+def _is_partitioned(handle: object) -> bool:
+    import pynvml
+
+    try:
+        return bool(pynvml.nvmlDeviceGetMigMode(handle)[0])
+    except pynvml.NVMLError:  # the GPU doesn't support MIG
+        return False
 
 
 def _described(index: int, handle: object) -> Card:
     import pynvml
 
     uuid, name = (_text(read(handle)) for read in (pynvml.nvmlDeviceGetUUID, pynvml.nvmlDeviceGetName))
-    return Card(index, uuid, name, int(pynvml.nvmlDeviceGetMemoryInfo(handle).free))
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    return Card(index, uuid, name, int(memory.free), int(memory.total))
 
 
 def _text(value: str | bytes) -> str:

@@ -25,61 +25,53 @@ def total_bytes() -> int | None:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
         return None
-    return min([total, *_limits()])
+    return min([total, *(limit for _, limit in _limits())])
 
 
 def is_nearly_full() -> bool:
     """Return whether the machine, or a control group of this process, has almost no memory left."""
-    fields = dict(re.findall(r"^(\w+):\s+(\d+) kB$", _read(PROC / "meminfo"), re.MULTILINE))
+    fields = dict(re.findall(r"^(\w+):\s+(\d+) kB$", read(PROC / "meminfo"), re.MULTILINE))
     total, available = int(fields.get("MemTotal", 0)), int(fields.get("MemAvailable", 0))
     if total and "MemAvailable" in fields and available < (1 - NEARLY_FULL_SHARE) * total:
         return True
-    return any(used > NEARLY_FULL_SHARE * limit for used, limit in _used_of_limits())
+    for folder, limit in _limits():
+        # Without file pages, which the kernel can drop.
+        used = re.findall(r"^(?:anon|shmem|total_rss|total_shmem) (\d+)$", read(folder / "memory.stat"), re.MULTILINE)
+        if sum(map(int, used)) > NEARLY_FULL_SHARE * limit:
+            return True
+    return False
 
 
 def major_page_faults() -> int:
     """Return this process's major page faults since its start: pages that it had to wait for from disk."""
-    fields = _read(PROC / "self" / "stat").rpartition(")")[2].split()
+    fields = read(PROC / "self" / "stat").rpartition(")")[2].split()
     return int(fields[9]) if len(fields) > 9 else 0
 
 
 def out_of_memory_kills() -> int | None:
     """Return how many processes the kernel killed for lack of memory, in this process's control group, else on the
     machine; ``None`` if unknown."""
-    for folder in _folders():
-        match = re.search(r"^oom_kill (\d+)$", _read(folder / "memory.events") or _read(folder / "memory.oom_control"),
-                          re.MULTILINE)  # fmt: skip
+    counts = [read(folder / "memory.events") or read(folder / "memory.oom_control") for folder in _folders()]
+    for text in (*counts, read(PROC / "vmstat")):
+        match = re.search(r"^oom_kill (\d+)$", text, re.MULTILINE)
         if match:
             return int(match[1])
-    match = re.search(r"^oom_kill (\d+)$", _read(PROC / "vmstat"), re.MULTILINE)
-    return int(match[1]) if match else None
+    return None
 
 
-def _limits() -> Iterator[int]:
+def _limits() -> Iterator[tuple[Path, int]]:
+    """Yield the folder and the limit in bytes of each group that has one."""
     for folder in _folders():
         for name in ("memory.max", "memory.limit_in_bytes"):
-            text = _read(folder / name).strip()
+            text = read(folder / name).strip()
             if text.isdecimal():
-                yield int(text)
-
-
-def _used_of_limits() -> Iterator[tuple[int, int]]:
-    """Yield (bytes in use that the kernel can't reclaim, limit in bytes) of each group with a limit.
-
-    File pages are left out: the kernel can drop them.
-    """
-    for folder in _folders():
-        limits = [text for name in ("memory.max", "memory.limit_in_bytes")
-                  if (text := _read(folder / name).strip()).isdecimal()]  # fmt: skip
-        used = dict(re.findall(r"^(anon|shmem|total_rss|total_shmem) (\d+)$", _read(folder / "memory.stat"), re.M))
-        if limits and used:
-            yield sum(map(int, used.values())), int(limits[0])
+                yield folder, int(text)
 
 
 def _folders() -> list[Path]:
     """Return the folders of this process's memory group and of its parents."""
     folders: list[Path] = []
-    for line in _read(PROC / "self" / "cgroup").splitlines():
+    for line in read(PROC / "self" / "cgroup").splitlines():
         _, controllers, path = (*line.split(":", 2), "", "")[:3]
         if controllers and "memory" not in controllers.split(","):
             continue
@@ -89,7 +81,8 @@ def _folders() -> list[Path]:
     return folders or [CGROUPS, CGROUPS / "memory"]
 
 
-def _read(path: Path) -> str:
+def read(path: Path) -> str:
+    """Return the text of a file of the kernel's; empty if it can't be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:

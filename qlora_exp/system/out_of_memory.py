@@ -1,9 +1,10 @@
-"""Uses of a run's predicted memory: a warning before the start, and an explanation if its process was killed."""
+"""Uses of a run's predicted memory: a warning before the start, and an explanation if its process was ended."""
 
 from __future__ import annotations
 
 from qlora_exp.records.types import KILLED_FOR_MEMORY, Failure, Fit, RunRecord
 from qlora_exp.system import memory_limits
+from qlora_exp.system.device_errors import bitsandbytes_error, is_out_of_memory
 
 SIGKILL = 9
 SMALLER_HINTS = (
@@ -42,8 +43,23 @@ def killed_for_memory(record: RunRecord | None, signal: int | None, kills_before
     ending = "the run's process is gone" if signal is None else "the run's process was killed"
     cause = f"{ending}, and the kernel counted a process that it killed for lack of memory" if counted else ending
     prediction = f"; the run was {_predicted_need(fit)}" if fit is not None else ""
-    hint = (fit.would_fit if fit is not None else None) or SMALLER_HINTS
-    return Failure(KILLED_FOR_MEMORY, f"probably out of memory: {cause}{prediction}", hint=hint)
+    return Failure(KILLED_FOR_MEMORY, f"probably out of memory: {cause}{prediction}", hint=_hint(fit))
+
+
+def ended_for_memory(record: RunRecord, output: str) -> Failure | None:
+    """Return a failure if bitsandbytes ended a run's process because the GPU's memory ran out; else ``None``.
+
+    ``output``: the process's standard error. bitsandbytes writes the reason there, and raises no exception.
+    """
+    error = bitsandbytes_error(output)
+    if error is None or not is_out_of_memory(RuntimeError(error)):
+        return None
+    what = f"out of memory: bitsandbytes ended the run's process with the CUDA error: {error}"
+    return Failure(KILLED_FOR_MEMORY, what, hint=_hint(record.fit))
+
+
+def _hint(fit: Fit | None) -> str:
+    return (fit.would_fit if fit is not None else None) or SMALLER_HINTS
 
 
 def _predicted_need(fit: Fit) -> str:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import yaml
 from mlflow import MlflowClient
@@ -17,12 +23,56 @@ from qlora_exp.records.model_card import model_card
 from qlora_exp.records.redaction import redact
 from qlora_exp.records.types import RunRecord
 from qlora_exp.tracking import fields
+from qlora_exp.tracking.state import TrackingState, file_digest
+
+T = TypeVar("T")
 
 METRICS_PER_CALL = 500
 """MLflow's limit is 1,000 values and 1 MB a call."""
 
 ADAPTER_SUFFIXES = frozenset({".safetensors", ".json", ".jinja"})
 """Files of adapter/ that are logged. Pickles (``.bin``, ``.pt``) are not: they run code when they are loaded."""
+
+
+class DeliveryThread(threading.Thread, Generic[T]):
+    """Calls ``deliver`` with all entries that were put since its last call; ``deliver`` must not raise.
+
+    A daemon: a server that hangs must not keep the process alive.
+    """
+
+    def __init__(self, deliver: Callable[[list[T]], None]) -> None:
+        super().__init__(name="qlora-exp-tracking", daemon=True)
+        self.started = threading.Event()
+        """Set after the first call."""
+        self._deliver = deliver
+        self._queue: queue.SimpleQueue[tuple[float, T] | None] = queue.SimpleQueue()
+        self.start()
+
+    def put(self, entry: T, patience_seconds: float = 0.0) -> None:
+        """Queue ``entry``. It may wait so long for others that are delivered with it."""
+        self._queue.put((time.monotonic() + patience_seconds, entry))
+
+    def close(self, seconds: float) -> None:
+        """Wait until everything in the queue is delivered, at most ``seconds``."""
+        self._queue.put(None)
+        self.join(seconds)
+
+    def run(self) -> None:
+        is_open = True
+        while is_open:
+            entries: list[T] = []
+            due = math.inf
+            with contextlib.suppress(queue.Empty):  # raised once the queue is empty and the first entry is due
+                while is_open:
+                    item = self._queue.get(timeout=max(0.0, due - time.monotonic()) if entries else None)
+                    if item is None:
+                        is_open = False
+                    else:
+                        due = min(due, item[0])
+                        entries.append(item[1])
+            if entries:
+                self._deliver(entries)
+            self.started.set()
 
 
 def find(client: MlflowClient, experiment_id: str, run_id: str) -> str | None:
@@ -32,55 +82,15 @@ def find(client: MlflowClient, experiment_id: str, run_id: str) -> str | None:
     return str(matches[0].info.run_id) if matches else None
 
 
-def find_or_create(client: MlflowClient, experiment_id: str, record: RunRecord, parent: str | None) -> str:
-    """Return this record's MLflow run. It may exist already: an earlier process died before it could note the id."""
-    return find(client, experiment_id, record.run_id) or create(client, experiment_id, record, parent)
-
-
 def create(client: MlflowClient, experiment_id: str, record: RunRecord, parent: str | None) -> str:
     """Create this record's MLflow run and return its id."""
     run = client.create_run(
         experiment_id,
-        start_time=fields.start_milliseconds(record),
+        start_time=fields.milliseconds(record.started_at),
         tags=fields.run_tags(record, parent),
         run_name=record.name,
     )
     return str(run.info.run_id)
-
-
-def deliver_start(client: MlflowClient, run_id: str, record: RunRecord, parent: str | None) -> None:
-    """Set a run that has not ended to RUNNING (also after an interruption), and log the params known so far."""
-    client.update_run(run_id, status="RUNNING", name=record.name)
-    _deliver_params(client, run_id, record)
-    _deliver_tags(client, run_id, record, parent)
-
-
-def deliver_curve(client: MlflowClient, run_id: str, record: RunRecord, points: Iterable[Mapping[str, Any]]) -> None:
-    """Log points of the training curve, at most ``METRICS_PER_CALL`` values a call."""
-    _log_metrics(client, run_id, fields.curve_metrics(record, points))
-
-
-def deliver_all(client: MlflowClient, run_id: str, record: RunRecord, paths: RunPaths, parent: str | None) -> None:
-    """Log all of the run folder. The status comes before the artifacts: a slow upload must not leave it RUNNING."""
-    _deliver_params(client, run_id, record)
-    _deliver_missing_curve(client, run_id, record, paths)
-    moment = fields.end_milliseconds(record)
-    _log_metrics(client, run_id, [Metric(key, value, moment, 0) for key, value in fields.run_metrics(record).items()])
-    _deliver_tags(client, run_id, record, parent)
-    client.set_tag(run_id, fields.NOTE_TAG, fields.run_note(record))
-    dataset = fields.dataset_input(record)
-    if dataset is not None:
-        client.log_inputs(run_id, [dataset])
-    client.set_terminated(run_id, fields.MLFLOW_STATUS[record.status], end_time=moment)
-    _deliver_artifacts(client, run_id, record, paths)
-
-
-def adapter_files(paths: RunPaths) -> list[Path]:
-    """Return the adapter's files that are logged, sorted by name."""
-    if not paths.adapter.is_dir():
-        return []
-    files = (file for file in paths.adapter.iterdir() if file.is_file() and file.suffix in ADAPTER_SUFFIXES)
-    return sorted(files)
 
 
 def present_runs(client: MlflowClient, experiment_id: str) -> dict[str, str | None]:
@@ -100,6 +110,50 @@ def present_runs(client: MlflowClient, experiment_id: str) -> dict[str, str | No
             return mlflow_ids
 
 
+def deliver_start(client: MlflowClient, run_id: str, record: RunRecord, parent: str | None) -> None:
+    """Set a run that has not ended to RUNNING (also after an interruption), and log the params known so far."""
+    client.update_run(run_id, status="RUNNING", name=record.name)
+    log_missing_params(client, run_id, fields.run_params(record))
+    _log_tags(client, run_id, record, parent)
+
+
+def deliver_curve(client: MlflowClient, run_id: str, record: RunRecord, points: Iterable[Mapping[str, Any]]) -> None:
+    """Log points of the training curve, at most ``METRICS_PER_CALL`` values a call."""
+    _log_metrics(client, run_id, fields.curve_metrics(record, points))
+
+
+def deliver_all(
+    client: MlflowClient, state: TrackingState, record: RunRecord, paths: RunPaths, parent: str | None
+) -> TrackingState:
+    """Log all of the run folder to the MLflow run that ``state`` names, and return the state after that.
+
+    The status comes before the artifacts: a slow upload must not leave it RUNNING.
+    """
+    run_id, digest = str(state.mlflow_run_id), file_digest(paths.record)
+    moment = fields.milliseconds(record.ended_at or record.started_at)  # the same at every delivery
+    log_missing_params(client, run_id, fields.run_params(record))
+    curve = fields.curve_metrics(record, read_curve(paths.curve))
+    logged = {
+        (key, entry.step) for key in {row.key for row in curve} for entry in client.get_metric_history(run_id, key)
+    }
+    _log_metrics(client, run_id, [row for row in curve if (row.key, row.step) not in logged])
+    _log_metrics(client, run_id, [Metric(key, value, moment, 0) for key, value in fields.run_metrics(record).items()])
+    _log_tags(client, run_id, record, parent)
+    client.set_tag(run_id, fields.NOTE_TAG, fields.run_note(record))
+    dataset = fields.dataset_input(record)
+    if dataset is not None:
+        client.log_inputs(run_id, [dataset])
+    client.set_terminated(run_id, fields.MLFLOW_STATUS[record.status], end_time=moment)
+    _log_artifacts(client, run_id, record, paths)
+    return replace(state, delivered=True, record_digest=digest, error=None)
+
+
+def adapter_files(paths: RunPaths) -> list[Path]:
+    """Return the adapter's files that are logged, sorted by name."""
+    files = paths.adapter.iterdir() if paths.adapter.is_dir() else []
+    return sorted(file for file in files if file.is_file() and file.suffix in ADAPTER_SUFFIXES)
+
+
 def log_missing_params(client: MlflowClient, run_id: str, params: Mapping[str, str]) -> None:
     """Log the params that the run doesn't have yet: MLflow refuses to change one."""
     logged = client.get_run(run_id).data.params
@@ -108,20 +162,8 @@ def log_missing_params(client: MlflowClient, run_id: str, params: Mapping[str, s
         client.log_batch(run_id, params=missing)
 
 
-def _deliver_params(client: MlflowClient, run_id: str, record: RunRecord) -> None:
-    log_missing_params(client, run_id, fields.run_params(record))
-
-
-def _deliver_tags(client: MlflowClient, run_id: str, record: RunRecord, parent: str | None) -> None:
+def _log_tags(client: MlflowClient, run_id: str, record: RunRecord, parent: str | None) -> None:
     client.log_batch(run_id, tags=[RunTag(key, value) for key, value in fields.run_tags(record, parent).items()])
-
-
-def _deliver_missing_curve(client: MlflowClient, run_id: str, record: RunRecord, paths: RunPaths) -> None:
-    rows = fields.curve_metrics(record, read_curve(paths.curve))
-    logged = {
-        (key, entry.step) for key in {row.key for row in rows} for entry in client.get_metric_history(run_id, key)
-    }
-    _log_metrics(client, run_id, [row for row in rows if (row.key, row.step) not in logged])
 
 
 def _log_metrics(client: MlflowClient, run_id: str, rows: list[Metric]) -> None:
@@ -129,7 +171,7 @@ def _log_metrics(client: MlflowClient, run_id: str, rows: list[Metric]) -> None:
         client.log_batch(run_id, metrics=rows[start : start + METRICS_PER_CALL])
 
 
-def _deliver_artifacts(client: MlflowClient, run_id: str, record: RunRecord, paths: RunPaths) -> None:
+def _log_artifacts(client: MlflowClient, run_id: str, record: RunRecord, paths: RunPaths) -> None:
     """Upload record, configuration and adapter. Texts are redacted again: a store is often shared more widely."""
     if paths.record.is_file():
         redacted = redact(json.loads(paths.record.read_text(encoding="utf-8")))

@@ -11,6 +11,8 @@ from typing import Any
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
 
+from qlora_exp.formatting import figure, flatten
+from qlora_exp.records.model_card import findings, score_rows
 from qlora_exp.records.redaction import redact, redact_text
 from qlora_exp.records.types import RunRecord, Scores, Status
 
@@ -94,7 +96,8 @@ def run_params(record: RunRecord) -> dict[str, str]:
     """Return the configuration's settings and, if there is a plan, what it derived from them. Leaves unset values
     out."""
     config = redact(record.config)
-    values: dict[str, Any] = {key: _lookup(config, key) for key in CONFIG_PARAMS}
+    settings = dict(flatten(config))
+    values: dict[str, Any] = {key: settings.get(key) for key in CONFIG_PARAMS}
     if values["quantization.mode"] not in ("nf4", "fp4"):
         values["quantization.double_quantization"] = None  # only 4-bit modes have it
     targets = config.get("targets") or {}
@@ -128,7 +131,7 @@ def curve_metrics(record: RunRecord, points: Iterable[Mapping[str, Any]]) -> lis
     Timestamps depend only on the record's start and the point: its ``seconds``, or its step as milliseconds. So a point
     that is delivered twice is the same point.
     """
-    start = start_milliseconds(record)
+    start = milliseconds(record.started_at)
     rows = []
     for point in points:
         step = int(point["step"])
@@ -162,17 +165,20 @@ def run_tags(record: RunRecord, parent: str | None = None) -> dict[str, str]:
         PARENT_TAG: parent,
     }
     if record.trial is not None:
-        values["qlora_exp.trial.study"] = record.trial.study
-        values["qlora_exp.trial.study_id"] = record.trial.study_id
-        values["qlora_exp.trial.number"] = record.trial.number
-        values["qlora_exp.trial.attempt"] = record.trial.attempt
+        for name in ("study", "study_id", "number", "attempt"):
+            values[f"qlora_exp.trial.{name}"] = getattr(record.trial, name)
     return {key: shown_text(value) for key, value in values.items() if value is not None}
 
 
 def run_note(record: RunRecord) -> str:
     """Return the run's summary in Markdown, for the run's page in MLflow."""
-    lines = [_headline(record), "", *_score_table(record)]
-    lines += [f"- {fact}" for fact in _facts(record)]
+    before, after = record.scores.before, record.scores.after
+    lines = [_headline(record), ""]
+    if (scores := after or before) is not None:
+        rows = score_rows(before, after, (*SCORE_FIELDS, "bits_per_byte"))
+        lines += [f"| {scores.split}, {scores.items} items | before | after |", "|---|---:|---:|"]
+        lines += [*(f"| {' | '.join(row)} |" for row in rows), ""]
+    lines += [f"- {fact}" for fact in (*findings(record), *_facts(record))]
     if record.failure is not None:
         where = f" in {record.failure.phase}" if record.failure.phase else ""
         lines += ["", f"**{record.failure.kind}**{where}: {record.failure.message[:1000]}"]
@@ -187,40 +193,33 @@ def dataset_input(record: RunRecord) -> DatasetInput | None:
     if record.data is None:
         return None
     task = redact(record.config.get("task") or {})
-    source_type, source = _data_source(task)
-    profile = {
-        "train_items": record.data.train_items,
-        "validation_items": record.data.validation_items,
-        "test_items": record.data.test_items,
-        "dropped_rows": record.data.dropped_rows,
-    }
+    source_type, source = "package", {"uri": "qlora_exp/embedded"}
+    if task.get("source") == "hub":
+        names = {"path": "hub_id", "config_name": "hub_config", "revision": "hub_revision"}
+        source_type, source = "hf", {name: task.get(key) for name, key in names.items()}
+    elif task.get("source") == "local":
+        source_type, source = "local", {"uri": str(task.get("path"))}
+    counts = ("train_items", "validation_items", "test_items", "dropped_rows")
     dataset = Dataset(
         name=record.data.task,
         digest=record.data.fingerprint.removeprefix("sha256:")[:DIGEST_LENGTH],
         source_type=source_type,
         source=json.dumps(source),
-        profile=json.dumps(profile),
+        profile=json.dumps({name: getattr(record.data, name) for name in counts}),
     )
     return DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
 
 
-def start_milliseconds(record: RunRecord) -> int:
-    return _milliseconds(record.started_at)
-
-
-def end_milliseconds(record: RunRecord) -> int:
-    """Return when the run ended, or its start if that is unknown: the same figure at every delivery."""
-    return _milliseconds(record.ended_at or record.started_at)
+def milliseconds(moment: str) -> int:
+    """Return an ISO 8601 time as MLflow's Unix milliseconds; a time without a zone is UTC."""
+    parsed = datetime.fromisoformat(moment)
+    return round((parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp() * 1000)
 
 
 def shown_text(value: Any, limit: int | None = MAX_PARAM_LENGTH) -> str:
     """Return a value as redacted text, cut to ``limit`` characters."""
     text = redact_text(f"{value:g}" if isinstance(value, float) else str(value))
     return text if limit is None or len(text) <= limit else f"{text[: limit - 1]}…"
-
-
-def shown_figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
 
 
 def param_key(key: str) -> str:
@@ -251,9 +250,8 @@ def _figures(record: RunRecord) -> Iterator[tuple[str, float | None]]:
     yield "memory/adapter_mib", _mib(memory.adapter_bytes)
     yield "memory/optimizer_mib", _mib(memory.optimizer_bytes)
     yield "memory/peak_evaluation_mib", _mib(memory.peak_evaluation_bytes)
-    yield "speed/step_seconds_p50", speed.step_seconds_p50
-    yield "speed/evaluation_seconds", speed.evaluation_seconds
-    yield "speed/load_seconds", speed.load_seconds
+    for name in ("step_seconds_p50", "evaluation_seconds", "load_seconds"):
+        yield f"speed/{name}", getattr(speed, name)
 
 
 def _score_figures(group: str, scores: Scores | None, fields: Iterable[str]) -> Iterator[tuple[str, float | None]]:
@@ -269,71 +267,20 @@ def _headline(record: RunRecord) -> str:
     name = next((name for name in HEADLINE_FIELDS if getattr(after, name) is not None), None)
     if name is None:
         return "**completed**"
-    base_value = shown_figure(getattr(before, name) if before is not None else None)
-    return f"{name.replace('_', ' ')} on {after.split}: {base_value} → **{shown_figure(getattr(after, name))}**"
-
-
-def _score_table(record: RunRecord) -> Iterator[str]:
-    before, after = record.scores.before, record.scores.after
-    if before is None and after is None:
-        return
-    known = after or before
-    assert known is not None
-    yield f"| {known.split}, {known.items} items | before | after |"
-    yield "|---|---:|---:|"
-    for name in (*SCORE_FIELDS, "bits_per_byte"):
-        values = [getattr(scores, name) if scores is not None else None for scores in (before, after)]
-        if any(value is not None for value in values):
-            yield f"| {name.replace('_', ' ')} | {shown_figure(values[0])} | {shown_figure(values[1])} |"
-    yield ""
+    base_value = figure(getattr(before, name) if before is not None else None)
+    return f"{name.replace('_', ' ')} on {after.split}: {base_value} → **{figure(getattr(after, name))}**"
 
 
 def _facts(record: RunRecord) -> Iterator[str]:
-    if record.goal is not None:
-        yield f"goal `{record.goal.text}` on {record.goal.split}: **{record.goal.answer}**"
-    if record.baselines is not None:
-        yield (
-            f"baselines on {record.baselines.split}: "
-            f"majority class {shown_figure(record.baselines.majority_accuracy)}, "
-            f"TF-IDF + logistic regression {shown_figure(record.baselines.tfidf_accuracy)}"
-        )
-    for change in (record.scores.forgetting, record.scores.forgetting_chat):
-        if change is not None:
-            interval = f"95 % interval {shown_figure(change.low)} to {shown_figure(change.high)}"
-            yield f"loss on {change.text} changed by {shown_figure(change.difference)} nats per byte ({interval})"
     if record.plan is not None:
         yield f"{record.plan.trainable_parameters:,} trainable of {record.plan.total_parameters:,} parameters"
     if record.memory.peak_train_bytes is not None:
-        yield f"peak training memory {shown_figure(_mib(record.memory.peak_train_bytes))} MiB ({record.memory.source})"
+        yield f"peak training memory {figure(_mib(record.memory.peak_train_bytes))} MiB ({record.memory.source})"
     if record.speed.train_tokens_per_second is not None:
         yield f"{record.speed.train_tokens_per_second:,.0f} tokens/s on {record.environment.device.name}"
     if record.environment.git_dirty:
         yield "run from a checkout with uncommitted changes"
 
 
-def _data_source(task: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    if task.get("source") == "hub":
-        return "hf", {
-            "path": task.get("hub_id"),
-            "config_name": task.get("hub_config"),
-            "revision": task.get("hub_revision"),
-        }
-    if task.get("source") == "local":
-        return "local", {"uri": str(task.get("path"))}
-    return "package", {"uri": "qlora_exp/embedded"}
-
-
-def _lookup(config: Mapping[str, Any], key: str) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value
-
-
 def _mib(size: int | None) -> float | None:
     return None if size is None else size / MIB_BYTES
-
-
-def _milliseconds(moment: str) -> int:
-    parsed = datetime.fromisoformat(moment)
-    return round((parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp() * 1000)

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import queue
-import threading
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from qlora_exp.config.schema import TrackingConfig
 from qlora_exp.paths import OutputPaths, RunPaths
 from qlora_exp.records.types import RunRecord
-from qlora_exp.tracking.deliver import adapter_files, deliver_all, deliver_curve, deliver_start, find_or_create
-from qlora_exp.tracking.state import TrackingState, delivery_lock, record_digest, write_state
-from qlora_exp.tracking.store import OpenStore, Store, bounded_calls, locate, open_or_warn, open_store, store_problem
+from qlora_exp.tracking.deliver import (
+    DeliveryThread,
+    adapter_files,
+    create,
+    deliver_all,
+    deliver_curve,
+    deliver_start,
+    find,
+)
+from qlora_exp.tracking.state import NOT_DELIVERED_YET, TrackingState, delivery_lock, write_state
+from qlora_exp.tracking.store import OpenStore, bounded_calls, locate, open_or_warn, open_store, store_problem
 from qlora_exp.tracking.study import parent_run
 
 CURVE_SECONDS = 5.0
@@ -29,9 +34,11 @@ LOCAL_DATABASE_SECONDS = 60.0
 UPLOAD_BYTES_PER_SECOND = 1_000_000
 """Assumed upload speed: a server gets the time for the adapter in addition to ``tracking.timeout_seconds``."""
 
+_open_once = functools.lru_cache(maxsize=8)(open_store)
+
 
 class Tracker:
-    """Logs one run at a time to MLflow: :meth:`start`, :meth:`log_curve` …, :meth:`finish`.
+    """Logs one run to MLflow: :meth:`start`, :meth:`log_curve` …, :meth:`finish`.
 
     The constructor raises :class:`TrackingError` for an invalid URI and for a local database that can't be opened.
     After that nothing raises: at the first failure delivery stops, ``tracking.json`` in the run folder says why, and
@@ -42,28 +49,28 @@ class Tracker:
         """``warm``: the sweep has opened the store before. Then the delivery thread opens it, once per process, and no
         trial waits for that."""
         self._output = output
-        self._store: Store | None = locate(tracking, output) if tracking.enabled else None
+        self._store = locate(tracking, output)
+        self._connect = _open_once if warm else open_store
         self._opened: OpenStore | None = None
-        self._delivery: _DeliveryThread | None = None
-        self._warm = warm
-        if self._store is not None and self._store.database is not None and not warm:
+        self._record: RunRecord | None = None
+        self._parent: str | None = None
+        self._state = TrackingState(self._store.shown_uri, self._store.experiment)
+        self._is_broken = False
+        if self._store.database is not None and not warm:
             self._opened = open_or_warn(self._store)
 
     def start(self, record: RunRecord, paths: RunPaths, wait: bool = True) -> None:
         """Create the MLflow run (RUNNING). With ``wait``, wait for that at most ``tracking.timeout_seconds``."""
-        if self._store is None:
-            return
-        self._delivery = _DeliveryThread(
-            self._store, self._opened, self._output, paths, _open_once if self._warm else open_store
-        )
-        self._delivery.put(record)
+        self._paths = paths
+        self._save(replace(self._state, error=NOT_DELIVERED_YET))
+        self._thread: DeliveryThread[RunRecord | list[Mapping[str, Any]]] = DeliveryThread(self._deliver)
+        self._thread.put(record)
         if wait:
-            self._delivery.started.wait(self._store.timeout_seconds)
+            self._thread.started.wait(self._store.timeout_seconds)
 
     def log_curve(self, points: Iterable[Mapping[str, Any]]) -> None:
         """Queue points of the training curve (the objects of curve.jsonl); returns at once."""
-        if self._delivery is not None:
-            self._delivery.put(list(points))
+        self._thread.put(list(points), CURVE_SECONDS)
 
     def finish(self, record: RunRecord) -> bool:
         """Deliver the ended run; ``record.json`` must be written. Returns whether all of it was delivered in time.
@@ -71,117 +78,50 @@ class Tracker:
         The limit is ``tracking.timeout_seconds`` plus a second per megabyte of adapter; for a local database at least a
         minute. After that, delivery continues in the background while the process lives; ``sync`` does the rest.
         """
-        if self._store is None or self._delivery is None:
-            return False
-        delivery, self._delivery = self._delivery, None
-        delivery.put(record)
-        seconds = self._store.timeout_seconds + delivery.adapter_bytes() / UPLOAD_BYTES_PER_SECOND
-        delivery.close(seconds if self._store.is_server else max(LOCAL_DATABASE_SECONDS, seconds))
-        self._opened = delivery.opened
-        return delivery.delivered
+        self._thread.put(record)
+        adapter_bytes = sum(file.stat().st_size for file in adapter_files(self._paths))
+        seconds = self._store.timeout_seconds + adapter_bytes / UPLOAD_BYTES_PER_SECOND
+        self._thread.close(seconds if self._store.is_server else max(LOCAL_DATABASE_SECONDS, seconds))
+        return self._state.delivered
 
-
-_open_once = functools.lru_cache(maxsize=8)(open_store)
-
-
-class _DeliveryThread(threading.Thread):
-    """Takes records and curve points from a queue. A daemon: a server that hangs must not keep the process alive."""
-
-    def __init__(
-        self,
-        store: Store,
-        opened: OpenStore | None,
-        output: OutputPaths,
-        paths: RunPaths,
-        connect: Callable[[Store], OpenStore],
-    ) -> None:
-        super().__init__(name="qlora-exp-tracking", daemon=True)
-        self.opened = opened
-        self._open = connect
-        self.delivered = False
-        self.started = threading.Event()
-        """Set when the start was delivered or has failed."""
-        self._store = store
-        self._output = output
-        self._paths = paths
-        self._queue: queue.SimpleQueue[RunRecord | list[Mapping[str, Any]] | None] = queue.SimpleQueue()
-        self._record: RunRecord | None = None
-        self._parent: str | None = None
-        self._state = TrackingState(store.shown_uri, store.experiment)
-        self._save(error="not delivered yet")
-        self.start()
-
-    def put(self, item: RunRecord | list[Mapping[str, Any]]) -> None:
-        if self.is_alive():
-            self._queue.put(item)
-
-    def close(self, seconds: float) -> None:
-        """Wait until everything in the queue is delivered, at most ``seconds``."""
-        self._queue.put(None)
-        self.join(seconds)
-
-    def adapter_bytes(self) -> int:
-        return sum(file.stat().st_size for file in adapter_files(self._paths))
-
-    def run(self) -> None:
+    def _deliver(self, entries: list[RunRecord | list[Mapping[str, Any]]]) -> None:
+        """Deliver the newest record and the curve points among ``entries``."""
+        if self._is_broken:
+            return
+        records = [entry for entry in entries if isinstance(entry, RunRecord)]
+        points = [point for entry in entries if isinstance(entry, list) for point in entry]
         try:
-            self._work()
+            if records:
+                self._record = records[-1]
+                self._deliver_record(self._record)
         except Exception as error:  # must not stop the training; every backend raises its own types
-            self._save(error=store_problem(error))
-        finally:
-            self.started.set()
-
-    def _work(self) -> None:
-        points: list[Mapping[str, Any]] = []
-        due: float | None = None
-        while True:
-            try:
-                item = self._queue.get(timeout=None if due is None else max(0.0, due - time.monotonic()))
-            except queue.Empty:
-                self._curve(points)
-                points, due = [], None
-                continue
-            if item is None:
-                return
-            if isinstance(item, RunRecord):
-                self._deliver(item)
-                self.started.set()
-            else:
-                points = points + item
-                due = due or time.monotonic() + CURVE_SECONDS
-
-    def _deliver(self, record: RunRecord) -> None:
-        if self.opened is None:
-            self.opened = self._open(self._store)
-        self._record = record
-        with delivery_lock(self._paths.tracking_lock), bounded_calls(self._store.timeout_seconds):
-            client = self.opened.client
-            self._parent = self._parent or parent_run(self._store, self.opened, self._output, record)
-            if self._state.mlflow_run_id is None:
-                experiment_id = self.opened.experiment_id
-                mlflow_run_id = find_or_create(client, experiment_id, record, self._parent)
-                self._save(experiment_id=experiment_id, mlflow_run_id=mlflow_run_id)
-            run_id = str(self._state.mlflow_run_id)
-            if not record.status.ended:
-                deliver_start(client, run_id, record, self._parent)
-                return
-            digest = record_digest(self._paths)
-            deliver_all(client, run_id, record, self._paths, self._parent)
-            self.delivered = True
-            self._save(delivered=True, record_digest=digest, error=None)
-
-    def _curve(self, points: list[Mapping[str, Any]]) -> None:
-        """Log one batch. A failure loses nothing: the end of the run logs the points of curve.jsonl that are
-        missing."""
-        if self.opened is None or self._record is None or self._state.mlflow_run_id is None:
+            self._is_broken = True
+            self._save(replace(self._state, error=store_problem(error)))
+            return
+        if not points or self._opened is None or self._record is None or self._record.status.ended:
             return
         try:
             with delivery_lock(self._paths.tracking_lock), bounded_calls(self._store.timeout_seconds):
-                deliver_curve(self.opened.client, self._state.mlflow_run_id, self._record, points)
-        except Exception as error:  # as in run()
-            self._save(error=f"part of the curve was not delivered: {store_problem(error)}")
+                deliver_curve(self._opened.client, str(self._state.mlflow_run_id), self._record, points)
+        except Exception as error:  # nothing is lost: the end of the run logs the points that are missing
+            problem = f"part of the curve was not delivered: {store_problem(error)}"
+            self._save(replace(self._state, error=problem))
 
-    def _save(self, **changes: Any) -> None:
-        self._state = replace(self._state, **changes)
+    def _deliver_record(self, record: RunRecord) -> None:
+        opened = self._opened = self._opened or self._connect(self._store)
+        with delivery_lock(self._paths.tracking_lock), bounded_calls(self._store.timeout_seconds):
+            self._parent = self._parent or parent_run(self._store, opened, self._output, record)
+            if self._state.mlflow_run_id is None:
+                # It may exist already: an earlier process died before it could note the id.
+                run_id = find(opened.client, opened.experiment_id, record.run_id)
+                run_id = run_id or create(opened.client, opened.experiment_id, record, self._parent)
+                self._save(replace(self._state, experiment_id=opened.experiment_id, mlflow_run_id=run_id))
+            if record.status.ended:
+                self._save(deliver_all(opened.client, self._state, record, self._paths, self._parent))
+            else:
+                deliver_start(opened.client, str(self._state.mlflow_run_id), record, self._parent)
+
+    def _save(self, state: TrackingState) -> None:
+        self._state = state
         with contextlib.suppress(OSError):  # the training reports a full disk; sync delivers this run again
             write_state(self._paths, self._state)

@@ -8,11 +8,10 @@ import math
 import os
 import re
 import shlex
-import sqlite3
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -22,12 +21,18 @@ from qlora_exp.config.schema import TrackingConfig
 from qlora_exp.errors import TrackingError, nearest
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records.redaction import redact_text
-from qlora_exp.tracking.relocated import relocate_artifacts
+from qlora_exp.system.environment import NO_TELEMETRY
+from qlora_exp.tracking.database import (
+    LOCK_SECONDS,
+    check_writable,
+    create_if_missing,
+    relocate_artifacts,
+    set_aside_if_incomplete,
+)
 from qlora_exp.tracking.ui import EXPERIMENT_TAGS, VIEW_TAGS
 
 # Before mlflow is imported: it decides on telemetry at import.
-os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-os.environ["DO_NOT_TRACK"] = "true"
+os.environ.update(NO_TELEMETRY)
 
 from mlflow import MlflowClient
 from mlflow.environment_variables import (
@@ -39,9 +44,6 @@ from mlflow.exceptions import MlflowException
 
 DATABASE_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql")
 SERVER_SCHEMES = ("http", "https", "databricks")
-
-LOCK_SECONDS = 180.0
-"""A fresh database takes seconds to create, more on a busy machine; other processes wait for it."""
 
 _environment_lock = threading.RLock()
 """MLflow reads its HTTP settings from the process's environment: one thread at a time may set them."""
@@ -55,9 +57,9 @@ class Store:
     uri: str
     experiment: str
     timeout_seconds: float
-    database: Path | None
-    artifacts: Path | None
-    lock: Path | None
+    database: Path | None = None
+    artifacts: Path | None = None
+    lock: Path | None = None
 
     @property
     def is_server(self) -> bool:
@@ -92,9 +94,15 @@ def locate(tracking: TrackingConfig, output: OutputPaths) -> Store:
         )
     uri = tracking.uri or f"sqlite:///{output.mlflow_database}"
     scheme = uri.split("://")[0].split(":")[0].split("+")[0].lower() if ":" in uri else uri
+    store = Store(uri, tracking.experiment, tracking.timeout_seconds)
     if scheme in SERVER_SCHEMES:
-        _check_server_address(uri, scheme)
-        return Store(uri, tracking.experiment, tracking.timeout_seconds, None, None, None)
+        if scheme != "databricks" and not _has_host(uri):
+            raise TrackingError(
+                f"tracking.uri={redact_text(uri)} is not a server's address",
+                "tracking.uri",
+                "tracking.uri=http://HOST:PORT",
+            )
+        return store
     if scheme not in DATABASE_SCHEMES:
         raise TrackingError(
             f"tracking.uri={redact_text(uri)} is not a tracking store",
@@ -102,12 +110,31 @@ def locate(tracking: TrackingConfig, output: OutputPaths) -> Store:
             f"{nearest(scheme, (*DATABASE_SCHEMES, *SERVER_SCHEMES))} e.g. tracking.uri=sqlite:////data/mlflow.db or "
             "tracking.uri=http://127.0.0.1:5000; null: mlflow.db next to output_root",
         )
-    database = _sqlite_file(uri) if scheme == "sqlite" else None
-    if database is not None:
-        uri = f"sqlite:///{database}"
-    artifacts = output.mlflow_artifacts if database is None else database.parent / output.mlflow_artifacts.name
-    lock = (output.root / "tracking.lock") if database is None else database.with_name(f"{database.name}.lock")
-    return Store(uri, tracking.experiment, tracking.timeout_seconds, database, artifacts, lock)
+    if scheme != "sqlite":
+        return replace(store, artifacts=output.mlflow_artifacts, lock=output.root / "tracking.lock")
+    path = uri.partition(":///")[2]
+    if not path or path == ":memory:":
+        raise TrackingError(
+            f"tracking.uri={uri} names no file",
+            "tracking.uri",
+            "tracking.uri=sqlite:////data/mlflow.db (four slashes before an absolute path)",
+        )
+    database = Path(path).expanduser().absolute()
+    return replace(
+        store,
+        uri=f"sqlite:///{database}",
+        database=database,
+        artifacts=database.parent / output.mlflow_artifacts.name,
+        lock=database.with_name(f"{database.name}.lock"),
+    )
+
+
+def _has_host(uri: str) -> bool:
+    try:
+        parts = urlsplit(uri)
+        return bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        return False
 
 
 def open_store(store: Store) -> OpenStore:
@@ -119,14 +146,26 @@ def open_store(store: Store) -> OpenStore:
     Raises:
         TrackingError: the store can't be opened.
     """
+    for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking.fluent"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     if store.lock is None:
         return _connect(store)
     try:
         store.lock.parent.mkdir(parents=True, exist_ok=True)
         if store.database is not None:
-            _check_sqlite(store.database)
+            check_writable(store.database)
         with FileLock(store.lock, timeout=LOCK_SECONDS):
-            return _connect_or_create(store)
+            if store.database is None:
+                return _connect(store)
+            create_if_missing(store.database)
+            try:
+                return _connect(store)
+            except TrackingError as error:
+                cause = error.__cause__
+                if cause is None or not set_aside_if_incomplete(store.database, store.uri, str(cause)):
+                    raise
+            create_if_missing(store.database)
+            return _connect(store)
     except Timeout:
         raise TrackingError(
             f"another process has kept the tracking store locked for {LOCK_SECONDS:.0f} s",
@@ -139,6 +178,16 @@ def open_store(store: Store) -> OpenStore:
             str(store.database or store.shown_uri),
             "choose a writable folder: tracking.uri=sqlite:////DIR/mlflow.db, or output_root=DIR",
         ) from None
+
+
+def open_or_warn(store: Store) -> OpenStore | None:
+    """Return the open store. If another MLflow version made its tables, print a warning and return ``None``."""
+    try:
+        return open_store(store)
+    except OtherVersion as error:
+        warning = f"warning: nothing is delivered to MLflow: {error.what}"
+        print(f"{warning}\n  where: {error.where}\n  do:    {error.hint}", file=sys.stderr, flush=True)
+        return None
 
 
 @contextlib.contextmanager
@@ -170,30 +219,7 @@ def store_problem(error: BaseException) -> str:
     return redact_text(" ".join(text.split()))[:500]
 
 
-def _connect_or_create(store: Store) -> OpenStore:
-    """Connect as :func:`_connect`; first create a SQLite database that is missing, and replace an incomplete one."""
-    if store.database is None:
-        return _connect(store)
-    from qlora_exp.tracking.create_store import create_if_missing, set_aside_if_incomplete
-
-    _quiet_mlflow()
-    create_if_missing(store.database)
-    try:
-        return _connect(store)
-    except TrackingError as error:
-        if error.__cause__ is None or not set_aside_if_incomplete(store.database, store.uri, str(error.__cause__)):
-            raise
-    create_if_missing(store.database)
-    return _connect(store)
-
-
-def _quiet_mlflow() -> None:
-    for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking.fluent"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-
-
 def _connect(store: Store) -> OpenStore:
-    _quiet_mlflow()
     try:
         with bounded_calls(store.timeout_seconds):
             client = MlflowClient(tracking_uri=store.uri, registry_uri=store.uri)
@@ -233,18 +259,6 @@ def _other_version(error: Exception, store: Store) -> OtherVersion | None:
     return OtherVersion(what, store.shown_uri, hint)
 
 
-def open_or_warn(store: Store) -> OpenStore | None:
-    """Return the open store. If another MLflow version made its tables, print a warning and return ``None``."""
-    try:
-        return open_store(store)
-    except OtherVersion as error:
-        message = (
-            f"warning: nothing is delivered to MLflow: {error.what}\n  where: {error.where}\n  do:    {error.hint}"
-        )
-        print(message, file=sys.stderr, flush=True)
-        return None
-
-
 def _experiment_id(client: MlflowClient, store: Store) -> str:
     """Return the experiment's id; create the experiment if it is missing."""
     experiment = client.get_experiment_by_name(store.experiment)
@@ -276,53 +290,3 @@ def _experiment_id(client: MlflowClient, store: Store) -> str:
         if experiment.tags.get(key) != value:
             client.set_experiment_tag(experiment.experiment_id, key, value)
     return str(experiment.experiment_id)
-
-
-def _check_server_address(uri: str, scheme: str) -> None:
-    if scheme == "databricks":
-        return
-    try:
-        parts = urlsplit(uri)
-        usable = bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:
-        usable = False
-    if not usable:
-        raise TrackingError(
-            f"tracking.uri={redact_text(uri)} is not a server's address",
-            "tracking.uri",
-            "tracking.uri=http://HOST:PORT",
-        )
-
-
-def _sqlite_file(uri: str) -> Path:
-    path = uri.partition(":///")[2]
-    if not path or path == ":memory:":
-        raise TrackingError(
-            f"tracking.uri={uri} names no file",
-            "tracking.uri",
-            "tracking.uri=sqlite:////data/mlflow.db (four slashes before an absolute path)",
-        )
-    return Path(path).expanduser().absolute()
-
-
-def _check_sqlite(database: Path) -> None:
-    """Fail at once if the file is no writable database; MLflow would retry for a minute and a half."""
-    database.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        connection = sqlite3.connect(database, timeout=LOCK_SECONDS)
-        try:
-            connection.execute("PRAGMA schema_version").fetchone()
-            # Takes and releases the write lock: a read-only file or folder fails here, not after the training.
-            connection.execute("BEGIN IMMEDIATE")
-            connection.execute("ROLLBACK")
-        finally:
-            connection.close()
-    except sqlite3.Error as error:
-        hint = "move it away (qlora-exp sync rebuilds it from the run folders) or set tracking.uri"
-        if "locked" in str(error):
-            hint = "end the process that uses it, or run with tracking=off and qlora-exp sync later"
-        raise TrackingError(
-            f"the tracking database can't be used: {error}",
-            str(database),
-            hint,
-        ) from None

@@ -8,14 +8,14 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any
 
 import yaml
 
+from qlora_exp.formatting import figure
 from qlora_exp.records.redaction import redact, redact_overrides
 from qlora_exp.records.types import Process, Status
-from qlora_exp.tracking.fields import MAX_TAG_LENGTH, param_key, shown_figure, shown_text
+from qlora_exp.tracking.fields import MAX_TAG_LENGTH, param_key, shown_text
 
 STUDY_TAG = "qlora_exp.study"
 """The study's name. Only parent runs have this tag."""
@@ -48,10 +48,16 @@ class StudyDefinition:
     id: str | None = None
     """``None``: an earlier version created the study, without an identity."""
 
+    @property
+    def objective_paths(self) -> list[str]:
+        """The objectives without their directions."""
+        return [objective.split(maxsplit=1)[-1] for objective in self.objectives]
+
 
 @dataclass(frozen=True)
-class TrialRow:
-    """One trial: ``values`` in the order of the objectives (empty if it was not scored), ``params`` by swept key."""
+class SummaryTrial:
+    """One trial of ``summary.json``: ``values`` in the order of the objectives (empty if it was not scored), ``params``
+    by swept key."""
 
     number: int
     status: Status
@@ -59,6 +65,9 @@ class TrialRow:
     params: dict[str, Any] = field(default_factory=dict)
     run_id: str | None = None
     seconds: float | None = None
+
+    def value(self, index: int) -> float | None:
+        return self.values[index] if index < len(self.values) else None
 
 
 @dataclass(frozen=True)
@@ -69,17 +78,13 @@ class StudySummary:
     status: Status
     updated_at: str
     best: tuple[int, ...] = ()
-    trials: tuple[TrialRow, ...] = ()
+    trials: tuple[SummaryTrial, ...] = ()
     process: Process | None = None
 
     @property
-    def best_trials(self) -> list[TrialRow]:
+    def best_trials(self) -> list[SummaryTrial]:
         by_number = {trial.number: trial for trial in self.trials}
         return [by_number[number] for number in self.best if number in by_number]
-
-    def count(self, *statuses: Status) -> int:
-        counts = Counter(trial.status for trial in self.trials)
-        return sum(counts[status] for status in statuses)
 
 
 def study_params(definition: StudyDefinition) -> dict[str, str]:
@@ -104,26 +109,36 @@ def study_tags(definition: StudyDefinition) -> dict[str, str]:
 
 def study_metrics(definition: StudyDefinition, summary: StudySummary) -> dict[str, float]:
     """Return the numbers of trials by result, and the best value of each objective."""
+    counts = Counter(trial.status for trial in summary.trials)
     metrics: dict[str, float] = {
-        "trials_finished": summary.count(Status.COMPLETED),
-        "trials_pruned": summary.count(Status.PRUNED),
-        "trials_failed": summary.count(Status.FAILED, Status.OUT_OF_MEMORY, Status.DIVERGED),
+        "trials_finished": counts[Status.COMPLETED],
+        "trials_pruned": counts[Status.PRUNED],
+        "trials_failed": counts[Status.FAILED] + counts[Status.OUT_OF_MEMORY] + counts[Status.DIVERGED],
     }
-    for index, objective in enumerate(definition.objectives):
-        value = _best_value(summary, index, objective)
-        if value is not None:
-            metrics[f"best/{param_key(_objective_path(objective))}"] = value
+    for index, (objective, path) in enumerate(zip(definition.objectives, definition.objective_paths, strict=True)):
+        values = [value for trial in summary.best_trials if (value := trial.value(index)) is not None]
+        if values:
+            metrics[f"best/{param_key(path)}"] = max(values) if objective.startswith("maximize") else min(values)
     return metrics
 
 
 def study_note(definition: StudyDefinition, summary: StudySummary, answers: Sequence[str] = ()) -> str:
     """Return the study in Markdown. The first line, which the UI shows while the note is folded, has rank doubling's
     answers or else the best trial so far."""
+    headline = "\n\n".join(answers) or f"**{summary.status.value.lower()}**, no best trial yet"
+    if summary.best_trials and not answers:
+        best = summary.best_trials[0]
+        settings = ", ".join(f"{key}={value}" for key, value in redact(best.params).items())
+        headline = f"best so far: **{_values_text(definition, best)}** with {settings} (trial {best.number})"
+    number = "no fixed number of" if definition.n_trials is None else str(definition.n_trials)
+    algorithms = f"sampler {definition.sampler or 'none'}, pruner {definition.pruner or 'none'}"
+    counts = sorted(Counter(trial.status for trial in summary.trials).items())
+    results = ", ".join(f"{count} {status.value.lower().replace('_', ' ')}" for status, count in counts)
     lines = [
-        "\n\n".join(answers) or _headline(definition, summary),
+        headline,
         "",
         *([definition.question, ""] if definition.question else []),
-        f"- {_progress(definition, summary)}",
+        f"- {number} trials, {algorithms}; so far {results or 'none'}",
         f"- objective: {', '.join(definition.objectives) or 'none'}",
         *(f"- `{key}`: {text}" for key, text in redact(definition.space).items()),
         *([f"- all trials: `{' '.join(redact_overrides(definition.overrides))}`"] if definition.overrides else []),
@@ -134,26 +149,23 @@ def study_note(definition: StudyDefinition, summary: StudySummary, answers: Sequ
 
 
 def trials_csv(definition: StudyDefinition, summary: StudySummary) -> str:
-    """Return all trials as CSV, one column a swept key; each of several objectives has a column ``value_FIELD``."""
-    keys = _swept_keys(definition, summary)
-    several = len(definition.objectives) > 1
-    values = [f"value_{_objective_path(objective)}" for objective in definition.objectives] if several else ["value"]
+    """Return all trials as CSV, one column a swept key; each of several objectives has a column ``value_FIELD``.
+
+    A cell has ``null`` if the value is unset, and is empty if the trial doesn't have the key.
+    """
+    keys, paths = _swept_keys(definition, summary), definition.objective_paths
+    values = [f"value_{path}" for path in paths] if len(paths) > 1 else ["value"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["number", "status", *values, "run_id", "seconds", *keys])
     for trial in summary.trials:
-        params = redact(trial.params)
-        row = [trial.number, trial.status.value, *(_value(trial, index) for index in range(len(values)))]
-        writer.writerow([*row, trial.run_id, trial.seconds, *(_cell(params, key) for key in keys)])
+        cells = {
+            key: "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+            for key, value in redact(trial.params).items()
+        }
+        row = [trial.number, trial.status.value, *(trial.value(index) for index in range(len(values)))]
+        writer.writerow([*row, trial.run_id, trial.seconds, *(cells.get(key) for key in keys)])
     return text.getvalue()
-
-
-def _cell(params: dict[str, Any], key: str) -> Any:
-    """Return a CSV cell: ``null`` if the value is unset, empty if the trial doesn't have the key."""
-    value = params.get(key)
-    if value is None:
-        return "null" if key in params else None
-    return str(value).lower() if isinstance(value, bool) else value
 
 
 def best_yaml(definition: StudyDefinition, summary: StudySummary) -> str | None:
@@ -169,76 +181,32 @@ def best_yaml(definition: StudyDefinition, summary: StudySummary) -> str | None:
     return shown_text("\n".join(lines), None) + "\n" + yaml.safe_dump(settings, allow_unicode=True)
 
 
-def milliseconds(moment: str) -> int:
-    return round(datetime.fromisoformat(moment).timestamp() * 1000)
-
-
-def _headline(definition: StudyDefinition, summary: StudySummary) -> str:
-    if not summary.best_trials:
-        return f"**{summary.status.value.lower()}**, no best trial yet"
-    best = summary.best_trials[0]
-    settings = ", ".join(f"{key}={value}" for key, value in redact(best.params).items())
-    return f"best so far: **{_values_text(definition, best)}** with {settings} (trial {best.number})"
-
-
-def _progress(definition: StudyDefinition, summary: StudySummary) -> str:
-    counts = Counter(trial.status for trial in summary.trials)
-    counts_text = ", ".join(
-        f"{count} {status.value.lower().replace('_', ' ')}" for status, count in sorted(counts.items())
-    )
-    algorithms = f"sampler {definition.sampler or 'none'}, pruner {definition.pruner or 'none'}"
-    budget = "no fixed number of" if definition.n_trials is None else str(definition.n_trials)
-    return f"{budget} trials, {algorithms}; so far {counts_text or 'none'}"
-
-
-def _table(definition: StudyDefinition, summary: StudySummary) -> Iterator[str]:
-    shown = _leading_trials(definition, summary)
-    if not shown:
-        return
-    keys = _swept_keys(definition, summary)
-    heads = ["trial", *(_objective_path(objective) for objective in definition.objectives), *keys, "run"]
-    yield f"| {' | '.join(heads)} |"
-    yield f"|{'---|' * len(heads)}"
-    for trial in shown:
-        values = [shown_figure(_value(trial, index)) for index in range(len(definition.objectives))]
-        params = redact(trial.params)
-        cells = [f"{trial.number}", *values, *(f"{params.get(key, '–')}" for key in keys), trial.run_id or "–"]
-        yield f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
-
-
-def _leading_trials(definition: StudyDefinition, summary: StudySummary) -> list[TrialRow]:
-    """Return the best trials in the order of ``best``, then the other completed ones by the first objective."""
-    others = [t for t in summary.trials if t.status is Status.COMPLETED and t.number not in summary.best]
-    maximize = bool(definition.objectives) and definition.objectives[0].startswith("maximize")
-
-    def order(trial: TrialRow) -> float:
-        value = _value(trial, 0)
-        return math.inf if value is None else (-value if maximize else value)
-
-    return [*summary.best_trials, *sorted(others, key=order)][:SHOWN_TRIALS]
-
-
-def _best_value(summary: StudySummary, index: int, objective: str) -> float | None:
-    values = [value for trial in summary.best_trials if (value := _value(trial, index)) is not None]
-    return (max if objective.startswith("maximize") else min)(values, default=None)
-
-
-def _value(trial: TrialRow, index: int) -> float | None:
-    return trial.values[index] if index < len(trial.values) else None
-
-
-def _values_text(definition: StudyDefinition, trial: TrialRow) -> str:
-    texts = (
-        f"{_objective_path(objective)} {shown_figure(_value(trial, index))}"
-        for index, objective in enumerate(definition.objectives)
-    )
-    return ", ".join(texts)
-
-
-def _objective_path(objective: str) -> str:
-    """Return the objective's path, without its direction."""
-    return objective.split(maxsplit=1)[-1]
+def _values_text(definition: StudyDefinition, trial: SummaryTrial) -> str:
+    return ", ".join(f"{path} {figure(trial.value(index))}" for index, path in enumerate(definition.objective_paths))
 
 
 def _swept_keys(definition: StudyDefinition, summary: StudySummary) -> list[str]:
     return list(dict.fromkeys([*definition.space, *(key for trial in summary.trials for key in trial.params)]))
+
+
+def _table(definition: StudyDefinition, summary: StudySummary) -> Iterator[str]:
+    """Yield the best trials in the order of ``best``, then the other completed ones by the first objective."""
+    others = [t for t in summary.trials if t.status is Status.COMPLETED and t.number not in summary.best]
+    maximize = bool(definition.objectives) and definition.objectives[0].startswith("maximize")
+
+    def order(trial: SummaryTrial) -> float:
+        value = trial.value(0)
+        return math.inf if value is None else (-value if maximize else value)
+
+    shown = [*summary.best_trials, *sorted(others, key=order)][:SHOWN_TRIALS]
+    if not shown:
+        return
+    keys = _swept_keys(definition, summary)
+    heads = ["trial", *definition.objective_paths, *keys, "run"]
+    yield f"| {' | '.join(heads)} |"
+    yield f"|{'---|' * len(heads)}"
+    for trial in shown:
+        values = [figure(trial.value(index)) for index in range(len(definition.objectives))]
+        params = redact(trial.params)
+        cells = [f"{trial.number}", *values, *(f"{params.get(key, '–')}" for key in keys), trial.run_id or "–"]
+        yield f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"

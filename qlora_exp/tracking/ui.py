@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote, urlsplit
 
 from qlora_exp.errors import TrackingError
+from qlora_exp.system.environment import NO_TELEMETRY
 
 DEFAULT_PORT = 5000
 
@@ -48,9 +47,11 @@ VIEW_FIGURES = "Quality, memory, speed"
 VIEW_BARS = ("score/accuracy", "score/loss_per_item", "memory/peak_train_mib", "speed/train_tokens_per_second")
 
 
-def _charts() -> list[dict[str, Any]]:
-    """Return the first charts: all axes against quality, memory and speed, then a chart for each of these."""
-    plots = [
+VIEW_SECTIONS = {**dict.fromkeys(VIEW_PLOTS, (1, 400)), VIEW_FIGURES: (2, 300)}
+"""Heading → charts a row, height in pixels. Each plot has its own section: the UI gives plots no titles."""
+
+CHARTS = [
+    *(
         {
             "type": "PARALLEL",
             "uuid": name,
@@ -60,8 +61,8 @@ def _charts() -> list[dict[str, Any]]:
             "showAllRuns": True,
         }
         for name, metrics in VIEW_PLOTS.items()
-    ]
-    bars = [
+    ),
+    *(
         {
             "type": "BAR",
             "uuid": key,
@@ -71,16 +72,9 @@ def _charts() -> list[dict[str, Any]]:
             "runsCountToCompare": 20,
         }
         for key in VIEW_BARS
-    ]
-    return [chart | {"isGenerated": False, "deleted": False} for chart in (*plots, *bars)]
-
-
-def _section(name: str, columns: int, height_pixels: int) -> dict[str, Any]:
-    """Return a heading's layout, ``columns`` charts wide. Each plot has its own section: the UI gives plots no
-    titles."""
-    layout = {"display": True, "isReordered": True, "columns": columns, "cardHeight": height_pixels}
-    return {"uuid": name, "name": name} | layout
-
+    ),
+]
+"""The first charts: all axes against quality, memory and speed, then a chart for each of these."""
 
 TABLE_VIEW = {"selectedColumns": VIEW_COLUMNS}
 CHARTS_VIEW = TABLE_VIEW | {
@@ -88,8 +82,11 @@ CHARTS_VIEW = TABLE_VIEW | {
     "orderByKey": "metrics.`score/loss_per_item`",
     "orderByAsc": True,
     "runsHiddenMode": "FIRST_20_RUNS",
-    "compareRunCharts": _charts(),
-    "compareRunSections": [*(_section(name, 1, 400) for name in VIEW_PLOTS), _section(VIEW_FIGURES, 2, 300)],
+    "compareRunCharts": [chart | {"isGenerated": False, "deleted": False} for chart in CHARTS],
+    "compareRunSections": [
+        {"uuid": name, "name": name, "display": True, "isReordered": True, "columns": columns, "cardHeight": height}
+        for name, (columns, height) in VIEW_SECTIONS.items()
+    ],
     "isAccordionReordered": True,
 }
 """Columns of the runs table and first charts of the comparison, in the format of the UI's shared views."""
@@ -129,11 +126,7 @@ def ui_command(config_uri: str | None, database: Path, port: int = DEFAULT_PORT)
 
 def ui_environment() -> dict[str, str]:
     """Return this process's environment for the UI: no telemetry, no background job workers."""
-    return os.environ | {
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "DO_NOT_TRACK": "true",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-    }
+    return {**os.environ, **NO_TELEMETRY, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 
 
 def runs_url(address: str, experiment_id: str) -> str:
@@ -144,17 +137,6 @@ def runs_url(address: str, experiment_id: str) -> str:
 def charts_url(address: str, experiment_id: str) -> str:
     """Return the address of the charts of all runs: first the axes against quality, memory and speed."""
     return f"{_view_url(address, experiment_id, CHARTS_VIEW_KEY)}&compareRunsMode=CHART"
-
-
-def compare_url(address: str, experiment_id: str, mlflow_run_ids: Sequence[str]) -> str:
-    """Return the address that compares these runs, every param and metric side by side.
-
-    Its plot opens on params and metrics that the UI picks by name; no address can change that. :func:`charts_url` opens
-    on the axes.
-    """
-    runs = quote(json.dumps(list(mlflow_run_ids), separators=(",", ":")))
-    experiments = quote(json.dumps([experiment_id]))
-    return f"{address.rstrip('/')}/#/compare-runs?runs={runs}&experiments={experiments}"
 
 
 def _view_url(address: str, experiment_id: str, view: str) -> str:

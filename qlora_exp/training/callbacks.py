@@ -41,6 +41,8 @@ class StepMeter(TrainerCallback):  # type: ignore[misc]
         self.loss_tokens = 0
         self.gradient_bytes: int | None = None
         self.optimizer_bytes: int | None = None
+        self.paged_bytes = 0
+        """Optimizer state that bitsandbytes keeps in CUDA's managed memory, outside of torch's allocator."""
         self._pending_tokens = 0
         self._started = 0.0
         self.earlier_seconds = 0.0
@@ -57,9 +59,16 @@ class StepMeter(TrainerCallback):  # type: ignore[misc]
         self.tokens += tokens
         self.loss_tokens += loss_tokens
 
+    def start_step(self) -> None:
+        """Start the next step's time. It begins before the step's batches are collated and copied to the device, and
+        after logging, saving and evaluation. The trainer calls it."""
+        self._started = time.perf_counter()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.start_step()
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._pending_tokens = 0
-        self._started = time.perf_counter()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.gradient_bytes is None:
@@ -73,7 +82,9 @@ class StepMeter(TrainerCallback):  # type: ignore[misc]
             import torch
 
             slots = kwargs["optimizer"].state.values()
-            self.optimizer_bytes = tensor_bytes(v for slot in slots for v in slot.values() if torch.is_tensor(v))
+            states = [value for slot in slots for value in slot.values() if torch.is_tensor(value)]
+            self.optimizer_bytes = tensor_bytes(states)
+            self.paged_bytes = tensor_bytes(state for state in states if getattr(state, "is_paged", False))
 
     def counted(self) -> tuple[list[float], int]:
         """Return seconds of the counted steps, and their tokens.

@@ -3,46 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-DENSE_FLOPS_PER_SECOND = {
-    "B200": 2250e12,
-    "H200": 989.5e12,
-    "H200 NVL": 835.5e12,
-    "H100 HBM3": 989.5e12,
-    "H100 NVL": 835.5e12,
-    "H100 PCIE": 756.5e12,
-    "A100 SXM4": 312e12,
-    "A100 PCIE": 312e12,
-    "A30": 165e12,
-    "A40": 149.7e12,
-    "A10": 125e12,
-    "A10G": 70e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "V100 SXM2": 125e12,
-    "V100 PCIE": 112e12,
-    "T4": 65e12,
-    "RTX A6000": 154.8e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090": 71e12,
-}
-"""Dense 16-bit tensor throughput with 32-bit accumulation, FLOP/s, by :func:`card_of`. From the makers' data sheets
-(half of a figure with sparsity). Form factors differ, so each has an entry; other cards are unknown."""
-CARD_PREFIXES = {"NVIDIA", "TESLA", "GEFORCE"}
-
-
-def card_of(device_name: str) -> str:
-    """Return a card's name without maker, line and memory size: ``NVIDIA A100-SXM4-80GB`` gives ``A100 SXM4``."""
-    words = device_name.upper().replace("-", " ").split()
-    return " ".join(word for word in words if word not in CARD_PREFIXES and not re.fullmatch(r"\d+GB", word))
+from qlora_exp.system.cards import data_sheet_flops
 
 
 @dataclass
@@ -113,6 +81,7 @@ class Meter:
             import torch
 
             torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # what an earlier phase had reserved isn't this phase's
             torch.cuda.reset_peak_memory_stats()
             return None
         return None if self.process_reused or not trim_heap() else reset_resident_peak()
@@ -172,7 +141,12 @@ def _status_bytes(key: str) -> int | None:
 
 
 def energy_joules(device: str) -> float | None:
-    """Return the current GPU's energy counter in joules (NVML; Volta or later); ``None`` on a CPU or without NVML."""
+    """Return this process's share of the current GPU's energy, in joules since the first call; ``None`` on a CPU or
+    without NVML (Volta or later).
+
+    The GPU counts its energy for all processes. What it used between two calls is divided evenly among the processes
+    that are on it at the second one, so that the sum over trials on one GPU is the GPU's.
+    """
     if device != "cuda":
         return None
     try:
@@ -180,11 +154,34 @@ def energy_joules(device: str) -> float | None:
         import torch
 
         pynvml.nvmlInit()
+        processes = 1
         uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
         handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
-        return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000.0
+        counter = float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000.0
+        with suppress(pynvml.NVMLError):  # not for every kind of GPU
+            processes = len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle))
+        return _energy.add(uuid, counter, processes)
     except Exception:  # NVML fails in many ways where it isn't available; an unknown energy must not stop a run
         return None
+
+
+@dataclass
+class _EnergyShare:
+    """This process's share of a GPU's energy so far, in joules."""
+
+    uuid: str | None = None
+    counter: float = 0.0
+    joules: float = 0.0
+
+    def add(self, uuid: str, counter: float, processes: int) -> float:
+        """Add this process's share of what GPU ``uuid`` used since the last call, and return the sum."""
+        if self.uuid == uuid:  # NVML lists no process in some containers: this one is there
+            self.joules += max(0.0, counter - self.counter) / max(1, processes)
+        self.uuid, self.counter = uuid, counter
+        return self.joules
+
+
+_energy = _EnergyShare()
 
 
 def has_energy_counter() -> bool:
@@ -199,21 +196,12 @@ def has_energy_counter() -> bool:
     return True
 
 
-def flops_per_token(total_parameters: int, adapter_parameters: int, recomputed: bool) -> float:
-    """Return FLOPs to train one token with a frozen base of N parameters.
-
-    2N forward + 2N backward (gradients of activations only), 2N more if the forward pass is recomputed, and 6 per
-    adapter parameter. After Kaplan et al. 2020, section 2.1, without attention's quadratic part.
-    """
-    return (6.0 if recomputed else 4.0) * total_parameters + 6.0 * adapter_parameters
-
-
 def model_flops_utilisation(device_name: str | None, flops_of_a_token: float, tokens_per_second: float) -> float | None:
     """Return FLOPs per second relative to the card's dense 16-bit data-sheet figure; ``None`` if that is unknown.
 
-    Recomputation isn't useful work: pass :func:`flops_per_token` with ``recomputed=False``.
+    Recomputation and padding aren't useful work: ``flops_of_a_token`` leaves them out.
     """
-    peak = DENSE_FLOPS_PER_SECOND.get(card_of(device_name)) if device_name else None
+    peak = data_sheet_flops(device_name)
     return tokens_per_second * flops_of_a_token / peak if peak is not None else None
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from qlora_exp.records.types import Status
+from qlora_exp.system.device_errors import is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -81,14 +82,7 @@ def status_of(error: BaseException) -> Status:
         return Status.PRUNED
     if isinstance(error, Diverged):
         return Status.DIVERGED
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _is_out_of_memory(error):
-        return Status.OUT_OF_MEMORY
-    return Status.FAILED
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    message = str(error)
-    return isinstance(error, RuntimeError) and ("out of memory" in message or "can't allocate memory" in message)
+    return Status.OUT_OF_MEMORY if is_out_of_memory(error) else Status.FAILED
 
 
 DISK_FULL_MESSAGES = (

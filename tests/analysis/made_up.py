@@ -124,8 +124,7 @@ def many(count: int) -> list[RunRecord]:
 
 def main() -> None:
     from qlora_exp.analysis.report import build
-    from qlora_exp.analysis.report_content import StudyInfo
-    from qlora_exp.analysis.report_rendering import to_csv, to_html, to_markdown
+    from qlora_exp.analysis.report_content import StudyInfo, to_csv, to_html, to_markdown
 
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
     records = many(count)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qlora_exp.analysis import rule
+from qlora_exp.analysis import rank_rule as rule
 from qlora_exp.analysis.error_rates import calibration
 from qlora_exp.analysis.error_rates.calibration import (
     RULE,
@@ -17,7 +17,7 @@ from qlora_exp.analysis.error_rates.calibration import (
     simulated_losses,
 )
 from qlora_exp.analysis.rank import decide_ladder
-from qlora_exp.analysis.rule import StepVerdict
+from qlora_exp.analysis.rank_rule import StepVerdict
 
 EDGE, BEYOND = (
     next(w for w in WORLDS if w.name == f"Gaussian, {n}") for n in ("at the edge of the plan", "beyond the plan")

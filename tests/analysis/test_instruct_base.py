@@ -16,8 +16,7 @@ import made_up
 from qlora_exp.analysis.configurations import Measure, configurations
 from qlora_exp.analysis.contrasts import Difference, ItemScores, Side, difference, holm
 from qlora_exp.analysis.instruct_base import InstructBase, compare_variants, verdict
-from qlora_exp.analysis.instruct_base_section import instruct_section
-from qlora_exp.analysis.instruct_base_words import paragraph
+from qlora_exp.analysis.instruct_base_words import instruct_section, paragraph
 from qlora_exp.records.types import Baselines, FewShot, Forgetting, RunRecord
 
 CELLS = (("base", "plain"), ("base", "chat"), ("instruct", "plain"), ("instruct", "chat"))
@@ -321,8 +320,7 @@ def test_an_untouched_model_has_no_seed_and_one_pair_is_all_there_is() -> None:
 
 def test_the_section_shows_every_contrast_the_lines_to_beat_and_what_prompts_are_made_of() -> None:
     baselines = Baselines("test", "act", 0.2, 0.1, 0.7, 0.7, 30.0)
-    section = instruct_section(configurations([r.replace(baselines=baselines) for r in study(0.5)], LOSS))
-    assert section is not None
+    section = instruct_section(compared([r.replace(baselines=baselines) for r in study(0.5)]))
     captions = [str(one.caption) for one in section.tables]
     assert any("Holm" in caption for caption in captions)
     names = [str(row[0]) for one in section.tables for row in one.rows]

@@ -1,4 +1,4 @@
-"""Each question as a command: it prints a table and saves a figure that needs no network."""
+"""The rule's commands, and the report's sections one at a time: a table, and a figure that needs no network."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import made_up
 from made_up_grid import made_up_grid
 
 from qlora_exp.analysis.error_rates import replay, replay_page
+from qlora_exp.cli import main
 from qlora_exp.records.files import write_json
 
-OF_RUNS = ("tradeoffs", "instruct_base", "memory")
+SECTIONS = ("rank", "tradeoffs", "equal", "instruct_base", "instruct-base", "memory", "speed")
 OF_THE_RULE = {"rank": [], "power": [], "error_rates.calibration": ["--ladders", "2"]}
 
 
@@ -34,17 +35,42 @@ def test_the_rule_is_shown_by_a_command(module: str, tmp_path: Path, capsys: pyt
     check(capsys.readouterr().out, figure)
 
 
-@pytest.mark.parametrize("module", OF_RUNS)
-def test_a_question_about_runs_is_answered_by_a_command(
-    module: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def write_runs(outputs: Path) -> None:
+    kinds = [(v, m, r, s) for v in ("base", "instruct") for m in ("nf4", "fp16") for r in (8, 16) for s in (1, 2)]
+    for number, (variant, mode, rank, seed) in enumerate(kinds):
+        record = made_up.run(number, variant=variant, mode=mode, r=rank, seed=seed, loss=1.5 + 0.01 * number)
+        write_json(outputs / "runs" / record.run_id / "record.json", record)
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_one_section_of_the_report_is_printed_and_written_only_to_a_folder_that_is_named(
+    section: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for number in range(12):
-        variant, mode = ("base", "instruct")[number % 2], ("nf4", "fp16")[number // 2 % 2]
-        record = made_up.run(number, variant=variant, mode=mode, seed=number // 4, loss=1.5 + 0.01 * number)
-        write_json(tmp_path / "runs" / record.run_id / "record.json", record)
-    figure = tmp_path / "figure.html"
-    importlib.import_module(f"qlora_exp.analysis.{module}").main([str(tmp_path / "runs"), "--page", str(figure)])
-    check(capsys.readouterr().out, figure)
+    outputs, folder = tmp_path / "outputs", tmp_path / "one"
+    write_runs(outputs)
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["report", "--only", section, "--output-root", str(outputs)]) == 0
+    assert sorted(tmp_path.rglob("*")) == before
+    printed = capsys.readouterr().out
+    assert printed.count("\n## ") == 1
+    assert main(["report", "--only", section, "--output-root", str(outputs), "--output", str(folder)]) == 0
+    assert (folder / "report.md").read_text(encoding="utf-8").splitlines()[:-1] == printed.splitlines()[:-2]
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "<script src=" not in page
+    assert page.count("<section ") == 2  # this one, and every run
+    assert ("\n|---" in printed) == (section != "rank")
+    assert ("data-figure=" in page) == (section not in ("equal", "speed"))
+
+
+def test_a_section_that_these_runs_do_not_have_is_refused_with_those_that_they_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = made_up.run(0)
+    write_json(tmp_path / "runs" / record.run_id / "record.json", record)
+    assert main(["report", "--only", "instruct_base", "--output-root", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "no section 'instruct-base'" in error
+    assert "tradeoffs" in error
 
 
 def test_the_replay_is_shown_by_a_command(

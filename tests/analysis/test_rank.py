@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 from scipy import stats
 
 from qlora_exp.analysis.power import Noise, plan
-from qlora_exp.analysis.rank import PooledNoise, decide, decide_from_summary, decide_ladder, pooled_noise
-from qlora_exp.analysis.rule import FIRST_LOOK, LAST_LOOK, Rule, StepVerdict, make_rule
+from qlora_exp.analysis.rank import decide, decide_from_summary, decide_ladder
+from qlora_exp.analysis.rank_rule import FIRST_LOOK, LAST_LOOK, Rule, StepVerdict, make_rule
+from qlora_exp.analysis.variance import Array, rank_seed_mean_square
 from qlora_exp.errors import AnalysisError
 
 RULE = Rule(margin=0.02, half_zone=0.01, doublings=5)
@@ -31,17 +33,21 @@ def losses(gains: list[float], seeds: int = 3, seed_sd: float = 0.002, item_sd: 
     }
 
 
+def pooled_noise(ladder: Mapping[int, Array]) -> tuple[Array, Array]:
+    return rank_seed_mean_square(np.stack([values.mean(axis=1) for values in ladder.values()]))
+
+
 def test_the_bounds_are_the_formulas_of_the_rule() -> None:
     ladder = losses([0.03, 0.01], seeds=4)
-    pooled = pooled_noise(list(ladder.values()))
-    found = decide(ladder[8], ladder[16], pooled, RULE, LAST_LOOK)
+    found = decide(ladder[8], ladder[16], list(ladder.values()), RULE, LAST_LOOK)
+    pooled, pooled_df = pooled_noise(ladder)
     d = ladder[8] - ladder[16]
     rest = d - d.mean(axis=0) - d.mean(axis=1, keepdims=True) + d.mean()
     ms_item, ms_rest = 4 * d.mean(axis=0).var(ddof=1), (rest**2).sum() / (3 * 399)
-    a = max(d.mean(axis=1).var(ddof=1), 2 * pooled.mean_square) / 4
+    a = max(d.mean(axis=1).var(ddof=1), 2 * pooled) / 4
     b = max(0.0, ms_item - ms_rest) / (4 * 400)
-    df = (a + b) ** 2 / (a**2 / pooled.df + b**2 / 399)
-    assert pooled.df == (3 - 1) * (4 - 1)
+    df = (a + b) ** 2 / (a**2 / pooled_df + b**2 / 399)
+    assert pooled_df == (3 - 1) * (4 - 1)
     assert found.df == pytest.approx(df)
     assert found.low == pytest.approx(d.mean() - stats.t.ppf(0.975, df) * np.sqrt(a + b))
     assert found.high == pytest.approx(d.mean() + stats.t.ppf(1 - 0.025 / 5, df) * np.sqrt(a + b))
@@ -96,15 +102,15 @@ def test_a_decision_does_not_change_with_the_order_of_items_or_seeds_or_with_a_s
 def test_a_larger_gain_never_turns_continue_into_stop_and_a_larger_margin_never_stop_into_continue() -> None:
     order = {StepVerdict.STOP: 0, StepVerdict.BUY: 1, StepVerdict.INCONCLUSIVE: 1, StepVerdict.CONTINUE: 2}
     ladder = losses([0.0], seeds=8, seed_sd=0.012)
-    pooled = pooled_noise(list(ladder.values()))
+    run = list(ladder.values())
     by_gain = [
-        order[decide(ladder[8], ladder[16] - gain, pooled, RULE, LAST_LOOK).verdict]
+        order[decide(ladder[8], ladder[16] - gain, run, RULE, LAST_LOOK).verdict]
         for gain in np.linspace(-0.05, 0.09, 60)
     ]
     assert by_gain == sorted(by_gain)
     assert set(by_gain) == {0, 1, 2}
     by_margin = [
-        order[decide(ladder[8], ladder[16] - 0.03, pooled, make_rule(margin, 5), LAST_LOOK).verdict]
+        order[decide(ladder[8], ladder[16] - 0.03, run, make_rule(margin, 5), LAST_LOOK).verdict]
         for margin in np.linspace(0.005, 0.09, 60)
     ]
     assert by_margin == sorted(by_margin, reverse=True)
@@ -112,8 +118,8 @@ def test_a_larger_gain_never_turns_continue_into_stop_and_a_larger_margin_never_
 
 def test_stop_gets_harder_with_the_number_of_doublings_and_continue_does_not() -> None:
     ladder = losses([0.02])
-    pooled = pooled_noise(list(ladder.values()))
-    short, long = (decide(ladder[8], ladder[16], pooled, replace(RULE, doublings=n), FIRST_LOOK) for n in (1, 6))
+    run = list(ladder.values())
+    short, long = (decide(ladder[8], ladder[16], run, replace(RULE, doublings=n), FIRST_LOOK) for n in (1, 6))
     assert short.low == long.low
     assert short.high < long.high
 
@@ -123,7 +129,7 @@ def test_a_failed_run_is_left_out_of_its_doubling_only() -> None:
     ladder[32][1] = np.nan
     found = decide_ladder(ladder, RULE, complete=True)
     assert [step.decision.seeds for step in found.comparisons] == [4, 3]
-    assert pooled_noise(list(ladder.values())).df == 5
+    assert pooled_noise(ladder)[1] == 5
 
 
 def test_a_ladder_is_decided_the_same_when_it_has_grown() -> None:
@@ -194,5 +200,7 @@ def test_a_plan_says_what_is_needed_and_what_it_says_suffices() -> None:
     assert plan(Noise(0.001, 0.5), 8, few_items.items_needed, RULE).settles
 
 
-def test_without_a_second_seed_pooled_noise_is_unknown() -> None:
-    assert pooled_noise([np.zeros((1, 4)), np.ones((1, 4))]) == PooledNoise(None, 0)
+def test_without_a_second_seed_the_noise_is_unknown() -> None:
+    larger, smaller = np.zeros((1, 4)), np.ones((1, 4))
+    found = decide(smaller, larger, [smaller, larger], RULE, LAST_LOOK)
+    assert (found.verdict, found.se, found.low, found.df) == (StepVerdict.INCONCLUSIVE, None, None, 0)

@@ -24,7 +24,7 @@ from qlora_exp.analysis.error_rates.replay import (
     replay,
     save,
 )
-from qlora_exp.analysis.rule import FIRST_SEEDS, StepVerdict, make_rule
+from qlora_exp.analysis.rank_rule import FIRST_SEEDS, StepVerdict, make_rule
 from qlora_exp.errors import AnalysisError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -19,8 +19,7 @@ import made_up
 
 from qlora_exp.analysis import sections
 from qlora_exp.analysis.report import build
-from qlora_exp.analysis.report_content import ReportContent, StudyInfo
-from qlora_exp.analysis.report_rendering import to_csv, to_html, to_markdown
+from qlora_exp.analysis.report_content import ReportContent, StudyInfo, to_csv, to_html, to_markdown
 from qlora_exp.cli import main
 from qlora_exp.errors import AnalysisError
 from qlora_exp.paths import OutputPaths
@@ -79,7 +78,7 @@ def test_what_other_people_wrote_is_text_never_markup() -> None:
     nasty = "</script><img src=x onerror=alert(1)>"
     record = made_up.run(0, targets="mlp").replace(warnings=(nasty,), run_id=nasty)
     broken = made_up.failed(1, Status.FAILED, nasty)
-    page = to_html(build([record, broken], [StudyInfo(nasty, question=nasty, ladder={**LADDER, "sentence": nasty})]))
+    page = to_html(build([record, broken], [StudyInfo(nasty, question=nasty, ladders=[{**LADDER, "sentence": nasty}])]))
     assert "<img src=x" not in page
     assert "&lt;img src=x onerror=alert(1)&gt;" in page
 
@@ -140,7 +139,7 @@ def test_over_a_configuration_scored_in_another_way_nothing_is_shown() -> None:
 
 
 def test_the_ladders_sentence_is_the_headline_and_its_interval_is_drawn() -> None:
-    report = of([made_up.run(n, r=2**n) for n in (3, 4, 5)], ladder=LADDER)
+    report = of([made_up.run(n, r=2**n) for n in (3, 4, 5)], ladders=[LADDER])
     assert report.headline[0] == LADDER["sentence"]
     section = next(s for s in report.sections if s.name == "ladder-1")
     assert section.tables[0].rows[1] == ("16 → 32", "stop", 0.004, -0.005, 0.012)
@@ -157,11 +156,9 @@ def test_rates_that_follow_the_rank_are_one_line_and_others_a_line_each() -> Non
     assert lines((8, 1e-3), (16, 1e-3), (8, 4e-3), (16, 4e-3)) == 2
 
 
-@pytest.mark.parametrize(
-    "several", [[LADDER, LADDER], {"ladders": [LADDER, LADDER]}, {"base": LADDER, "instruct": LADDER}]
-)
-def test_several_ladders_are_told_apart(several: Any) -> None:
-    report = of([made_up.run(n, r=2**n) for n in (3, 4, 5)], ladder=several)
+def test_several_ladders_are_named_by_their_axes() -> None:
+    several = [{**LADDER, "axes": {"model.variant": variant}} for variant in ("base", "instruct")]
+    report = of([made_up.run(n, r=2**n) for n in (3, 4, 5)], ladders=several)
     assert len([s for s in report.sections if s.name.startswith("ladder-")]) == 2
     assert len(set(report.headline[:2])) == 2
 
@@ -178,8 +175,8 @@ def test_runs_of_several_protocols_are_shown_apart_without_a_headline() -> None:
 
 def test_beside_a_ladder_nothing_is_in_the_headline_that_could_not_stand_there_alone() -> None:
     runs = [made_up.run(n, seed=seed, r=2**n, variant=v) for n, (seed, v) in enumerate([(1, "base"), (1, "instruct")])]
-    assert any("instruct is better" in sentence for sentence in of(runs, ladder=LADDER).headline)
-    searched = of(runs, ladder=LADDER, objectives=("minimize scores.test.loss_per_item",))
+    assert any("instruct is better" in sentence for sentence in of(runs, ladders=[LADDER]).headline)
+    searched = of(runs, ladders=[LADDER], objectives=("minimize scores.test.loss_per_item",))
     assert searched.headline[0] == LADDER["sentence"]
     assert not any("instruct is better" in sentence for sentence in searched.headline)
     assert any("was searched" in p for s in searched.sections if s.name == "limits" for p in s.points)
@@ -188,7 +185,7 @@ def test_beside_a_ladder_nothing_is_in_the_headline_that_could_not_stand_there_a
 def test_what_a_ladder_left_open_is_among_what_cannot_be_concluded() -> None:
     undecided = {**LADDER, "decision": "inconclusive", "would_settle": "It would take about 12 seeds."}
     limits = next(
-        s for s in of([made_up.run(3), made_up.run(4, r=16)], ladder=undecided).sections if s.name == "limits"
+        s for s in of([made_up.run(3), made_up.run(4, r=16)], ladders=[undecided]).sections if s.name == "limits"
     )
     assert any("r = 32" in point and "about 12 seeds" in point for point in limits.points)
 
@@ -239,6 +236,12 @@ def test_one_seed_one_rank_and_scores_that_are_not_numbers_are_told_as_limits() 
     assert "Only r = 8 was run" in text
     assert "1 finished runs have no finite score" in text
     assert "nan" not in text.lower().replace("finance", "")
+
+
+def test_a_configuration_whose_last_run_has_no_score_leaves_a_report_that_says_so() -> None:
+    report = of([made_up.run(0), made_up.run(1, loss=float("nan"), accuracy=float("nan"))])
+    assert report.headline == ()
+    assert "no configuration has a finite score" in to_html(report)
 
 
 def test_without_any_score_nothing_is_drawn_of_quality() -> None:

@@ -25,9 +25,8 @@ from pathlib import Path
 from predicted_memory import Case, overrides
 
 from qlora_exp.config.schema import Quantization
-from qlora_exp.estimate.calibration import calibration_flops_per_second, rates_file
-from qlora_exp.estimate.duration import Interval, Rate, rate_from_calibration
-from qlora_exp.estimate.throughput import from_finished_runs, prediction_interval
+from qlora_exp.estimate.calibration import calibration_flops_per_second, rate_from_calibration, rates_file
+from qlora_exp.estimate.throughput import Interval, from_finished_runs, prediction_interval, seconds_at
 from qlora_exp.records.files import read_record
 from qlora_exp.records.types import RunRecord, Status
 from qlora_exp.system import heap
@@ -105,15 +104,12 @@ class Measured:
 
     @property
     def by_calibration(self) -> Interval:
-        return seconds_of(self.train_flops, rate_from_calibration(self.calibrated_flops_per_second, "", ""))
+        seconds = seconds_at(rate_from_calibration(self.calibrated_flops_per_second), self.train_flops)
+        assert seconds is not None
+        return seconds
 
 
 Row = tuple[Training, Measured]
-
-
-def seconds_of(flops: float, rate: Rate) -> Interval:
-    speed = rate.flops_per_second
-    return Interval(flops / speed.high, flops / speed.middle, flops / speed.low, speed.basis)
 
 
 def measured_rows(folder: Path, to_do: int) -> list[Row]:
@@ -166,7 +162,7 @@ def measured(record: RunRecord, others: Sequence[RunRecord]) -> Measured:
     calibrated = calibration_flops_per_second(record.environment, Quantization(record.config["quantization"]["mode"]))
     assert calibrated is not None
     rate = from_finished_runs(others, record.environment, record.config, record.speed.steps).rate
-    return Measured(flops, calibrated, record.speed.train_seconds, seconds_of(flops, rate) if rate else None)
+    return Measured(flops, calibrated, record.speed.train_seconds, seconds_at(rate, flops))
 
 
 def read_rows() -> list[Row]:

@@ -24,13 +24,12 @@ import numpy as np
 
 from qlora_exp.analysis.error_rates.replay import ReferenceGrid, save
 from qlora_exp.paths import OutputPaths
-from qlora_exp.rank_doubling.answers import ladder_trials
-from qlora_exp.rank_doubling.ladder import LadderPoint, LadderTrial, LearningRateChoice, select_learning_rate
+from qlora_exp.rank_doubling.ladder import LadderTrial, LearningRateChoice, ladder_trials, select_learning_rate
 from qlora_exp.rank_doubling.settings import RANK, RATE, SEED, SPLIT, ranks_of
 from qlora_exp.records.files import read_record
 from qlora_exp.records.types import RunRecord
+from qlora_exp.study.proposer import TrialPoint
 from qlora_exp.study.types import LadderSettings, LadderSpec
-from qlora_exp.training.meter import flops_per_token
 
 GRID_SEEDS, REPLAY_SEEDS, PILOT_SEED = range(1, 9), range(101, 109), 1000
 CENTRE_AT_8 = 4e-3
@@ -95,7 +94,7 @@ def trials_in(root: Path, pattern: str) -> list[LadderTrial]:
     return [trial for trial in ladder_trials(records, OutputPaths.of(str(root))) if trial.completed]
 
 
-def run_stage(root: Path, name: str, points: Sequence[LadderPoint], validation_items: int, workers: int) -> None:
+def run_stage(root: Path, name: str, points: Sequence[TrialPoint], validation_items: int, workers: int) -> None:
     """A sweep over ``points``; it goes on where it was begun, then with the points of its file."""
     path = root / "sweeps" / f"reference_{name}.yaml"
     if not path.exists():
@@ -107,7 +106,7 @@ def run_stage(root: Path, name: str, points: Sequence[LadderPoint], validation_i
     subprocess.run([*command, f"output_root={root}", "tracking=off"], cwd=root, check=True, env=dict(os.environ))
 
 
-def sweep_file(name: str, points: Sequence[LadderPoint], validation_items: int) -> str:
+def sweep_file(name: str, points: Sequence[TrialPoint], validation_items: int) -> str:
     """JSON is YAML."""
     values = {key: sorted({point[key] for point in points}) for key in (RANK, SEED, RATE, SPLIT)}
     params = {key: ",".join(map(str, values[key])) for key in (RANK, SEED, SPLIT)}
@@ -158,7 +157,7 @@ def run_flops(record: RunRecord | None, items: int) -> float:
     assert plan is not None
     assert tokens is not None
     scored = items * tokens / (plan.max_steps * plan.batch_size)
-    trained = flops_per_token(plan.total_parameters, plan.trainable_parameters, recomputed=False)
+    trained = 4.0 * plan.total_parameters + 6.0 * plan.trainable_parameters
     return trained * tokens + 2.0 * (plan.total_parameters + plan.trainable_parameters) * scored
 
 

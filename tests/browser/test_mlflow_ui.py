@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -27,7 +29,7 @@ from qlora_exp.records.files import write_json
 from qlora_exp.records.types import RunRecord, Status, Trial
 from qlora_exp.tracking.state import read_state
 from qlora_exp.tracking.sync import sync_runs
-from qlora_exp.tracking.ui import charts_url, compare_url, runs_url
+from qlora_exp.tracking.ui import charts_url, runs_url
 
 pytestmark = [
     pytest.mark.browser,
@@ -177,7 +179,8 @@ def test_the_charts_open_on_the_axes_and_on_quality_memory_and_speed(ui: Ui, tmp
 
 def test_the_comparison_shows_names_axes_and_scores_side_by_side(ui: Ui, tmp_path: Path) -> None:
     shown = [name for name in ui.runs if name not in ("out of memory", TRIAL)]
-    url = compare_url(ui.address, ui.experiment_id, [ui.runs[name] for name in shown])
+    runs, experiments = (quote(json.dumps(ids)) for ids in ([ui.runs[name] for name in shown], [ui.experiment_id]))
+    url = f"{ui.address}/#/compare-runs?runs={runs}&experiments={experiments}"
     axes = ("model.variant", "quantization.mode", "lora.r", "lora.alpha", "targets", "training.learning_rate")
     text = assert_seen(url, tmp_path, "Comparing 3 Runs", *shown, *axes, "score/accuracy", "0.51", "0.61", "0.71")
     assert "out of memory" not in text

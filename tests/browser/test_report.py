@@ -20,8 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "analysis"))
 import made_up
 
 from qlora_exp.analysis.report import build
-from qlora_exp.analysis.report_content import StudyInfo
-from qlora_exp.analysis.report_rendering import to_html
+from qlora_exp.analysis.report_content import StudyInfo, to_html
 
 pytestmark = [
     pytest.mark.browser,

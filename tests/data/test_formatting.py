@@ -346,15 +346,14 @@ def test_preview_marks_exactly_the_trained_tokens(
     config = in_format(configure(folder), "chat" if name == "chat" else "plain")
     splits = load_data(config, tokenizers[name], 512)
     shown = preview_items(splits, tokenizers[name], "train", 3)
-    assert [item.item_id for item in shown] == ["train.jsonl:1", "train.jsonl:2", "train.jsonl:3"]
-    for item, row in zip(splits.train, shown, strict=False):
-        assert tuple(token.id for token in row.tokens) == item.ids
-        assert [token.id for token in row.tokens if token.trained] == [*item.completion_ids, *item.end_ids]
-        assert row.prompt_tokens + row.completion_tokens + row.end_tokens == len(row.tokens)
+    assert [item.item_id for item, _ in shown] == ["train.jsonl:1", "train.jsonl:2", "train.jsonl:3"]
+    for item, tokens in shown:
+        assert tuple(token.id for token in tokens) == item.ids
+        assert [token.id for token in tokens if token.trained] == [*item.completion_ids, *item.end_ids]
         if name == "sentencepiece":  # it writes a space with the word, not before it
-            assert all(token.text for token in row.tokens)
+            assert all(token.text for token in tokens)
         else:
-            assert "".join(token.text for token in row.tokens) == tokenizers[name].decode(item.ids)
+            assert "".join(token.text for token in tokens) == tokenizers[name].decode(item.ids)
     with pytest.raises(DataError, match="no split 'tset'") as error:
         preview_items(splits, tokenizers[name], "tset", 1)
     assert "did you mean test" in str(error.value)
@@ -365,12 +364,12 @@ def test_a_preview_shows_characters_of_several_tokens(
 ) -> None:
     rows = [{"prompt": f"{n}号苹果的颜色是", "completion": color} for n, color in enumerate(("红色", "绿🍏") * 20)]
     config = in_format(configure(rows_file(rows)), "plain")
-    for item in preview_items(load_data(config, tokenizers["plain"], 512), tokenizers["plain"], "train", 4):
+    for item, tokens in preview_items(load_data(config, tokenizers["plain"], 512), tokenizers["plain"], "train", 4):
         row = rows[int(item.item_id.rpartition(":")[2]) - 1]
-        assert len(item.tokens) == item.prompt_tokens + item.completion_tokens + item.end_tokens
+        assert len(tokens) == len(item.ids)
         for trained, text in ((False, row["prompt"]), (True, row["completion"])):
-            tokens = [token.text for token in item.tokens if token.trained is trained]
-            assert "".join(tokens).startswith(text)
+            texts = [token.text for token in tokens if token.trained is trained]
+            assert "".join(texts).startswith(text)
 
 
 def test_items_are_frozen_and_named_by_file_and_row(folder: Path, tokenizers: Any, configure: Configure) -> None:

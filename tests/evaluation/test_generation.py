@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from qlora_exp.data.model_limits import check_positions
+from qlora_exp.data.items import check_positions
 from qlora_exp.errors import DataError
 from qlora_exp.evaluation.forgetting import text_losses
-from qlora_exp.evaluation.generation import MARGIN_TOKENS, StopRule, generate, max_new_tokens, stop_rule
+from qlora_exp.evaluation.generation import MARGIN_TOKENS, StopRule, generate, stop_rule
 from qlora_exp.evaluation.kv_cache import CausalModel, prefill, scoring_mode
 from qlora_exp.evaluation.scoring import evaluate_model
 
@@ -71,14 +72,29 @@ def test_answers_end_at_eos_at_a_newline_after_text_or_at_the_limit(taught: Any,
     assert generated(taught, tokenizer, QUESTIONS, rule) == ["red", "blue", "green", "redredre"]
 
 
-def test_lines_go_on_where_the_tasks_answers_have_several(taught: Any, tokenizer: Any) -> None:
-    rule = stop_rule(taught, tokenizer, [(tokenizer.eos_token_id,)], ["a", "b\nc"], max_new_tokens=40)
+def test_lines_go_on_where_the_tasks_answers_have_several(
+    taught: Any,
+    tokenizer: Any,
+    make_item: Callable[..., Any],
+    make_splits: Callable[..., Any],
+    make_config: Callable[..., Any],
+) -> None:
+    splits = make_splits([make_item("1", "q1:", "a")], [make_item("2", "q2:", "b\nc")])
+    rule = stop_rule(splits, tokenizer, make_config(max_new_tokens=40), taught)
     assert not rule.at_newline
     assert generated(taught, tokenizer, QUESTIONS[1:2], rule) == ["blue\nq9: nonsense"]
 
 
-def test_the_end_of_turn_that_the_task_trains_on_stops_but_ordinary_text_does_not(taught: Any, tokenizer: Any) -> None:
-    rule = stop_rule(taught, tokenizer, [(tokenizer.pad_token_id, 10), (65,), ()], ["a"], max_new_tokens=4)
+def test_the_end_of_turn_that_the_task_trains_on_stops_but_ordinary_text_does_not(
+    taught: Any,
+    tokenizer: Any,
+    make_item: Callable[..., Any],
+    make_splits: Callable[..., Any],
+    make_config: Callable[..., Any],
+) -> None:
+    ends = ((tokenizer.pad_token_id, 10), (65,), ())
+    items = [dataclasses.replace(make_item("1", "q1:", "a"), end_ids=end) for end in ends]
+    rule = stop_rule(make_splits(items, []), tokenizer, make_config(), taught)
     assert rule.token_ids == {tokenizer.eos_token_id, tokenizer.pad_token_id}
     assert rule.at_newline
 
@@ -143,10 +159,14 @@ def test_the_limit_follows_the_longest_label_or_answer_of_any_split_and_a_given_
     free, scored = make_splits([short, long], [short]), make_splits([short], [long])
     labelled = make_splits([short], [short], labels=("word", "another"))
     longest_answer, longest_label = len(long.completion_ids), len(labelled.label_ids["another"])
-    assert max_new_tokens(free, make_config(max_new_tokens=None)) == longest_answer + MARGIN_TOKENS
-    assert max_new_tokens(scored, make_config(max_new_tokens=None)) == longest_answer + MARGIN_TOKENS
-    assert max_new_tokens(labelled, make_config(max_new_tokens=None)) == longest_label + MARGIN_TOKENS
-    assert max_new_tokens(free, make_config(max_new_tokens=3)) == 3
+    assert stop_rule(free, tokenizer, make_config(max_new_tokens=None)).max_new_tokens == longest_answer + MARGIN_TOKENS
+    assert (
+        stop_rule(scored, tokenizer, make_config(max_new_tokens=None)).max_new_tokens == longest_answer + MARGIN_TOKENS
+    )
+    assert (
+        stop_rule(labelled, tokenizer, make_config(max_new_tokens=None)).max_new_tokens == longest_label + MARGIN_TOKENS
+    )
+    assert stop_rule(free, tokenizer, make_config(max_new_tokens=3)).max_new_tokens == 3
     model = make_model("gpt2")
     for splits, given, used in ((free, None, longest_answer + MARGIN_TOKENS), (labelled, 3, 3)):
         scores = evaluate_model(model, tokenizer, [short], splits, make_config(max_new_tokens=given)).scores

@@ -10,7 +10,7 @@ import pytest
 
 from qlora_exp.errors import ConfigError
 from qlora_exp.evaluation.goal import answer_goal, from_confusion, ratio_bounds, wilson_bounds
-from qlora_exp.evaluation.metrics import BalancedAccuracy, MacroF1, score_completions
+from qlora_exp.evaluation.metrics import score_completions
 from qlora_exp.evaluation.scoring import Evaluation
 from qlora_exp.records.types import Scores
 
@@ -29,7 +29,7 @@ def evaluation(right: int, items: int) -> Evaluation:
         loss_per_item=float(nats.mean()),
         perplexity=math.exp(float(nats.sum() / tokens.sum())),
         accuracy=right / items,
-        macro_f1=score_completions(MacroF1, said, wanted, labels=2),
+        macro_f1=score_completions("macro_f1", said, wanted, labels=2),
         other={"bleu": 0.3},
     )
     table = pa.table(
@@ -104,9 +104,9 @@ def test_bounds_of_resampled_metrics_use_the_metrics_own_definitions() -> None:
     rng = np.random.default_rng(2)
     for _ in range(20):
         wanted, predicted = rng.integers(0, 4, 30), rng.integers(0, 5, 30)
-        macro = score_completions(MacroF1, predicted.tolist(), wanted.tolist(), labels=6)
+        macro = score_completions("macro_f1", predicted.tolist(), wanted.tolist(), labels=6)
         assert from_confusion("macro_f1", wanted, predicted, 6) == pytest.approx(macro)
-        balanced = score_completions(BalancedAccuracy, predicted.tolist(), wanted.tolist())
+        balanced = score_completions("balanced_accuracy", predicted.tolist(), wanted.tolist())
         assert from_confusion("balanced_accuracy", wanted, predicted, 6) == pytest.approx(balanced)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from qlora_exp.config.compose import compose
 from qlora_exp.evaluation.base_scores import write_items
-from qlora_exp.evaluation.pmi_prior import domain_prompt
+from qlora_exp.evaluation.likelihood import domain_prompt
 from qlora_exp.evaluation.scoring import evaluate_model, limit_items, marginal
 
 

@@ -19,14 +19,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qlora_exp.cli import main
 from qlora_exp.config.schema import ExportConfig
 from qlora_exp.export.card import export_card
+from qlora_exp.export.export import load_settings
 from qlora_exp.export.llama_cpp import measure_runtime
 from qlora_exp.export.phone import answer_phone
 from qlora_exp.export.results import Artefact, Export, Runtime, TaskCheck
-from qlora_exp.export.settings import load_settings
 from qlora_exp.export.task_check import compare_answers, paired_bounds
 from qlora_exp.records.files import read_record, write_json
 from qlora_exp.records.types import Status
-from qlora_exp.system.hardware import read_prices
+from qlora_exp.system.cards import read_prices
 
 RUN = [
     *("training.device=cpu", "training.max_steps=30", "training.batch_size=8", "training.max_length=64"),

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import subprocess
 import sys
 import weakref
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from qlora_exp.architecture.families import known_architecture
-from qlora_exp.estimate.activations import is_eager, saved_bytes_per_token
+from qlora_exp.estimate.activations import TrainingPass, is_eager, saved_bytes_per_token
 from qlora_exp.estimate.candidates import search_space
 
 HIDDEN, ROWS, LENGTH = 256, 2, 24
 LONG = 128
 """For attention that is written out: its scores must weigh more than the tolerance."""
+FLOAT32 = TrainingPass(r=8, compute_bytes=4, adapter_bytes=4, int8=False, length=LENGTH, padded=False)
 MODERN = {
     "hidden_size": HIDDEN,
     "intermediate_size": 3 * HIDDEN,
@@ -46,6 +51,7 @@ PLAIN_GPT = {"n_embd": HIDDEN, "n_head": 8, "n_positions": 256}
 ROUTED = {"moe_intermediate_size": 256, "num_experts_per_tok": 2}
 OTHERS: dict[str, dict[str, Any]] = {
     "apertus": MODERN,
+    "arcee": MODERN,
     "biogpt": PLAIN,
     "bloom": {"hidden_size": HIDDEN, "n_head": 8},
     "codegen": PLAIN_GPT | {"rotary_dim": 32},
@@ -71,10 +77,66 @@ OTHERS: dict[str, dict[str, Any]] = {
     "stablelm": MODERN,
     "starcoder2": MODERN,
 }
+IN_FLOAT32 = {
+    *("__pow__", "cumsum", "exp", "expm1", "group_norm", "layer_norm", "log", "log_softmax", "logsumexp", "norm"),
+    *("normalize", "pow", "prod", "reciprocal", "rms_norm", "rsqrt", "softmax", "softplus", "square", "sum"),
+}
+"""Operations that CUDA's autocast computes in float32 (torch's ``AutocastTestLists``), as far as these models call
+them. ``square`` calls ``pow``."""
 LAYERS = {
     **dict.fromkeys(("bloom", "codegen", "gpt2", "gpt_bigcode", "gptj"), "n_layer"),
     "gpt_neo": "num_layers",
 }
+
+
+@contextlib.contextmanager
+def cuda_autocast() -> Iterator[None]:
+    """Autocast to bfloat16 as CUDA does it, on a CPU.
+
+    A CPU's autocast also multiplies in bfloat16, but leaves the operations of :data:`IN_FLOAT32` in the dtype of their
+    input. PEFT asks whether CUDA's autocast is on. CUDA's dropout saves a mask of one byte.
+    """
+    import torch
+
+    def float32(value: Any) -> Any:
+        narrow = isinstance(value, torch.Tensor) and value.dtype is torch.bfloat16
+        return value.float() if narrow and torch.is_autocast_cpu_enabled() else value
+
+    class Cuda(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            if func is torch.nn.functional.dropout:
+                values = inspect.signature(func).bind(*args, **kwargs)
+                values.apply_defaults()
+                tensor, p, training, _ = values.args
+                return torch.native_dropout(tensor, p, True)[0] if training and p > 0 else tensor
+            if getattr(func, "__name__", "") in IN_FLOAT32 and kwargs.get("dtype") is None:
+                args = tuple(float32(value) for value in args)
+                kwargs = {name: float32(value) for name, value in kwargs.items()}
+            return func(*args, **kwargs)
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        Cuda(),
+    ):
+        patch.setattr(torch, "is_autocast_enabled", lambda *device_type: True)
+        yield
+
+
+def in_4_bit(layer: Any) -> Any:
+    """The same layer, quantized as transformers does it for ``load_in_4bit``."""
+    import bitsandbytes
+    import torch
+
+    weight = layer.weight.data.t().contiguous() if type(layer).__name__ == "Conv1D" else layer.weight.data
+    made = bitsandbytes.nn.Linear4bit(
+        weight.shape[1], weight.shape[0], bias=layer.bias is not None, compute_dtype=torch.bfloat16, quant_type="nf4"
+    )
+    made.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=made)
+    if layer.bias is not None:
+        made.bias = torch.nn.Parameter(layer.bias.data, requires_grad=False)
+    return made.to("cpu").requires_grad_(False)
 
 
 def saved_bytes(
@@ -85,8 +147,14 @@ def saved_bytes(
     adapted: bool,
     eager: bool = False,
     length: int = LENGTH,
+    autocast: bool = False,
+    quantized: bool = False,
+    dropout: float = 0.0,
 ) -> tuple[int, Any]:
-    """Bytes of distinct tensors, other than weights, that a forward pass in training mode saves."""
+    """Bytes of distinct tensors, other than weights, that a forward pass in training mode saves.
+
+    ``autocast``: as CUDA's does it, see :func:`cuda_autocast`. ``quantized``: with bitsandbytes' 4-bit layers.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -104,8 +172,14 @@ def saved_bytes(
     model.requires_grad_(False)
     described = architecture_of(model)
     names = [shape.name for shape in described.weights if shape.kind != "other"]
+    if quantized:
+        for shape in described.weights:
+            if shape.quantizable:
+                model.set_submodule(shape.name, in_4_bit(model.get_submodule(shape.name)))
+        model.is_loaded_in_4bit = True
     if adapted:
-        settings = LoraConfig(r=4, target_modules=names, fan_in_fan_out=architecture == "gpt2")
+        transposed = architecture == "gpt2" and not quantized
+        settings = LoraConfig(r=4, target_modules=names, fan_in_fan_out=transposed, lora_dropout=dropout)
         get_peft_model(model, settings, autocast_adapter_dtype=False)
         for parameter in model.parameters():
             parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
@@ -123,7 +197,8 @@ def saved_bytes(
     mask = torch.ones(ROWS, length, dtype=torch.long)
     mask[0, length // 2 :] = 0 if padded else 1
     ids = torch.arange(ROWS * length).reshape(ROWS, length) % 128
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    context = cuda_autocast() if autocast else contextlib.nullcontext()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), context:
         output = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
     total = sum(storage.nbytes() for storage in kept.values())
     del output
@@ -131,15 +206,23 @@ def saved_bytes(
 
 
 def check_a_layer(
-    architecture: str, dtype: str, padded: bool, adapted: bool, eager: bool = False, length: int = LENGTH
+    architecture: str,
+    dtype: str,
+    padded: bool,
+    adapted: bool,
+    eager: bool = False,
+    length: int = LENGTH,
+    autocast: bool = False,
+    quantized: bool = False,
+    dropout: float = 0.0,
 ) -> None:
     """What a third layer adds to two. Small vectors (norms' deviations, a number a head) are left out of the count."""
     saved, counted = [], []
     for layers in (2, 3):
-        total, (described, names) = saved_bytes(architecture, layers, dtype, padded, adapted, eager, length)
-        kept = saved_bytes_per_token(
-            described,
-            names,
+        total, (described, names) = saved_bytes(
+            architecture, layers, dtype, padded, adapted, eager, length, autocast, quantized, dropout
+        )
+        setting = TrainingPass(
             r=4,
             compute_bytes=4 if dtype == "float32" else 2,
             adapter_bytes=4,
@@ -147,9 +230,16 @@ def check_a_layer(
             length=length,
             padded=padded,
             eager=eager or is_eager("auto", described),
+            lora_dropout=dropout > 0,
+            autocast=autocast,
+            quantized=quantized,
         )
+        kept = saved_bytes_per_token(described, names, setting)
         saved.append(total)
-        counted.append(kept.layers * ROWS * length)
+        adapters = sum(
+            4 * (shape.in_features + shape.out_features) for shape in described.weights if shape.name in names
+        )
+        counted.append(kept.layers * ROWS * length + (2 * adapters if autocast else 0))
     assert counted[1] - counted[0] == pytest.approx(saved[1] - saved[0], rel=0.03)
 
 
@@ -177,12 +267,27 @@ def test_attention_that_is_written_out_keeps_its_scores(architecture: str, dtype
     check_a_layer(architecture, dtype, True, adapted, eager=True, length=LONG)
 
 
+@pytest.mark.parametrize("architecture", [*SHAPES, *OTHERS])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_kept_bytes_under_cudas_autocast(architecture: str, quantized: bool) -> None:
+    check_a_layer(architecture, "bfloat16", quantized, True, length=LONG, autocast=True, quantized=quantized)
+
+
+@pytest.mark.parametrize("architecture", EAGER)
+def test_kept_scores_under_cudas_autocast(architecture: str) -> None:
+    check_a_layer(architecture, "bfloat16", True, True, eager=True, length=LONG, autocast=True, quantized=True)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_kept_inputs_of_adapters_with_dropout_under_cudas_autocast(architecture: str, quantized: bool) -> None:
+    check_a_layer(architecture, "bfloat16", False, True, length=LONG, autocast=True, quantized=quantized, dropout=0.1)
+
+
 def test_a_llama_layer_in_numbers() -> None:
     """fp32, no adapters: two norms' inputs, q and output, k and v, three of the intermediate width, a sum a head."""
     _, (described, _) = saved_bytes("llama", 1, "float32", False, False)
-    kept = saved_bytes_per_token(
-        described, [], r=8, compute_bytes=4, adapter_bytes=4, int8=False, length=LENGTH, padded=False
-    )
+    kept = saved_bytes_per_token(described, [], FLOAT32)
     elements = 2 * HIDDEN + 2 * HIDDEN + 2 * HIDDEN // 2 + 3 * 3 * HIDDEN + 8
     # the first layer's first norm keeps nothing, nor does its attention: its input needs no gradient
     assert kept.layers == 4 * (elements - HIDDEN - (2 * HIDDEN + 2 * HIDDEN // 2 + 8))
@@ -210,15 +315,13 @@ def test_what_int8_holds_outlives_checkpointing(mode: str) -> None:
     assert (inner[0]() is not None) == (mode == "int8")
     del output
     _, (described, _) = saved_bytes("llama", 2, "float32", False, False)
-    kept = saved_bytes_per_token(
-        described, [], r=8, compute_bytes=4, adapter_bytes=4, int8=mode == "int8", length=LENGTH, padded=False
-    )
+    kept = saved_bytes_per_token(described, [], replace(FLOAT32, int8=mode == "int8"))
     held = 2 * HIDDEN + HIDDEN + 3 * HIDDEN  # what q, k, v read, what o reads, what gate and up read, what down reads
     assert kept.inputs == 2 * 4 * (HIDDEN + (held if mode == "int8" else 0))
 
 
 def test_counting_loads_no_torch() -> None:
-    modules = "qlora_exp.estimate.peak, qlora_exp.estimate.duration, qlora_exp.system.hardware"
+    modules = "qlora_exp.estimate.peak, qlora_exp.estimate.throughput, qlora_exp.system.cards"
     code = f"import sys, {modules}; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
@@ -231,10 +334,48 @@ def test_what_adapters_keep_in_single_layers_adds_up() -> None:
     names = [shape.name for shape in architecture.weights if shape.name.endswith("q_proj")]
 
     def kept(adapted: list[str]) -> float:
-        return saved_bytes_per_token(
-            architecture, adapted, r=8, compute_bytes=4, adapter_bytes=4, int8=False, length=LENGTH, padded=False
-        ).layers
+        return saved_bytes_per_token(architecture, adapted, FLOAT32).layers
 
     single = [kept([name]) - kept([]) for name in names]
     assert kept(names) - kept([]) == pytest.approx(sum(single))
     assert single[0] > single[1] == single[-1] > 0  # the first layer's attention is kept for its adapter alone
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "after_forward", "after_each_layer"), [(False, 3, [2, 1, 0]), (True, 0, [0, 0, 0])]
+)
+def test_autocasts_copies_of_weights_outlive_forward_without_checkpointing(
+    checkpointing: bool, after_forward: int, after_each_layer: list[int]
+) -> None:
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils.checkpoint import checkpoint
+
+    weights = [torch.nn.Parameter(torch.randn(16, 16)) for _ in range(3)]
+    copies: list[weakref.ref[Any]] = []
+    seen: list[int] = []
+
+    def alive() -> int:
+        return sum(copy() is not None for copy in copies)
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._to_copy.default and args[0].shape == (16, 16) and made.dtype is torch.bfloat16:
+                copies.append(weakref.ref(made))
+            return made
+
+    with Watch():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            hidden = torch.randn(4, 16, dtype=torch.bfloat16, requires_grad=True)
+            for weight in weights:
+                linear = torch.nn.functional.linear
+                hidden = (
+                    checkpoint(linear, hidden, weight, use_reentrant=False) if checkpointing else linear(hidden, weight)
+                )
+            assert alive() == 3
+        assert alive() == after_forward
+        for weight in weights:
+            weight.register_hook(lambda gradient: seen.append(alive()))
+        hidden.sum().backward()
+    assert seen == after_each_layer

@@ -12,12 +12,11 @@ import pytest
 
 from qlora_exp.cli import main
 from qlora_exp.config.compose import compose
-from qlora_exp.estimate.budget import StudyBudget, budget_of
+from qlora_exp.estimate.budget import affordable_steps, budget_of
 from qlora_exp.estimate.calibration import rates_file
-from qlora_exp.estimate.preflight_budget import affordable_steps_message
 from qlora_exp.estimate.throughput import machine_of
-from qlora_exp.orchestration.budget_forecast import affordable_trials_message as what_it_buys_of_a_sweep
 from qlora_exp.orchestration.command import study_spec
+from qlora_exp.orchestration.study_budget import StudyBudget, affordable_trials_message
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records.files import write_json
 from qlora_exp.runs.prepare import prepare
@@ -45,7 +44,8 @@ def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[st
 
 def test_a_plan_says_of_a_budget_what_the_run_will_say(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     config = compose([*SMALL, *LIMITED])
-    told = list(affordable_steps_message(config, prepare(config, probe(config.training.device))))
+    prepared = prepare(config, probe(config.training.device))
+    told = [limit.message for limit in affordable_steps(config.budget, prepared.estimate)]
     assert len(told) == 3
     [run] = planned(capsys, *SMALL, *LIMITED)
     assert [bought["message"] for bought in run["budget"]] == told
@@ -63,7 +63,7 @@ def test_a_plan_says_of_a_budget_what_the_run_will_say(capsys: pytest.CaptureFix
 def test_a_plan_says_of_a_budget_what_the_sweep_will_say(axes: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     asked = study_spec([*SMALL, *LIMITED, *axes])
     purse = StudyBudget(budget_of(asked.config), OutputPaths.of("outputs"))
-    told = list(what_it_buys_of_a_sweep(asked, Study.open(asked.spec, asked.paths), purse))
+    told = list(affordable_trials_message(asked, Study.open(asked.spec, asked.paths), purse))
     assert len(told) == 3
     assert all(f" of {3 if len(axes) == 1 else 7} trials (" in sentence for sentence in told)
     for run in planned(capsys, *SMALL, *LIMITED, *axes):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import math
 import random
 import statistics
 import sys
@@ -16,7 +17,12 @@ import pytest
 from qlora_exp.architecture.families import known_architecture
 from qlora_exp.architecture.targets import resolve_targets
 from qlora_exp.config.compose import compose
+from qlora_exp.estimate.candidates import search_space
+from qlora_exp.estimate.device import device_by_name
+from qlora_exp.estimate.estimator import Estimator
 from qlora_exp.estimate.peak import HEAD_TOKENS, HEAD_VOCABULARY, predicted_peak
+from qlora_exp.estimate.planner import Planner
+from qlora_exp.estimate.throughput import MeasuredThroughput
 from qlora_exp.estimate.workload import RowLengths
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "predicted_memory.py"
@@ -109,6 +115,59 @@ def test_checkpointing_and_smaller_batches_need_less_on_a_card() -> None:
     on = peak("cuda", "quantization=nf4", "training.gradient_checkpointing=on")
     half = peak("cuda", "quantization=nf4", "training.gradient_checkpointing=off", "training.micro_batch_size=8")
     assert on.peak_bytes < half.peak_bytes < off.peak_bytes
+
+
+def test_automatic_checkpointing_is_off_where_training_clearly_fits_without_it() -> None:
+    def checkpointing(memory_bytes: int | None, *overrides: str, device: str = "h200") -> bool:
+        config = compose(["model=llama3_1_8b", "quantization=nf4", "targets=all_linear", *overrides])
+        architecture = known_architecture(config.model)
+        assert architecture is not None
+        estimator = Estimator(
+            architecture,
+            tuple(resolve_targets(architecture, config.targets)),
+            device_by_name(device).hardware,
+            rows=lambda _: None,
+            rates=lambda *_: (MeasuredThroughput(None, None, None), None),
+            joined_heap=False,
+            memory_bytes=memory_bytes,
+            prices={},
+        )
+        estimate = estimator.estimate(config)
+        assert estimate.memory == estimator.peak(config)
+        return estimate.checkpointing
+
+    off = "training.gradient_checkpointing=off"
+    needed = peak("cuda", "quantization=nf4", "targets=all_linear", off).needed_bytes
+    assert 55e9 < needed < 65e9  # 16 rows of 512 tokens
+    assert not checkpointing(device_by_name("h200").memory_bytes)
+    assert checkpointing(device_by_name("h100_80gb").memory_bytes)
+    assert not checkpointing(device_by_name("h100_80gb").memory_bytes, "training.micro_batch_size=4")
+    assert not checkpointing(math.ceil(1.5 * needed))
+    assert checkpointing(math.floor(1.5 * needed) - 1)
+    assert not checkpointing(1, off)
+    assert checkpointing(10**15, "training.gradient_checkpointing=on")
+    assert checkpointing(None)
+    assert not checkpointing(1, device="cpu")
+
+
+def test_a_plans_limit_decides_on_checkpointing() -> None:
+    [point] = search_space(["model=llama3_1_8b", "quantization=nf4", "budget.memory_bytes=24000000000"]).points
+    assert point.config is not None
+    card = device_by_name("h200")
+    roomy = dataclasses.replace(point.config, budget=dataclasses.replace(point.config.budget, memory_bytes=None))
+    assert Planner(card).estimate(point.config).checkpointing
+    assert not Planner(card).estimate(roomy).checkpointing
+    assert Planner(card, fit_bytes=24 * 10**9).estimate(roomy).checkpointing
+
+
+def test_copies_of_the_adapters_count_under_autocast_alone() -> None:
+    given = ("targets=all_linear", "lora.r=64", "training.micro_batch_size=8", "training.gradient_checkpointing=off")
+    parameters = 167_772_160
+    mixed, narrow = (peak("cuda", *given, "quantization=nf4", f"lora.dtype={dtype}") for dtype in ("auto", "bfloat16"))
+    assert mixed.adapters.trainable_parameters == parameters
+    assert mixed.activation_bytes - narrow.activation_bytes == 2 * parameters
+    checkpointed = [*given[:-1], "training.gradient_checkpointing=on", "quantization=nf4"]
+    assert peak("cuda", *checkpointed).peak_bytes < mixed.peak_bytes
 
 
 def test_gradients_of_earlier_micro_batches_are_there_at_the_head_of_the_next() -> None:

@@ -14,12 +14,14 @@ import pytest
 from qlora_exp.cli import main
 from qlora_exp.config.compose import compose
 from qlora_exp.config.schema import to_plain
+from qlora_exp.estimate import device as plan_device
 from qlora_exp.estimate.candidates import search_space
 from qlora_exp.estimate.device import device_by_name, size_bytes
 from qlora_exp.records.files import write_json
 from qlora_exp.records.schema import to_dict
 from qlora_exp.records.types import SCHEMA_VERSION, Plan, RunRecord, Speed, Status
 from qlora_exp.system.environment import probe_without_torch
+from qlora_exp.system.gpus import Card
 
 PARTS = ("base_weight_bytes", "quantization_state_bytes", "adapter_bytes", "gradient_bytes", "optimizer_bytes")
 TINY = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 256}
@@ -290,8 +292,9 @@ def test_time_and_money_are_known_once_the_machine_is_calibrated(
 def test_time_and_money_of_a_search_are_those_of_so_many_trials(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from qlora_exp.estimate.estimator import Planner
+    from qlora_exp.estimate.planner import Planner
     from qlora_exp.estimate.tables import cost_summary
+    from qlora_exp.estimate.throughput import Interval
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     rates = tmp_path / "qlora-exp" / "rates-2.json"
@@ -305,9 +308,8 @@ def test_time_and_money_of_a_search_are_those_of_so_many_trials(
     assert alone is not None
     told, unseen = alone.split("; ")
     assert searched == f"{told}, for 2 trials of a search between these; {unseen}"
-    told = cost_summary(
-        [replace(one, seconds=5400.0, seconds_interval=(3600.0, 9000.0), usd=12.0, usd_interval=(8.0, 20.0))]
-    )
+    seconds, usd = Interval(3600.0, 5400.0, 9000.0, "a guess"), Interval(8.0, 12.0, 20.0, "a guess")
+    told = cost_summary([replace(one, seconds=seconds, usd=usd)])
     assert told is not None
     assert told.startswith("training: 1.5 h (1–2.5), 12 usd (8–20)")
     assert cost_summary([replace(one, fits=False)]) is None
@@ -367,3 +369,44 @@ def test_a_ladders_configurations_are_planned_as_scored_on_both_splits() -> None
     [single] = search_space(["model=embedded"]).points
     assert single.config is not None
     assert single.config.evaluation.split.value == "validation"
+
+
+@pytest.mark.parametrize(
+    ("driver", "memory_mib", "named", "bf16"),
+    [
+        ("NVIDIA H200", 143_771, "h200", True),
+        ("NVIDIA A100-SXM4-80GB", 81_920, "a100_80gb", True),
+        ("NVIDIA A100-SXM4-40GB", 40_960, "a100_40gb", True),
+        ("Tesla T4", 15_360, "t4", False),
+        ("NVIDIA GeForce RTX 4060 Ti", 8_188, "cuda", True),  # the table's has 16 GB
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", 9_728, "cuda", True),
+    ],
+)
+def test_a_local_model_is_planned_for_the_gpu_that_a_run_takes(
+    monkeypatch: pytest.MonkeyPatch, driver: str, memory_mib: int, named: str, bf16: bool
+) -> None:
+    small, large = Card(0, "GPU-0", driver, 10, 2**30), Card(1, "GPU-1", driver, 20, memory_mib * 2**20)
+    monkeypatch.setattr(plan_device, "cards", lambda: (small, large))
+    monkeypatch.setattr(plan_device, "version", lambda package: "2.13.0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def planned_for(*overrides: str) -> plan_device.PlanDevice:
+        plan_device.gpu_here.cache_clear()
+        return plan_device.device_of(compose(list(overrides)))
+
+    try:
+        found = planned_for("model=embedded")
+        assert (found.name, found.kind, found.bf16) == (named, "cuda", bf16)
+        assert (found.memory_bytes, found.card) == (memory_mib * 2**20, driver)
+        assert planned_for("model=local", "model.path=here") == found
+        assert planned_for("model=embedded", "training.device=cpu").kind == "cpu"
+        assert planned_for("model=smollm2_135m") == plan_device.CUDA
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-0")
+        assert planned_for("model=embedded").memory_bytes == 2**30
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        assert planned_for("model=embedded").kind == "cpu"
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+        monkeypatch.setattr(plan_device, "version", lambda package: "2.13.0+cpu")
+        assert planned_for("model=embedded").kind == "cpu"
+    finally:
+        plan_device.gpu_here.cache_clear()

@@ -14,8 +14,7 @@ from qlora_exp.cli import main
 from qlora_exp.config.compose import compose
 from qlora_exp.config.schema import Config
 from qlora_exp.data.load import load_data
-from qlora_exp.estimate.run_estimate import row_lengths
-from qlora_exp.estimate.tokens import PlannedRows, RowCounter
+from qlora_exp.estimate.tokens import PlannedRows, RowCounter, row_lengths
 from qlora_exp.estimate.workload import RowLengths
 from qlora_exp.models.tokenizers import load_tokenizer
 from qlora_exp.paths import EMBEDDED

@@ -16,15 +16,14 @@ from qlora_exp.config.compose import compose
 from qlora_exp.config.schema import Config, Quantization, to_plain
 from qlora_exp.errors import ConfigError
 from qlora_exp.estimate import benchmark, calibration
-from qlora_exp.estimate.cost import CostEstimator
 from qlora_exp.estimate.device import device_by_name
-from qlora_exp.estimate.duration import Interval, Rate, predicted_seconds, predicted_usd, rate_from_calibration
-from qlora_exp.estimate.flops import MeanRow, Workload, train_flops_per_token
-from qlora_exp.estimate.throughput import MeasuredThroughput, from_finished_runs, machine_of, t_95
-from qlora_exp.estimate.workload import RowLengths
+from qlora_exp.estimate.estimator import Estimator, RunEstimate
+from qlora_exp.estimate.planner import Planner
+from qlora_exp.estimate.throughput import Interval, MeasuredThroughput, from_finished_runs, machine_of, t_95
+from qlora_exp.estimate.workload import MeanRow, RowLengths, Workload, train_flops_per_token
 from qlora_exp.records.types import SCHEMA_VERSION, Memory, Plan, RunRecord, Speed, Spent, Status
+from qlora_exp.system.cards import Price, price_of, read_prices, usd_per_hour
 from qlora_exp.system.environment import probe_without_torch
-from qlora_exp.system.hardware import Price, price_of, read_prices, usd_per_hour
 
 WIDTH, VOCABULARY = 64, 1000
 SHAPES = tuple(
@@ -84,13 +83,26 @@ def test_padding_is_counted_in_the_layers_and_in_the_head_the_tokens_with_a_loss
 def test_seconds_and_dollars_are_operations_over_the_rate() -> None:
     config = compose(["training.max_steps=10", "training.batch_size=4", "training.max_length=100", "lora.r=2"])
     flops = 10 * 4 * 50 * train_flops_per_token(ONE_LAYER, 2 * 2 * WIDTH, MeanRow.whole(50), False)
-    extent = Workload.of(config.training, RowLengths.of([50] * 4, [50] * 4))
-    rate = Rate(Interval(flops / 4, flops / 2, flops, "seen"), "here", "nf4")
-    seconds = predicted_seconds(ONE_LAYER, [SHAPES[0].name], config, "cpu", rate, extent)
-    assert seconds == Interval(1.0, 2.0, 4.0, "seen")
-    assert predicted_usd(seconds, 3600.0) == seconds
-    assert predicted_usd(seconds, None) is None
-    assert predicted_seconds(ONE_LAYER, [SHAPES[0].name], config, "cpu", None, Workload.of(config.training)) is None
+
+    def estimate(rate: Interval | None, usd_per_hour: float) -> RunEstimate:
+        estimator = Estimator(
+            ONE_LAYER,
+            (SHAPES[0].name,),
+            device_by_name("cpu").hardware,
+            rows=lambda _: RowLengths.of([50] * 4, [50] * 4),
+            rates=lambda *_: (MeasuredThroughput(rate, None, None), None),
+            joined_heap=False,
+            prices={"cpu": usd_per_hour} if usd_per_hour else {},
+        )
+        return estimator.estimate(config)
+
+    rate = Interval(flops / 4, flops / 2, flops, "seen")
+    priced = estimate(rate, 3600.0)
+    assert priced.time.train == Interval(1.0, 2.0, 4.0, "seen")
+    assert priced.usd(priced.time.train) == priced.time.train
+    unpriced = estimate(rate, 0.0)
+    assert unpriced.usd(unpriced.time.train) is None
+    assert estimate(None, 3600.0).time.train is None
     assert Interval(1.0, 2.0, 4.0, "seen").plus(Interval(1.0, 1.0, 2.0, "too")) == Interval(2.0, 3.0, 6.0, "seen; too")
 
 
@@ -139,11 +151,10 @@ def test_trainings_of_the_same_base_tell_the_rate() -> None:
     assert from_finished_runs([finished(7.0)], elsewhere, finished().config).rate is None
     one = seen(finished(7.0), finished(100.0, family="large")).rate
     assert one is not None
-    assert (one.flops_per_second.low, one.flops_per_second.high) == pytest.approx((35.0, 140.0))
-    assert "(a guess)" in one.flops_per_second.basis
-    several = seen(*(finished(rate) for rate in (9.0, 10.0, 10.0, 11.0))).rate
-    assert several is not None
-    speed = several.flops_per_second
+    assert (one.low, one.high) == pytest.approx((35.0, 140.0))
+    assert "(a guess)" in one.basis
+    speed = seen(*(finished(rate) for rate in (9.0, 10.0, 10.0, 11.0))).rate
+    assert speed is not None
     assert 1 / speed.middle == pytest.approx(statistics.fmean(1 / rate for rate in (90.0, 100.0, 100.0, 110.0)))
     centre = (90.0 * 100 * 100 * 110) ** 0.25
     logs = [math.log(rate) for rate in (90.0, 100.0, 100.0, 110.0)]
@@ -156,8 +167,8 @@ def test_trainings_of_the_same_base_tell_the_rate() -> None:
     assert seen(finished(7.0), of=instruct).rate == seen(finished(7.0)).rate
     two = seen(finished(5.0), finished(20.0)).rate
     assert two is not None
-    assert (two.flops_per_second.low, two.flops_per_second.high) == pytest.approx((25.0, 400.0))
-    assert "is wider" in two.flops_per_second.basis
+    assert (two.low, two.high) == pytest.approx((25.0, 400.0))
+    assert "is wider" in two.basis
 
 
 def test_loading_and_scoring_are_told_by_runs_with_the_same_evaluation_alone() -> None:
@@ -202,11 +213,10 @@ def test_many_trainings_take_together_what_they_were_told_to() -> None:
     told = seen(*(finished(rate) for rate in rates)).rate
     assert told is not None
     flops = 600.0
-    assert 3 * flops / told.flops_per_second.middle == pytest.approx(sum(flops / (10.0 * rate) for rate in rates))
+    assert 3 * flops / told.middle == pytest.approx(sum(flops / (10.0 * rate) for rate in rates))
     one_slow = seen(*(finished(rate) for rate in (*[9.0] * 20, 0.01))).rate
     assert one_slow is not None
-    speed = one_slow.flops_per_second
-    assert speed.low <= speed.middle <= speed.high
+    assert one_slow.low <= one_slow.middle <= one_slow.high
 
 
 def test_the_ends_of_an_interval_are_students() -> None:
@@ -241,7 +251,7 @@ def test_a_training_that_was_mostly_its_start_is_told_by_its_later_steps() -> No
 
     def rate(steps: int, record: RunRecord = short) -> float | None:
         found = from_finished_runs([record], probe_without_torch(), record.config, steps).rate
-        return found.flops_per_second.middle if found is not None else None
+        return found.middle if found is not None else None
 
     assert rate(20) == pytest.approx(10.0)
     assert rate(21) == pytest.approx(500.0)
@@ -270,11 +280,12 @@ def test_one_look_tells_each_configuration_what_it_would_be_told_alone() -> None
     short = finished(1.0).replace(config=to_plain(both[0]), environment=replace(here, torch_threads=here.cpu_cores))
     short = short.replace(speed=replace(short.speed, steps=2, excluded_steps=1, train_tokens_per_second=50.0))
 
-    def seconds(cashier: CostEstimator, config: Config) -> float | None:
-        return cashier.estimate_cost(config, device_by_name("cpu"), ONE_LAYER, [SHAPES[0].name])[0].seconds
+    def seconds(planner: Planner, config: Config) -> float | None:
+        train = planner.estimate(config).time.train
+        return train.middle if train is not None else None
 
-    one = CostEstimator([short])
-    assert [seconds(one, config) for config in both] == [seconds(CostEstimator([short]), config) for config in both]
+    one = Planner(records=[short])
+    assert [seconds(one, config) for config in both] == [seconds(Planner(records=[short]), config) for config in both]
     assert seconds(one, both[0]) != pytest.approx(seconds(one, both[1]), rel=0.5)
 
 
@@ -286,10 +297,9 @@ def test_trials_on_warm_hosts_load_nothing(hosts: bool, isolation: str, told: fl
     config = compose(["quantization=nf4", "training.threads=1", f"workers.isolation={isolation}"])
     cold = finished(other=(20.0, 1.0, 1.0)).replace(config=to_plain(config), environment=replace(here, torch_threads=1))
     warm = cold.replace(speed=replace(cold.speed, load_seconds=0.0), memory=Memory(process_reused=True))
-    paid, _ = CostEstimator([cold, warm], hosts).estimate_cost(
-        config, device_by_name("cpu"), ONE_LAYER, [SHAPES[0].name]
-    )
-    assert paid.other_seconds == pytest.approx(told)
+    other = Planner(records=[cold, warm], hosts=hosts).estimate(config).time.other
+    assert other is not None
+    assert other.middle == pytest.approx(told)
 
 
 def test_a_card_is_told_by_the_runs_where_the_last_one_on_such_a_card_was_made(
@@ -299,13 +309,12 @@ def test_a_card_is_told_by_the_runs_where_the_last_one_on_such_a_card_was_made(
     here = probe_without_torch()
     card = replace(here.device, kind="cuda", name="NVIDIA GeForce RTX 4090")
     there, upgraded = replace(here, device=card, packages={"torch": "2"}), replace(here, device=card)
-    config = compose(["model=embedded", "quantization=nf4"])
+    config = compose(["model=embedded", "quantization=nf4", "training.gradient_checkpointing=off"])
     of_config = finished(10.0).replace(config=to_plain(config))
     records = [of_config.replace(environment=one) for one in (here, upgraded, there, there)]
 
-    def seconds(card: str | None, *given: RunRecord) -> tuple[float, float] | None:
-        device = device_by_name(card) if card is not None else device_by_name("cuda")
-        return CostEstimator(given).estimate_cost(config, device, ONE_LAYER, [SHAPES[0].name])[0].seconds_interval
+    def seconds(card: str | None, *given: RunRecord) -> Interval | None:
+        return Planner(device_by_name(card or "cuda"), records=given).estimate(config).time.train
 
     assert seconds("rtx4090", *records) == seconds("rtx4090", records[1])
     assert seconds(None, *records) == seconds("rtx4090", records[1])
@@ -320,7 +329,7 @@ def test_calibrated_rates_are_kept_by_machine(tmp_path: Path, monkeypatch: pytes
     assert calibration.calibrated_rate(here, Quantization.nf4) is None
     calibration.rates_file().parent.mkdir()
     calibration.rates_file().write_text(json.dumps({machine_of(here): {"nf4": 2e9}, "other": 3}))
-    assert calibration.calibrated_rate(here, Quantization.nf4) == rate_from_calibration(2e9, machine_of(here), "nf4")
+    assert calibration.calibrated_rate(here, Quantization.nf4) == calibration.rate_from_calibration(2e9)
     assert calibration.calibrated_rate(here, Quantization.int8) is None
     assert calibration.calibrated_rate(replace(here, torch_threads=7), Quantization.nf4) is None
     monkeypatch.setattr(calibration, "COUNT_VERSION", calibration.COUNT_VERSION + 1)

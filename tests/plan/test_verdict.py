@@ -11,8 +11,8 @@ import pytest
 from qlora_exp.cli import main
 from qlora_exp.estimate.candidates import search_space
 from qlora_exp.estimate.device import device_by_name
-from qlora_exp.estimate.estimator import Planner
 from qlora_exp.estimate.memory_fit import CPU_PROCESS_BYTES, RELATIVE_ERROR
+from qlora_exp.estimate.planner import Planner
 from qlora_exp.formatting import bytes_text
 from qlora_exp.system import heap
 

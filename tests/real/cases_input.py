@@ -21,7 +21,7 @@ import pyarrow
 import pyarrow.parquet
 
 from qlora_exp.data.items import Item, Splits
-from qlora_exp.evaluation.oracle import check_answers
+from qlora_exp.evaluation.generation import check_answers
 from tests.real.families import write_family
 from tests.real.perfect_model import loaded
 

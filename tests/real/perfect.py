@@ -11,8 +11,7 @@ import torch
 from qlora_exp.config.schema import Config
 from qlora_exp.data.items import Item, Splits
 from qlora_exp.data.texts import same_text
-from qlora_exp.evaluation.generation import generate
-from qlora_exp.evaluation.oracle import stop_rule_of
+from qlora_exp.evaluation.generation import generate, stop_rule
 
 
 class Perfect:
@@ -43,7 +42,7 @@ def perfect_generations(splits: Splits, tokenizer: Any, config: Config) -> list[
     items = (*splits.train, *splits.validation, *splits.test)
     rows = [[*item.completion_ids, *item.end_ids] for item in items]
     start = Perfect(rows, 0, len(tokenizer))
-    rule = stop_rule_of(splits, tokenizer, config)
+    rule = stop_rule(splits, tokenizer, config)
     return list(zip(items, generate(start.logits(), start, tokenizer, rule), strict=True))  # type: ignore[arg-type]
 
 

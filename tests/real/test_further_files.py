@@ -16,7 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from qlora_exp.data.rows_report import rows_report
+from qlora_exp.data.preview import rows_report
 from qlora_exp.errors import DataError, Problems
 from tests.real.cases_input import CASES, JSONL, LOCKERS, Families, Row, Runs, as_parquet, chatml, plain, read, rows_of
 

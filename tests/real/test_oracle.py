@@ -12,7 +12,7 @@ from qlora_exp.config.schema import Config, InvalidRows, TaskKind
 from qlora_exp.data.items import Splits
 from qlora_exp.data.load import load_data
 from qlora_exp.errors import DataError, Problems
-from qlora_exp.evaluation.oracle import check_answers, perfect_answers, stop_rule_of
+from qlora_exp.evaluation.generation import check_answers, perfect_answers, stop_rule
 from tests.real.conftest import TEMPLATES, as_transformers
 from tests.real.perfect import oracle_score, perfect_generations
 
@@ -131,7 +131,7 @@ def test_the_check_at_load_and_real_generation_agree(tokenizer_with: WithTemplat
     tokenizer, config = tokenizer_with("gptoss"), chat_task([*ROWS, REASONING[0]])
     splits = loaded(config, tokenizer)
     generated = perfect_generations(splits, tokenizer, config)
-    rule = stop_rule_of(splits, tokenizer, config)
+    rule = stop_rule(splits, tokenizer, config)
     assert perfect_answers([item for item, _ in generated], tokenizer, rule) == [text for _, text in generated]
 
 

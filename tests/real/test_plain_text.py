@@ -23,7 +23,7 @@ from qlora_exp.data.load import load_data
 from qlora_exp.data.texts import same_text
 from qlora_exp.errors import DataError, Problems
 from qlora_exp.estimate.tokenizer_file import FileTokenizer
-from qlora_exp.evaluation.generation import StopRule, as_answer, decode_completions, generate, max_new_tokens, stop_rule
+from qlora_exp.evaluation.generation import StopRule, as_answer, decode_completions, generate, stop_rule
 from qlora_exp.paths import EMBEDDED
 
 LLAMA3_SPLIT = "|".join(
@@ -190,9 +190,7 @@ class Oracle:
 def rule_of(splits: Splits, tokenizer: Any) -> StopRule:
     ends = SimpleNamespace(eos_token_id=tokenizer.eos_token_id)
     model = SimpleNamespace(generation_config=ends, config=ends)
-    items = items_of(splits)
-    longest = max_new_tokens(splits, compose([]))
-    return stop_rule(model, tokenizer, [item.end_ids for item in items], [item.answer for item in items], longest)
+    return stop_rule(splits, tokenizer, compose([]), model)
 
 
 def oracle_answers(splits: Splits, tokenizer: Any) -> list[str]:

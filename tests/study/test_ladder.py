@@ -17,19 +17,20 @@ import pytest
 from studies import ENVIRONMENT
 
 from qlora_exp.analysis.power import Noise, half_width
+from qlora_exp.analysis.rank_rule import StepVerdict
 from qlora_exp.analysis.report_content import StudyInfo
-from qlora_exp.analysis.rule import StepVerdict
 from qlora_exp.analysis.sections import ladder_sections
 from qlora_exp.cli import main
 from qlora_exp.config.schema import LadderConfig, LrPolicy
 from qlora_exp.errors import QloraExpError
 from qlora_exp.orchestration.command import study_spec
 from qlora_exp.paths import OutputPaths
-from qlora_exp.rank_doubling.answers import answers, ladder_trials, plan_sentence
-from qlora_exp.rank_doubling.ladder import LadderPoint, LadderTrial, evaluate_ladder, is_done, next_point
+from qlora_exp.rank_doubling.answers import answers, plan_sentence
+from qlora_exp.rank_doubling.ladder import LadderTrial, evaluate_ladder, is_done, ladder_trials, next_point
 from qlora_exp.rank_doubling.settings import ladder_axes, max_trials, resolve, rule_of
 from qlora_exp.records import find
 from qlora_exp.records.types import Failure, Memory, RunRecord, Scores, ScoreTable, Speed, Status
+from qlora_exp.study.proposer import TrialPoint
 from qlora_exp.study.spec import read_spec
 from qlora_exp.study.types import LadderSettings, LadderSpec
 from tests import processes
@@ -51,7 +52,7 @@ CONFIG = LadderConfig(
 )
 ONE = LadderSettings({}, CENTRE, 0.0, "fixed at 16")
 
-Level = Callable[[LadderPoint], float | None]
+Level = Callable[[TrialPoint], float | None]
 """What a run scores in nats per item; ``None``: it fails."""
 
 
@@ -64,7 +65,7 @@ def gains(*doublings: float, seed_sd: float = 0.002, off: float = 0.0) -> Level:
     seed is above the others, so that gains differ from seed to seed by 4 times as much."""
     levels = 2.0 - np.concatenate([[0.0], np.cumsum(doublings)])
 
-    def level(point: LadderPoint) -> float:
+    def level(point: TrialPoint) -> float:
         noise = random.Random(f"{sorted(point.items())}").gauss(0.0, seed_sd)
         step = int(np.log2(point["lora.r"] // 8))
         return float(levels[step]) + noise + off * (-1) ** (step + point["seed"])
@@ -72,7 +73,7 @@ def gains(*doublings: float, seed_sd: float = 0.002, off: float = 0.0) -> Level:
     return level
 
 
-def ran(point: LadderPoint, level: Level, item_sd: float) -> LadderTrial:
+def ran(point: TrialPoint, level: Level, item_sd: float) -> LadderTrial:
     """The trial, ended, as a run would have left it."""
     loss = level(point)
     name = "-".join(str(value) for value in point.values())
@@ -95,7 +96,7 @@ def play(spec: LadderSpec, level: Level, at_once: int = 1, seed: int = 0, item_s
     """All trials that the ladders ask for, ``at_once`` running at a time and ending in any order."""
     chance = random.Random(seed)
     ended: list[LadderTrial] = []
-    running: list[LadderPoint] = []
+    running: list[TrialPoint] = []
     while True:
         seen = [*ended, *(LadderTrial(point, False) for point in running)]
         point = next_point(spec, seen) if len(running) < at_once else None
@@ -145,7 +146,7 @@ def test_a_single_rank_gets_its_learning_rate_and_its_seeds_and_no_decision() ->
     cells = [LadderSettings({"task.format": written}, CENTRE, 0.0, "2r") for written in ("plain", "chat")]
     spec = spec_of(*cells, r_max=8, margin=None, lr_policy=LrPolicy.search)
 
-    def level(point: LadderPoint) -> float:
+    def level(point: TrialPoint) -> float:
         best = 1e-3 if point["task.format"] == "plain" else 2e-3
         return float(2.0 + 0.05 * np.log2(point["training.learning_rate"] / best) ** 2)
 
@@ -219,7 +220,7 @@ def test_pilots_choose_the_learning_rate_by_the_rank_and_are_in_no_decision() ->
     one = LadderSettings({}, CENTRE, -0.5, "2r")
     spec = spec_of(one, lr_policy=LrPolicy.search)
 
-    def level(point: LadderPoint) -> float:
+    def level(point: TrialPoint) -> float:
         best = 1e-3 * (point["lora.r"] / 8) ** -0.5
         off = np.log2(point["training.learning_rate"] / best)
         return float(gains(0.2, 0.0, 0.0)(point) + 0.05 * off**2) - 5.0 * (point["seed"] == CONFIG.pilot_seed)
@@ -240,7 +241,7 @@ def test_pilots_choose_the_learning_rate_by_the_rank_and_are_in_no_decision() ->
 def test_an_optimum_at_the_edge_extends_the_grid_once(best: float, tried: float, unresolved: bool) -> None:
     spec = spec_of(r_max=16, lr_policy=LrPolicy.search)
 
-    def level(point: LadderPoint) -> float:
+    def level(point: TrialPoint) -> float:
         return float(gains(0.2)(point) + 0.1 * np.log2(point["training.learning_rate"] / best) ** 2)
 
     trials = play(spec, level)
@@ -306,7 +307,7 @@ def test_every_point_lies_on_the_axes() -> None:
     spec = spec_of(one, lr_policy=LrPolicy.search)
     axes = {axis.key: axis for axis in ladder_axes(spec)}
 
-    def level(point: LadderPoint) -> float:  # the rate always wants to be higher
+    def level(point: TrialPoint) -> float:  # the rate always wants to be higher
         return gains(0.2, 0.2, 0.2)(point) - float(np.log2(point["training.learning_rate"]))
 
     for trial in play(spec, level):
@@ -400,7 +401,7 @@ def test_the_report_has_the_ladders_own_figures_words_and_warnings() -> None:
     ladders = [LadderSettings({"model.variant": variant}, CENTRE, 0.0, "2r") for variant in ("base", "instruct")]
     spec = spec_of(*ladders)
     base, instruct = found = answers(spec, play(spec, gains(0.2, 0.01)))
-    sections = ladder_sections([StudyInfo("doubling", ladder={"ladders": found})])
+    sections = ladder_sections([StudyInfo("doubling", ladders=found)])
     assert [section.title for section in sections] == [
         "Rank doubling: model.variant=base",
         "Rank doubling: model.variant=instruct",

@@ -11,6 +11,7 @@ from studies import a_spec, claimed, finish, opened, paths_of, worker
 
 from qlora_exp.errors import StudyError
 from qlora_exp.study import storage
+from qlora_exp.study.open import rebuild_study
 from qlora_exp.study.study import Study
 
 LOCAL = "qlora_exp.study.storage.LOCAL_DISKS"
@@ -43,7 +44,7 @@ def test_a_database_from_a_local_disk_leaves_the_write_ahead_mode_on_a_networks(
 def test_a_place_that_takes_no_files_is_told(tmp_path: Path) -> None:
     spec = a_spec(tmp_path)
     with pytest.raises(StudyError, match="can't be created there"):
-        Study.open(spec, paths_of(spec), "sqlite:////proc/studies.db")
+        Study.open(spec, paths_of(spec), storage_url="sqlite:////proc/studies.db")
 
 
 def test_what_a_killed_worker_left_in_the_log_is_in_the_study(tmp_path: Path) -> None:
@@ -59,7 +60,8 @@ def test_a_damaged_databases_log_is_put_aside_with_it(tmp_path: Path) -> None:
     database.write_bytes(b"garbage" * 1000)
     for suffix in ("-wal", "-shm"):
         database.with_name(database.name + suffix).write_bytes(b"garbage" * 1000)
-    rebuilt = Study.rebuild(spec, paths_of(spec), [])
+    rebuild_study(spec, paths_of(spec), [], spec.storage)
+    rebuilt = opened(spec)
     assert rebuilt.counts().finished == 0
     assert (tmp_path / "optuna.db.damaged-1-wal").exists()
     assert (tmp_path / "optuna.db.damaged-1-shm").exists()

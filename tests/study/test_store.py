@@ -17,8 +17,9 @@ from studies import a_record, a_spec, answer, claimed, completed, finish, loss_o
 from qlora_exp.errors import ConfigError, Problems, StudyError
 from qlora_exp.records.schema import to_dict
 from qlora_exp.records.types import Failure, Fit, Process, SkippedTrial, Status
-from qlora_exp.study.heartbeats import FAILURE, SKIPPED
+from qlora_exp.study.open import rebuild_study
 from qlora_exp.study.study import Study
+from qlora_exp.study.trials import FAILURE, SKIPPED
 from qlora_exp.study.types import Outcome, Owner
 
 NOBODY = Owner(Process(2**22 + 1, 1, None), "gone", 0)
@@ -213,7 +214,7 @@ def test_an_option_of_another_type_is_told_before_the_first_trial(
 def test_a_storage_in_memory_is_refused_and_leaves_the_study_to_a_real_one(tmp_path: Path, url: str) -> None:
     spec = a_spec(tmp_path)
     with pytest.raises(StudyError, match="memory"):
-        Study.open(spec, paths_of(spec), url)
+        Study.open(spec, paths_of(spec), storage_url=url)
     assert opened(spec).counts().finished == 0
 
 
@@ -339,7 +340,8 @@ def test_a_damaged_database_is_told_and_made_again_from_the_runs(tmp_path: Path,
         opened(spec)
     assert "qlora-exp resume s --rebuild" in str(caught.value)
 
-    rebuilt = Study.rebuild(spec, paths_of(spec), records)
+    rebuild_study(spec, paths_of(spec), records, spec.storage)
+    rebuilt = opened(spec)
     assert (tmp_path / "optuna.db.damaged-1").exists() is (damage != "lost")
     assert [row.state for row in rebuilt.trials()] == ["COMPLETE", "PRUNED", "WAITING"]
     assert rebuilt.trials()[0].values == (loss_of(undisturbed[0]),)
@@ -351,7 +353,8 @@ def test_a_damaged_database_is_told_and_made_again_from_the_runs(tmp_path: Path,
 def test_rebuilding_keeps_a_study_that_is_whole(tmp_path: Path) -> None:
     spec = a_spec(tmp_path)
     finish(opened(spec))
-    assert Study.rebuild(spec, paths_of(spec), []).counts().completed == 6
+    rebuild_study(spec, paths_of(spec), [], spec.storage)
+    assert opened(spec).counts().completed == 6
 
 
 def test_optunas_own_tools_read_the_study(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from qlora_exp.records.schema import from_dict
 from qlora_exp.records.types import RunRecord, Status, Trial
 from qlora_exp.tracking.run import Tracker
 from qlora_exp.tracking.study import StudyTracker, deliver_report
-from qlora_exp.tracking.study_fields import StudyDefinition, TrialRow
+from qlora_exp.tracking.study_fields import StudyDefinition, SummaryTrial
 from qlora_exp.tracking.sync import sync_runs
 
 STUDY = 'which rank: it\'s "quoted"'
@@ -60,9 +60,9 @@ def trial_record(number: int, *overrides: str) -> RunRecord:
     return record.replace(trial=Trial(STUDY, number, 1, swept))
 
 
-def row(number: int, status: Status = Status.COMPLETED, value: float | None = None) -> TrialRow:
+def row(number: int, status: Status = Status.COMPLETED, value: float | None = None) -> SummaryTrial:
     values = () if value is None else (value,)
-    return TrialRow(number, status, values, {"lora.r": 8 * 2**number}, f"trial-{number}", 31.5)
+    return SummaryTrial(number, status, values, {"lora.r": 8 * 2**number}, f"trial-{number}", 31.5)
 
 
 def run_trial(output: OutputPaths, record: RunRecord) -> bool:
@@ -220,18 +220,6 @@ def test_a_ladders_answer_is_the_note_of_the_parent_run_and_its_file_an_artifact
     assert sync_runs(output.root).studies == (STUDY,)
 
 
-def test_a_sweep_without_tracking_is_delivered_later(output: OutputPaths) -> None:
-    write_definition(output)
-    study = StudyTracker(TrackingConfig(False, None, "qlora-exp", 1.0), output, STUDY)
-    study.start(definition())
-    synthetic.write_run(output, trial_record(0))
-    study.update([row(0, value=2.0)], best=[0])
-    assert study.finish(Status.COMPLETED) is False
-    assert sync_runs(output.root).studies == (STUDY,)
-    parent, children = family(output.mlflow_database)
-    assert (parent.info.status, len(children)) == ("FINISHED", 1)
-
-
 def test_a_parent_deleted_in_mlflow_stays_deleted(output: OutputPaths) -> None:
     write_definition(output)
     StudyTracker(tracking(), output, STUDY).start(definition())
@@ -292,7 +280,7 @@ def test_no_secret_of_a_study_reaches_the_store(output: OutputPaths) -> None:
     write_definition(output)
     study = StudyTracker(tracking(), output, STUDY)
     study.start(definition(question=f"token={canary}", overrides=[f"hub_token={canary}"], space={"x": canary}))
-    study.update([TrialRow(0, Status.COMPLETED, (1.0,), {"model.path": f"https://me:{canary}@host/x"})], best=[0])
+    study.update([SummaryTrial(0, Status.COMPLETED, (1.0,), {"model.path": f"https://me:{canary}@host/x"})], best=[0])
     assert study.finish(Status.COMPLETED)
     places = [output.mlflow_database, *(file for file in output.mlflow_artifacts.rglob("*") if file.is_file())]
     assert len(places) == 3

@@ -24,10 +24,11 @@ from qlora_exp.paths import OutputPaths, RunPaths
 from qlora_exp.records.files import read_curve, read_record, write_json
 from qlora_exp.records.types import Process, Status
 from qlora_exp.tracking import fields
+from qlora_exp.tracking.interrupted import mark_interrupted
 from qlora_exp.tracking.run import Tracker
 from qlora_exp.tracking.store import locate, open_store
-from qlora_exp.tracking.sync import mark_interrupted, sync_runs
-from qlora_exp.tracking.ui import VIEW_BARS, VIEW_PARAMS, VIEW_PLOTS, VIEW_TAGS, compare_url, ui_command, ui_environment
+from qlora_exp.tracking.sync import sync_runs
+from qlora_exp.tracking.ui import VIEW_BARS, VIEW_PARAMS, VIEW_PLOTS, VIEW_TAGS, ui_command, ui_environment
 
 EXPERIMENT = "qlora-exp"
 
@@ -194,11 +195,10 @@ def test_a_run_that_goes_on_after_an_interruption_is_the_same_mlflow_run(output:
 
 
 def test_a_run_whose_process_died_is_told_so_and_a_living_one_is_left_alone(output: OutputPaths) -> None:
-    tracker = Tracker(tracking(), output)
     for run_id in ("dead", "living"):
         record = synthetic.running(run_id)
         paths = synthetic.write_run(output, record)
-        tracker.start(record, paths)
+        Tracker(tracking(), output).start(record, paths)
     dead = output.run("dead")
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
@@ -306,14 +306,10 @@ def test_an_experiment_deleted_in_mlflow_is_told_before_training(output: OutputP
 
 
 def test_tracking_that_is_off_touches_no_store(fresh_output: OutputPaths) -> None:
-    output = fresh_output
-    tracker = Tracker(TrackingConfig(False, None, EXPERIMENT, 1.0), output)
-    record = synthetic.completed()
-    paths = synthetic.write_run(output, record)
-    tracker.start(record, paths)
-    tracker.log_curve(synthetic.curve())
-    assert tracker.finish(record) is False
-    assert not output.mlflow_database.exists()
+    engine = ["training.engine=sleep", "training.sleep_seconds=0"]
+    assert main(["run", *engine, "tracking=off", f"output_root={fresh_output.root}"]) == 0
+    assert not fresh_output.mlflow_database.exists()
+    assert not list(fresh_output.runs.glob("*/tracking.json"))
 
 
 def test_the_store_holds_no_secret(output: OutputPaths) -> None:
@@ -521,9 +517,6 @@ def test_the_ui_stays_on_loopback_and_sends_no_telemetry(output: OutputPaths) ->
     assert ui_environment()["MLFLOW_DISABLE_TELEMETRY"] == "true"
     with pytest.raises(TrackingError, match="its own UI"):
         ui_command("http://host:5000", output.mlflow_database)
-    assert compare_url("http://127.0.0.1:1", "1", ["a", "b"]).endswith(
-        "/#/compare-runs?runs=%5B%22a%22%2C%22b%22%5D&experiments=%5B%221%22%5D"
-    )
 
 
 def test_a_store_of_an_earlier_version_gets_the_views_of_this_one(output: OutputPaths) -> None:
@@ -556,7 +549,7 @@ def test_a_place_with_blanks_and_accents_works(tmp_path: Path) -> None:
 
 def test_repair_of_a_clean_folder_needs_no_mlflow(tmp_path: Path) -> None:
     code = (
-        "import sys; from qlora_exp.tracking.sync import mark_interrupted; mark_interrupted(sys.argv[1]);"
+        "import sys; from qlora_exp.tracking.interrupted import mark_interrupted; mark_interrupted(sys.argv[1]);"
         " sys.exit('mlflow' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 0

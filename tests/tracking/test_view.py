@@ -74,7 +74,7 @@ def test_curve_points_have_the_same_identity_at_every_delivery() -> None:
     first, again = (fields.curve_metrics(record, synthetic.curve(4)) for _ in range(2))
     assert first == again
     assert {row.key for row in first} == {"train/loss", "train/learning_rate", "train/gradient_norm"}
-    assert first[-1].timestamp - fields.start_milliseconds(record) == 3200
+    assert first[-1].timestamp - fields.milliseconds(record.started_at) == 3200
 
 
 def test_the_note_says_before_and_after_and_hides_secrets() -> None:

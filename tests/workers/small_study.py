@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ class SmallStudy:
         self.heartbeats = 0
         self.prune_at: int | None = None
 
-    def claim(self, owner: Owner, lease_seconds: float) -> Claim | None:
+    def claim(self, owner: Owner, lease_seconds: float, affordable: Callable[[], bool]) -> Claim | None:
         with self._lock:
             if not self.waiting:
                 return None
