@@ -38,9 +38,6 @@ ORDER: tuple[tuple[str, ...], ...] = (
 )
 """From the ground up: a room imports only from rooms above it in this list, never from one beside it."""
 
-BACKWARDS: dict[str, set[str]] = {}
-"""File → rooms that it imports against the order. The list only ever gets shorter."""
-
 MAINTAINERS = ("analysis/error_rates/", "architecture/shipped/build.py", "embedded/build/")
 """In the repository, not in the wheel: nothing else may import it, and it may import everything."""
 
@@ -129,13 +126,9 @@ def test_every_room_imports_only_what_the_plan_allows() -> None:
         name_of(file): sorted(rooms)
         for file in source_files()
         if not is_maintainers(file)
-        if (rooms := against_the_order(file) - BACKWARDS.get(name_of(file), set()))
+        if (rooms := against_the_order(file))
     }
     assert wrong == {}, "imports against the order of the rooms"
-
-
-def test_no_exception_outlives_its_import() -> None:
-    assert {name: against_the_order(PACKAGE / name) for name in BACKWARDS} == BACKWARDS
 
 
 def test_every_room_is_in_the_plan() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -250,7 +251,10 @@ def waiting_fork(folder: Path) -> str:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_signal_during_a_fork_is_kept(tmp_path: Path, number: signal.Signals) -> None:
-    with server_with(tmp_path, waiting_fork(tmp_path)) as server:
+    previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may have been started by nohup
+    with contextlib.ExitStack() as ends:
+        ends.callback(signal.signal, signal.SIGHUP, previous)
+        server = ends.enter_context(server_with(tmp_path, waiting_fork(tmp_path)))
         forked, reading = request(server, "import time; time.sleep(60)")
         until((tmp_path / "pid").exists)
         assert forked.pid is None

@@ -71,6 +71,17 @@ def test_a_verb_that_only_prints_ends_with_its_reader(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("words", ["version", "ls models", "ls runs", "status none"])
+def test_a_pipe_whose_reader_is_gone_is_no_error(words: str, tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "qlora_exp.cli", *words.split()]
+    done = subprocess.run(command, cwd=tmp_path, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writing)
+    wrong_input = words == "status none"
+    assert (done.returncode, bool(done.stderr)) == ((2, True) if wrong_input else (0, False)), done.stderr
+
+
 @pytest.mark.parametrize("door", DOORS)
 def test_a_closed_terminal_is_a_polite_end(tmp_path: Path, door: str) -> None:
     """Saved, given back, told to MLflow as ended; the exit code is that of Ctrl-C."""

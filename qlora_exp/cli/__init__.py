@@ -80,10 +80,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_arguments(sys.argv[1:] if arguments is None else arguments)
         result: Any = app(args=list(arguments) if arguments is not None else None, prog_name="qlora-exp",
                           standalone_mode=False)  # fmt: skip
-    except SystemExit:
-        if type(sys.stdout).__name__ != "PacifyFlushWrapper":
+        if sys.stdout is not None:
+            sys.stdout.flush()  # Python's flush at exit would print an error of its own
+    except SystemExit as ended:
+        # click or Rich has handled the closed pipe of `… | head`.
+        if type(sys.stdout).__name__ != "PacifyFlushWrapper" and not isinstance(ended.__context__, BrokenPipeError):
             raise
-        return 0  # click has handled the closed pipe of `… | head`
+        return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
