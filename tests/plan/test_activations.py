@@ -188,11 +188,11 @@ def saved_bytes(
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     kept: dict[int, Any] = {}
 
-    def keep(tensor: Any) -> Any:
+    def keep(tensor: Any) -> None:
+        """No backward pass needs the tensor; a graph that held its own output would never be freed."""
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage
-        return tensor
 
     mask = torch.ones(ROWS, length, dtype=torch.long)
     mask[0, length // 2 :] = 0 if padded else 1
