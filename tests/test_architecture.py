@@ -72,7 +72,7 @@ SAME_NAME: dict[str, str] = {
     "study.py": "study/: the study; tracking/: the study as a run of MLflow",
     "types.py": "records/ and study/ each have a file of nothing but dataclasses",
 }
-"""Name of a file in two rooms → what tells the two apart. A file of cli/ is named after its command, whatever it is
+"""Name of a file in two rooms → what tells the two apart. A file of cli/ is named after its command, even if it is
 called elsewhere."""
 
 TORCH_FREE = (

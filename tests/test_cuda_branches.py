@@ -175,7 +175,7 @@ def test_a_phase_reserves_what_it_needs_and_not_what_an_earlier_one_did(gpu: Non
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: reserved)
     monkeypatch.setattr(torch.cuda, "empty_cache", release)
     meter = Meter("cuda")
-    for phase, needed in (("untouched", 5), ("train", 3)):
+    for phase, needed in (("base", 5), ("train", 3)):
         with meter.phase(phase):
             reserved = max(reserved, needed)
     assert meter.of("train").reserved_bytes == 3
@@ -232,7 +232,7 @@ def test_a_gpus_energy_is_shared_by_its_processes(gpu: None, monkeypatch: Kept) 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid="aaa"))
     meter = Meter("cuda")
-    for phase, processes, shared in (("untouched", 1, 40.0), ("train", 2, 20.0), ("evaluate", 0, 40.0)):
+    for phase, processes, shared in (("base", 1, 40.0), ("train", 2, 20.0), ("evaluate", 0, 40.0)):
         users[:] = [object()] * processes
         with meter.phase(phase):
             joules += 40.0

@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result: Any = app(args=list(arguments) if arguments is not None else None, prog_name="qlora-exp",
                           standalone_mode=False)  # fmt: skip
         if sys.stdout is not None:
-            sys.stdout.flush()  # Python's flush at exit would print an error of its own
+            sys.stdout.flush()  # Python's flush at exit would print a second error
     except SystemExit as ended:
         # click or Rich has handled the closed pipe of `… | head`.
         if type(sys.stdout).__name__ != "PacifyFlushWrapper" and not isinstance(ended.__context__, BrokenPipeError):

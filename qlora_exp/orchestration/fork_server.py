@@ -1,4 +1,4 @@
-"""A process that imports what trial processes need and forks them: each is ready within a tenth of a second.
+"""A process that imports what trial processes need and forks them: none of them repeats the imports.
 
 ``python -m qlora_exp.orchestration.fork_server --socket FD --parent PID --import MODULE …``, started by
 :mod:`qlora_exp.orchestration.forking`. It imports the modules, computes nothing and starts no thread. A forked process
@@ -343,7 +343,7 @@ def _make_resident(pages: Sequence[tuple[int, int]]) -> None:
 
 
 def _begin_afresh() -> None:
-    """What an interpreter has of its own: random numbers, standard streams, the folder for temporary files."""
+    """What each interpreter has for itself: random numbers, standard streams, the folder for temporary files."""
     random.seed()
     if "numpy" in sys.modules:
         import numpy

@@ -26,7 +26,7 @@ EXIT_SECONDS = 120.0
 CHUNK_BYTES = 65536
 PROGRAM = "qlora_exp.orchestration.trial_main"
 ALWAYS_IMPORTED = ("qlora_exp.config.compose", "qlora_exp.orchestration.messages", "hydra.core.global_hydra")
-"""What a trial process imports whatever it preloads."""
+"""What every trial process imports, in addition to what it preloads."""
 
 
 class ProcessDied(Exception):
