@@ -173,9 +173,11 @@ def make_plan(
     modules: Sequence[str],
     format: str,
     checkpointing: bool,
+    padded_because: str | None,
 ) -> Plan:
     """Return the plan of one run. ``modules`` are full names of weights in ``architecture``, from resolve_targets.
-    ``checkpointing``: whether it uses gradient checkpointing, from ``Estimator.checkpointing``.
+    ``checkpointing``: whether it uses gradient checkpointing, from ``Estimator.checkpointing``. ``padded_because``: why
+    rows are padded, from ``Estimator.padding_reason``.
 
     With a budget of tokens alone, ``max_steps`` is an upper bound (every sequence has at least one token).
     """
@@ -212,6 +214,8 @@ def make_plan(
         gradient_accumulation_steps=training.batch_size // micro_batch_size,
         gradient_checkpointing=checkpointing,
         format=format,
+        padding_free=padded_because is None,
+        padded_because=padded_because,
         length_multiple=length_multiple,
         logits_multiple=logits_multiple,
         inputs_rounded_in=inputs_rounded_in(config.quantization.mode, device.kind),

@@ -90,6 +90,13 @@ class Checkpointing(Enum):
     off = "off"
 
 
+class PaddingFree(Enum):
+    auto = "auto"
+    """Where the architecture allows it."""
+    on = "on"
+    off = "off"
+
+
 class EvaluationSplit(Enum):
     validation = "validation"
     test = "test"
@@ -266,6 +273,8 @@ class TrainingConfig:
     max_grad_norm: float
     optimizer: str
     max_length: int
+    padding_free: PaddingFree
+    """Whether batches are the real tokens of their rows, without padding."""
     gradient_checkpointing: Checkpointing
     logging_steps: int
     evaluate_every_steps: int | None

@@ -196,6 +196,8 @@ class TrainingPass:
     """Forward runs under CUDA's autocast to the compute dtype."""
     quantized: bool = False
     """The base's linear layers are those of bitsandbytes."""
+    laid_out: float | None = None
+    """Without padding: rows times the longest row, divided by the batch's tokens. Attention alone computes so many."""
 
     @property
     def low_rank_bytes(self) -> int:
@@ -366,6 +368,8 @@ def _norms(layer: Layer, setting: TrainingPass, first: bool) -> float:
 def _attention(layer: Layer, setting: TrainingPass) -> float:
     """Queries, keys, values, output, the log-sum-exp of the scores, and the mask as numbers (one copy per layer).
 
+    Without padding, attention saves its own copies of all of them, laid out as rows times the longest row.
+
     With a mask, keys and values that several heads share are repeated for each head. The view of the values keeps all
     of a fused projection's output in memory.
     """
@@ -377,9 +381,12 @@ def _attention(layer: Layer, setting: TrainingPass) -> float:
         in_float32 = layer.traits.qk_in_float32 and not setting.autocast
         upcast = 2 * query * (FLOAT32_BYTES - width) if in_float32 else 0
         return 3 * query * width + upcast + normed + _score_bytes(layer, setting) * layer.heads * setting.length
+    laid_out = setting.laid_out or 1.0
     if not setting.cuda and (layer.traits.attention_dropout or layer.multi_query):
         scores = 3 if layer.traits.attention_dropout else 1
-        return FLOAT32_BYTES * (3 * query + scores * layer.heads * setting.length)
+        return laid_out * FLOAT32_BYTES * (3 * query + scores * layer.heads * setting.length)
+    if laid_out > 1:
+        return laid_out * ((2 * query + 2 * key_value) * width + FLOAT32_BYTES * layer.heads) + normed
     repeated = setting.padded and 0 < key_value < query
     if repeated:
         qkv = 3 * query
@@ -485,9 +492,10 @@ def _input_of(layer: Layer, shape: WeightShape) -> str:
 
 
 def _output_is_saved(layer: Layer, setting: TrainingPass) -> bool:
-    """Return whether the output projection reads the same tensor that attention saves. A fused projection's views give
+    """Return whether the output projection reads the same tensor that attention saves. Without padding it reads a copy
+    of the real tokens. A fused projection's views give
     attention's output another memory layout, so it is copied."""
-    if setting.eager:
+    if setting.eager or (setting.laid_out or 1.0) > 1:
         return False
     copied = layer.fused or layer.traits.attention_dropout or layer.multi_query or layer.traits.partial_rope
     return setting.cuda or not copied

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from qlora_exp.architecture.padding import planned_padding_reason
 from qlora_exp.architecture.shapes import Architecture
 from qlora_exp.config.schema import Checkpointing, Config, to_plain
 from qlora_exp.data.items import Splits
@@ -48,6 +49,8 @@ class RunEstimate:
     time: TimeEstimate
     price: Price | None
     checkpointing: bool
+    padded_because: str | None
+    """Why rows are padded; ``None`` if they aren't."""
 
     @property
     def train_flops(self) -> float:
@@ -68,7 +71,8 @@ class Estimator:
 
     * ``rows``: configuration → the lengths of its training rows, cut at ``training.max_length``. If they are unknown
       (``None``), each row counts as ``training.max_length`` tokens, an upper bound, and the shortest as one token.
-    * ``rates``: (configuration, steps) → what finished runs predict, and the calibrated rate of the machine.
+    * ``rates``: (configuration, steps, without padding) → what finished runs predict, and the calibrated rate of the
+      machine.
     * ``joined_heap``: whether a CPU process runs with the settings of :mod:`qlora_exp.system.heap`.
     * ``memory_bytes``: what training may take, for ``gradient_checkpointing=auto``; ``None``: unknown.
     * ``prices``: US dollars per hour by device; ``None``: conf/prices.yaml is read for each estimate.
@@ -78,7 +82,7 @@ class Estimator:
     modules: tuple[str, ...]
     device: Device
     rows: Callable[[Config], RowLengths | None]
-    rates: Callable[[Config, int], tuple[MeasuredThroughput, Interval | None]]
+    rates: Callable[[Config, int, bool], tuple[MeasuredThroughput, Interval | None]]
     joined_heap: bool
     memory_bytes: int | None = None
     prices: Mapping[str, float] | None = None
@@ -87,19 +91,19 @@ class Estimator:
         """Return what ``config`` takes.
 
         Raises:
-            ConfigError: the price table can't be read.
+            ConfigError: the price table can't be read, or ``training.padding_free=on`` where rows need padding.
         """
         rows, recomputed = self.rows(config), self.checkpointing(config)
-        memory = self._peak(config, recomputed)
-        workload = Workload.of(config.training, rows)
+        memory, padded_because = self._peak(config, recomputed), self.padding_reason(config)
+        workload = Workload.of(config.training, rows, padding_free=padded_because is None)
         adapter_parameters = memory.adapters.trainable_parameters
         flops_per_token = train_flops_per_token(self.architecture, adapter_parameters, workload.row, recomputed)
-        measured, machine_rate = self.rates(config, workload.steps)
+        measured, machine_rate = self.rates(config, workload.steps, padded_because is None)
         calibrated = seconds_at(machine_rate, workload.tokens * flops_per_token)
         seconds = seconds_at(measured.rate, workload.tokens * flops_per_token) or calibrated
         time = TimeEstimate(seconds, lower_bound_seconds(calibrated), measured.other, measured.before)
         price = price_of(config.budget.usd_per_hour, self.device.kind, self.device.name, self.prices)
-        return RunEstimate(self, rows, workload, flops_per_token, memory, time, price, recomputed)
+        return RunEstimate(self, rows, workload, flops_per_token, memory, time, price, recomputed, padded_because)
 
     def checkpointing(self, config: Config) -> bool:
         """Return whether training ``config`` uses gradient checkpointing.
@@ -114,6 +118,17 @@ class Estimator:
         if self.memory_bytes is None:
             return True
         return self._peak(config, checkpointing=False).needed_bytes * (1 + RELATIVE_ERROR[kind]) > self.memory_bytes
+
+    def padding_reason(self, config: Config) -> str | None:
+        """Return why training ``config`` pads its rows; ``None`` if it doesn't.
+
+        Raises:
+            ConfigError: ``training.padding_free=on`` where rows need padding.
+        """
+        rows, longest = self.rows(config), config.training.max_length
+        return planned_padding_reason(
+            self.architecture, config, min(longest, rows.longest_tokens) if rows is not None else longest
+        )
 
     def peak(self, config: Config) -> Peak:
         """Return the predicted peak memory of training ``config``."""
@@ -130,6 +145,7 @@ class Estimator:
             bf16=device.bf16,
             rows=rows,
             joined_heap=self.joined_heap,
+            padding_free=self.padding_reason(config) is None,
         )
 
 
@@ -148,8 +164,8 @@ def estimator_of_run(
     ``warm``: the base is loaded already. ``memory_bytes``: what its training may take, if that is known.
     """
 
-    def rates(config: Config, steps: int) -> tuple[MeasuredThroughput, Interval | None]:
-        measured = from_finished_runs(ended, environment, redact(to_plain(config)), steps, warm)
+    def rates(config: Config, steps: int, padding_free: bool) -> tuple[MeasuredThroughput, Interval | None]:
+        measured = from_finished_runs(ended, environment, redact(to_plain(config)), steps, warm, padding_free)
         return measured, calibrated_rate(environment, config.quantization.mode)
 
     return Estimator(

@@ -112,6 +112,7 @@ def predicted_peak(
     bf16: bool = True,
     rows: RowLengths | None = None,
     joined_heap: bool = False,
+    padding_free: bool = False,
 ) -> Peak:
     """Return the peak of training ``config`` with adapters on ``modules`` (full names, as resolve_targets gives them).
 
@@ -120,9 +121,10 @@ def predicted_peak(
     * ``rows``: the lengths of the training rows. If unknown, they differ, and each row has ``training.max_length``
       tokens with a loss.
     * ``joined_heap``: whether a CPU process runs with the settings of :mod:`qlora_exp.system.heap`.
+    * ``padding_free``: batches have no padding.
     """
     compute = compute_dtype(config.quantization, device_kind, bf16)
-    batch = _micro_batch(config, architecture, device_kind, compute, rows)
+    batch = _micro_batch(config, architecture, device_kind, compute, rows, padding_free)
     cuda, width = device_kind == "cuda", WIDTHS_OF[compute]
     module_names = set(modules)
     adapted = [weight for weight in architecture.weights if weight.name in module_names]
@@ -141,6 +143,7 @@ def predicted_peak(
         eager=is_eager(config.model.attention, architecture),
         autocast=autocast,
         quantized=config.quantization.mode in QUANTIZED,
+        laid_out=batch.rows * batch.length / batch.tokens if padding_free else None,
     )
     activations = saved_bytes_per_token(architecture, module_names, setting)
     choice = config.training.gradient_checkpointing
@@ -198,23 +201,27 @@ def predicted_peak(
 
 @dataclass(frozen=True)
 class _MicroBatch:
-    """The largest micro-batch. ``loss_tokens`` get logits. ``padded``: its rows differ in length."""
+    """The largest micro-batch. ``length``: its longest row. ``tokens``: with padding, if there is any. ``loss_tokens``
+    get logits. ``padded``: its rows differ in length, so that attention gets a mask."""
 
     rows: int
     length: int
+    tokens: int
     loss_tokens: int
     padded: bool
 
-    @property
-    def tokens(self) -> int:
-        return self.rows * self.length
-
 
 def _micro_batch(
-    config: Config, architecture: Architecture, device_kind: str, compute: str, lengths: RowLengths | None
+    config: Config,
+    architecture: Architecture,
+    device_kind: str,
+    compute: str,
+    lengths: RowLengths | None,
+    padding_free: bool,
 ) -> _MicroBatch:
     training = config.training
     rows = training.micro_batch_size or training.batch_size
+    tokens = float(rows * training.max_length)
     length, padded, loss_tokens = training.max_length, True, float(rows * (training.max_length - 1))
     length_multiple, logits_multiple = shape_multiples(compute, device_kind, length, architecture.positions)
     if lengths is not None:
@@ -222,9 +229,13 @@ def _micro_batch(
         padded = lengths.differ or length % length_multiple != 0
         batches = Workload.of(training, lengths).steps * math.ceil(training.batch_size / rows)
         loss_tokens = min(rows * (length - 1), lengths.max_loss_tokens(rows, batches))
-    return _MicroBatch(
-        rows, _rounded_up(length, length_multiple), _rounded_up(round(loss_tokens), logits_multiple), padded
-    )
+        tokens = lengths.max_tokens(rows, batches)
+    length = _rounded_up(length, length_multiple)
+    if padding_free:
+        padded, computed = False, _rounded_up(round(tokens), logits_multiple)
+    else:
+        computed = rows * length
+    return _MicroBatch(rows, length, computed, _rounded_up(round(loss_tokens), logits_multiple), padded)
 
 
 def _rounded_up(number: int, multiple: int) -> int:

@@ -186,7 +186,7 @@ class Planner:
             tuple(shape.name for shape in self.adapted(config.model, config.targets)),
             device.hardware,
             rows=lambda _: rows.lengths if rows is not None else None,
-            rates=lambda config, steps: self._rates(config, device, steps),
+            rates=lambda config, steps, padding_free: self._rates(config, device, steps, padding_free),
             joined_heap=heap.merges_free_chunks(heap.tunables_for_training()),
             memory_bytes=next((size for size in limits if size is not None), None),
             prices=self._prices,
@@ -254,7 +254,9 @@ class Planner:
             return error
         return None
 
-    def _rates(self, config: Config, device: PlanDevice, steps: int) -> tuple[MeasuredThroughput, Interval | None]:
+    def _rates(
+        self, config: Config, device: PlanDevice, steps: int, padding_free: bool
+    ) -> tuple[MeasuredThroughput, Interval | None]:
         """Return what ended runs predict, and the calibrated rate: of this machine, or of a card by its name."""
         mode, threads = config.quantization.mode, self._threads(config)
 
@@ -273,10 +275,10 @@ class Planner:
                 return MeasuredThroughput(None, None, None), calibrated
             warm = self._hosts and config.workers is not None and config.workers.isolation is Isolation.warm
             plain = redact(to_plain(config))
-            return from_finished_runs(self._records, environment, plain, steps, warm), calibrated
+            return from_finished_runs(self._records, environment, plain, steps, warm, padding_free), calibrated
 
         sections = (config.model, mode, config.task, config.evaluation)
-        return self._once(("rates", device.name, threads, steps, repr(sections)), look_up)
+        return self._once(("rates", device.name, threads, steps, padding_free, repr(sections)), look_up)
 
     def _threads(self, config: Config) -> int | None:
         """Return the threads of one run. Trial hosts share the cores; a single run takes OMP_NUM_THREADS, or all

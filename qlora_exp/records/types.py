@@ -111,8 +111,12 @@ class Plan:
     gradient_checkpointing: bool
     format: str
     """``chat`` or ``plain``."""
+    padding_free: bool | None = None
+    """Whether training's batches have no padding. ``None`` in records of earlier versions, which padded."""
+    padded_because: str | None = None
+    """Why rows are padded; ``None`` if they aren't."""
     length_multiple: int = 1
-    """Training batches are padded to a multiple of this length."""
+    """Training batches are padded to a multiple of this length; without padding, the longest row is."""
     logits_multiple: int = 1
     """The number of tokens with logits per training batch is rounded up to a multiple of this."""
     inputs_rounded_in: tuple[str, ...] | None = None
@@ -127,7 +131,7 @@ class Plan:
     predicted_train_tokens: int | None = None
     """Predicted number of tokens that training processes, without padding."""
     predicted_padded_tokens: int | None = None
-    """The same with padding."""
+    """The same with padding, if there is any."""
     predicted_loss_tokens: int | None = None
     """Tokens of ``predicted_train_tokens`` that carry a loss; only these get logits. ``None`` in records of earlier
     versions, whose ``train_flops_per_token`` counts the head for every token and no padding."""

@@ -29,7 +29,7 @@ from qlora_exp.records.files import write_json
 from qlora_exp.records.redaction import redact_text
 from qlora_exp.records.schema import from_dict
 from qlora_exp.records.types import Failure, Plan, RunRecord, ScoreTable, Status
-from qlora_exp.runs.prepare import Prepared
+from qlora_exp.runs.prepare import Prepared, plan_for_model
 from qlora_exp.runs.record_figures import RunFigures
 from qlora_exp.system.device_errors import is_cuda_error
 from qlora_exp.training import meter as measurement
@@ -79,8 +79,9 @@ def _run_pipeline(
     progress.enter("load", observer)
     with meter.phase("load"):
         base = bases.get(config, planned.device)
+        planned = plan_for_model(prepared, bases.model(base), config)
     _check_same_model(progress.record, base.fingerprint)
-    progress.record = progress.record.replace(model_fingerprint=base.fingerprint)
+    progress.record = progress.record.replace(model_fingerprint=base.fingerprint, plan=planned)
 
     progress.enter("evaluate base", observer)
     with meter.phase("base"):
@@ -192,7 +193,7 @@ def _check_same_model(record: RunRecord, fingerprint: str) -> None:
 def _useful_flops_per_token(prepared: Prepared) -> float:
     """Return the plan's operations for one unpadded token, without those for padding and recomputation."""
     row = prepared.estimate.workload.row
-    unpadded, trainable = replace(row, padded=row.tokens), prepared.plan.trainable_parameters
+    unpadded, trainable = replace(row, padded=row.tokens, attended=row.tokens), prepared.plan.trainable_parameters
     return train_flops_per_token(prepared.architecture, trainable, unpadded, recomputed=False, fused_head=False)
 
 

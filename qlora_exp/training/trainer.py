@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ from qlora_exp.config.schema import Config
 from qlora_exp.data.items import Item
 from qlora_exp.data.load import to_training_dataset
 from qlora_exp.models.adapters import recast_adapters
+from qlora_exp.models.attention import attention_by_rows
 from qlora_exp.models.optimizers import bitsandbytes_optimizers
 from qlora_exp.paths import RunPaths
 from qlora_exp.records.types import Plan, Training
 from qlora_exp.training import checkpoints
+from qlora_exp.training.batches import REAL_ROWS, RoundedBatches, row_sums, token_count
 from qlora_exp.training.callbacks import (
     ITEM_NATS,
     MAX_SCALER_SKIPS,
@@ -143,7 +145,8 @@ def train(
     folder = paths.checkpoints
     trainer = _trainer(plan, model, tokenizer, train_items, validation_items, config, folder, callbacks, meter)
     trainer.per_item = report.per_item
-    with interrupt, bitsandbytes_optimizers():
+    attention = attention_by_rows(model) if plan.padding_free else nullcontext()
+    with interrupt, bitsandbytes_optimizers(), attention:
         meter.began = time.perf_counter()
         result = trainer.train(resume_from_checkpoint=str(resumed[0]) if resumed else None)
     state.steps = steps = int(trainer.state.global_step)
@@ -213,9 +216,10 @@ class _MeteredTrainer(SFTTrainer):  # type: ignore[misc]
     logits_multiple = 1
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        tokens = int(inputs["attention_mask"].sum())
+        tokens = token_count(inputs)
         loss_tokens = int((inputs["labels"][:, 1:] != -100).sum())
         self.meter.count(tokens, loss_tokens)
+        inputs.pop(REAL_ROWS, None)
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
             raise Diverged("the loss", self.state.global_step + 1)
@@ -238,10 +242,11 @@ class _MeteredTrainer(SFTTrainer):  # type: ignore[misc]
         with torch.random.fork_rng(devices=_rng_devices(self.args.device)):
             for batch in self.get_eval_dataloader():
                 inputs = self._prepare_inputs(batch)
+                rows = inputs.pop(REAL_ROWS, None)
                 count = int((inputs["labels"][:, 1:] != -100).sum())
                 with torch.no_grad(), self.compute_loss_context_manager():
                     if self.per_item:
-                        nats += self._item_nats(inputs)
+                        nats += self._item_nats(inputs)[:rows]
                     else:
                         nats.append(float(self.compute_loss(self.model, inputs)) * count)
                 tokens += count
@@ -263,8 +268,7 @@ class _MeteredTrainer(SFTTrainer):  # type: ignore[misc]
         """
         with logits_for_loss_tokens(self.logits_multiple):
             log_probs = self.model(**inputs, fused_lm_head=True).log_probs  # 0 for tokens without a loss
-        nats: list[float] = (-log_probs.float().sum(dim=1)).tolist()
-        return nats
+        return row_sums(-log_probs.float(), inputs)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -303,6 +307,8 @@ def _trainer(
     )
     # SFTTrainer casts the adapters of a quantized model to bfloat16. Cast them back before the optimizer exists.
     recast_adapters(model, config.lora)
+    if plan.padding_free and (plan.length_multiple, plan.logits_multiple) != (1, 1):
+        trainer.data_collator = RoundedBatches(trainer.data_collator, plan.logits_multiple, plan.length_multiple)
     trainer.meter = meter
     trainer.logits_multiple = plan.logits_multiple
     # Remove the Trainer's console output: the observer shows progress.
@@ -316,7 +322,9 @@ def trainer_arguments(plan: Plan, config: Config, folder: Path) -> SFTConfig:
     """Return the trainer's settings. These differ from TRL's defaults:
 
     * ``skip_prepare_dataset``: rows are already tokenized, truncated and labelled (loss on the completion only).
-    * ``packing`` off: without FlashAttention, packed rows would attend to each other.
+    * ``packing`` off: the rows of a batch are those of ``training.batch_size``.
+    * ``padding_free``: TRL recommends it for FlashAttention only; ``models/attention.py`` serves SDPA. TRL then takes
+      no ``max_length``: rows come truncated.
     * ``logging_nan_inf_filter`` off: a NaN must be visible.
     * ``report_to`` empty: tracking reads the record.
     * ``gradient_checkpointing`` only where memory may need it (``Estimator.checkpointing``): it costs a quarter to
@@ -340,12 +348,13 @@ def trainer_arguments(plan: Plan, config: Config, folder: Path) -> SFTConfig:
         optim=training.optimizer,
         seed=config.seed,
         data_seed=config.seed,
-        max_length=training.max_length,
+        max_length=None if plan.padding_free else training.max_length,
+        padding_free=bool(plan.padding_free),
         completion_only_loss=True,
         router_aux_loss_coef=0.0,  # TRL adds it to both losses of models with experts; routers are frozen here
         dataset_kwargs={"skip_prepare_dataset": True},
         packing=False,
-        pad_to_multiple_of=plan.length_multiple if plan.length_multiple > 1 else None,
+        pad_to_multiple_of=None if plan.padding_free or plan.length_multiple == 1 else plan.length_multiple,
         bf16=cuda and plan.compute_dtype == "bfloat16",
         fp16=cuda and plan.compute_dtype == "float16",
         use_cpu=not cuda,
