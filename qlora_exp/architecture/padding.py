@@ -4,6 +4,7 @@ transformers."""
 from __future__ import annotations
 
 from qlora_exp.architecture.shapes import Architecture
+from qlora_exp.config.allowed_values import MASKED_ATTENTIONS
 from qlora_exp.config.schema import Config, PaddingFree
 from qlora_exp.errors import ConfigError
 
@@ -60,13 +61,13 @@ def window_reason(window: int, longest_row: int) -> str:
 
 def _reason(architecture: Architecture, attention: str, longest_row: int, tries: bool) -> str | None:
     """``tries``: an architecture that isn't listed is left to the comparison of its logits."""
-    if attention in ("eager", "flex_attention"):
-        return f"model.attention={attention} would mask all tokens of the batch at once"
+    if attention in MASKED_ATTENTIONS:
+        return f"model.attention={attention} would mask all pairs of a batch's tokens"
     listed = REASONS.get(architecture.model_type)
     if listed is not None:
         return listed
     if architecture.eager_alone:
-        return "transformers implements its attention only in Python, which would mask all tokens of the batch at once"
+        return "transformers implements its attention only in Python, which would mask all pairs of a batch's tokens"
     if architecture.model_type not in PADDING_FREE_TYPES and not tries:
         return f"{architecture.model_type} is not tested without padding (training.padding_free=on tries it)"
     if attention.startswith(FLASH_ATTENTION):  # it has windows of its own

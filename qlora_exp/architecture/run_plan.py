@@ -111,6 +111,8 @@ def config_fingerprint(config: Config) -> str:
         del plain[group]
     for key in ("logging_steps", "save_every_steps", "resume"):
         del plain["training"][key]
+    if plain["training"]["padding_free"] == "off":  # what versions without the key did
+        del plain["training"]["padding_free"]
     del plain["evaluation"]["cache"]
     return _digest(plain)
 

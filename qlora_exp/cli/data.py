@@ -152,7 +152,8 @@ def _summary_lines(config: Config, plan: Plan, splits: Splits) -> list[str]:
         f"{data.test_items} test items{dropped}; {plan.format} format",
         *(f"           {line}" for line in rows_report(splits)),
         f"  training {plan.max_steps} steps of {plan.batch_size} items "
-        f"({plan.micro_batch_size} at a time), seed {config.seed}",
+        f"({plan.micro_batch_size} at a time), seed {config.seed}; "
+        f"{'without padding' if plan.padding_free else f'with padding: {plan.padded_because}'}",
     ]
 
 

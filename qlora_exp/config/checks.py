@@ -12,6 +12,7 @@ from typing import Any
 from qlora_exp.config.allowed_values import (
     ALPHA_POLICIES,
     ATTENTIONS,
+    MASKED_ATTENTIONS,
     MAX_RANK,
     MAX_THREADS,
     MAX_WORKERS,
@@ -27,7 +28,7 @@ from qlora_exp.config.allowed_values import (
 )
 from qlora_exp.config.checks_lora import lora_problems, model_problems, quantization_problems, targets_problems
 from qlora_exp.config.checks_task import goal_problems, task_problems
-from qlora_exp.config.schema import BudgetConfig, Config, EvaluationConfig, TrainingConfig, WorkersConfig
+from qlora_exp.config.schema import BudgetConfig, Config, EvaluationConfig, PaddingFree, TrainingConfig, WorkersConfig
 from qlora_exp.errors import ConfigError
 
 MINIMUM = {
@@ -82,6 +83,7 @@ def check(config: Config) -> list[ConfigError]:
         task_problems(config.task),
         goal_problems(config),
         _training(config.training),
+        _padding(config),
         _evaluation(config.evaluation),
         _budget(config.budget, config.training.batch_size),
         _workers(config.workers),
@@ -141,6 +143,13 @@ def _training(training: TrainingConfig) -> Iterator[ConfigError]:
         what = f"training.keep_best saves at every evaluation, every {evaluates} steps"
         hint = f"training.save_every_steps=null, or {evaluates} for both"
         yield config_error(what, "training.save_every_steps", saves, hint)
+
+
+def _padding(config: Config) -> Iterator[ConfigError]:
+    attention = config.model.attention
+    if config.training.padding_free is PaddingFree.on and attention in MASKED_ATTENTIONS:
+        what = f"model.attention={attention} needs padded rows: it would mask all pairs of a batch's tokens"
+        yield config_error(what, "training.padding_free", "on", "training.padding_free=auto, or model.attention=auto")
 
 
 def _evaluation(evaluation: EvaluationConfig) -> Iterator[ConfigError]:

@@ -12,7 +12,7 @@ from qlora_exp.architecture.families import known_architecture
 from qlora_exp.architecture.shapes import Architecture, WeightShape
 from qlora_exp.architecture.targets import rank_warning, resolve_targets
 from qlora_exp.config.checks_lora import int8_dora
-from qlora_exp.config.schema import Config, DeviceChoice, Isolation, ModelConfig, TargetsConfig, to_plain
+from qlora_exp.config.schema import Config, DeviceChoice, Isolation, ModelConfig, PaddingFree, TargetsConfig, to_plain
 from qlora_exp.errors import ConfigError, QloraExpError
 from qlora_exp.estimate.budget import Affordable, BudgetTooSmall, affordable_steps, check_covers_a_step, check_energy
 from qlora_exp.estimate.calibration import calibrated_card_rate, calibrated_rate
@@ -237,7 +237,11 @@ class Planner:
             fits=fit.fits if budget_problem is None else False,
             borderline=fit.borderline and budget_problem is None,
             reason=fit.reason if budget_problem is None else f"{budget_problem.what}; {fit.reason}",
-            notes=(*device_notes(config, device, architecture), *([rank_note] if rank_note else [])),
+            notes=(
+                *device_notes(config, device, architecture),
+                *([rank_note] if rank_note else []),
+                *([f"rows are padded: {estimate.padded_because}"] if _pads_unasked(config, estimate) else []),
+            ),
         )
 
     def _budget_problem(self, config: Config, device: PlanDevice, estimate: RunEstimate) -> QloraExpError | None:
@@ -315,6 +319,10 @@ def _describe(model: ModelConfig) -> Architecture:
     if path is not None and path.suffix == ".json":
         return describe_file(path)
     return describe(model, to_load=False)
+
+
+def _pads_unasked(config: Config, estimate: RunEstimate) -> bool:
+    return estimate.padded_because is not None and config.training.padding_free is PaddingFree.auto
 
 
 def _settings(config: Config) -> dict[str, Any]:

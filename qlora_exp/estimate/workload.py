@@ -34,8 +34,8 @@ class RowLengths:
     mean_loss_tokens: float
     loss_tokens_deviation: float
     row_max_loss_tokens: int
-    tokens_deviation: float
     expected_longest_tokens: tuple[float, ...]
+    tokens_deviation: float = 0.0
 
     @staticmethod
     def of(tokens: Sequence[int], scored: Sequence[int]) -> RowLengths:

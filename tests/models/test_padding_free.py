@@ -17,6 +17,7 @@ from qlora_exp.errors import ConfigError
 from qlora_exp.models.adapters import attach_adapters
 from qlora_exp.models.attention import attention_by_rows, measured_padding_reason
 from qlora_exp.models.base import load_base
+from qlora_exp.models.inspect import describe
 from qlora_exp.paths import EMBEDDED, RunPaths
 from qlora_exp.records.files import read_curve
 from qlora_exp.records.types import Plan, RunRecord, Status
@@ -53,7 +54,7 @@ def save_model(family: str, folder: Path, **changes: Any) -> Path:
 
 
 def write_rows(path: Path) -> Path:
-    """Write rows whose lengths differ: of 20 to 60 tokens."""
+    """Write rows whose lengths differ: of 7 to 27 tokens."""
     colours = ("red", "yellow", "green", "blue")
     rows = [
         {"prompt": "the fruit " * (1 + number % 9) + f"number {number} is", "completion": colours[number * number % 4]}
@@ -188,8 +189,8 @@ def test_rows_longer_than_a_sliding_window_are_padded(rows: Path, tmp_path: Path
     model = save_model("gemma3_text", tmp_path / "model", sliding_window=16)
     plan = prepare(configured(model, rows), environment.probe("cpu")).plan
     assert (plan.padding_free, "window of 16 tokens" in (plan.padded_because or "")) == (False, True)
-    # Rows that the window covers need no padding.
-    assert prepare(configured(model, rows, "training.max_length=16"), environment.probe("cpu")).plan.padding_free
+    wide = save_model("gemma3_text", tmp_path / "wide", sliding_window=32)
+    assert prepare(configured(wide, rows), environment.probe("cpu")).plan.padding_free
     # The layers themselves refuse, too, if the configuration hides a window.
     base = load_base(configured(model, rows, "quantization=fp32"), "cpu").model
     assert measured_padding_reason(base, longest_row=16) is None
@@ -199,10 +200,9 @@ def test_rows_longer_than_a_sliding_window_are_padded(rows: Path, tmp_path: Path
 @pytest.mark.parametrize("attention", ["eager", "flex_attention"])
 def test_other_attention_is_padded(attention: str, rows: Path) -> None:
     config = configured(EMBEDDED / "base", rows, f"model.attention={attention}")
-    from qlora_exp.models.inspect import describe
-
-    reason = padding.planned_padding_reason(describe(config.model), config, 30)
-    assert f"model.attention={attention}" in (reason or "")
+    assert f"model.attention={attention}" in (padding.planned_padding_reason(describe(config.model), config, 30) or "")
+    with pytest.raises(ConfigError, match=f"model.attention={attention} needs padded rows"):
+        configured(EMBEDDED / "base", rows, f"model.attention={attention}", WITHOUT)
 
 
 def run_once(model: Path, rows: Path, folder: Path, *overrides: str) -> RunRecord:

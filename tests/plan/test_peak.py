@@ -97,6 +97,9 @@ def test_the_largest_batch_of_rows_of_many_lengths() -> None:
     for batches in (1, 10, 100):
         seen = [max(sum(rng.sample(scored, 8)) for _ in range(batches)) for _ in range(200)]
         assert rows.max_loss_tokens(8, batches) == pytest.approx(statistics.fmean(seen), rel=0.03)
+    for batches in (1, 10, 100):
+        seen = [max(sum(rng.sample(scored, 8)) + 80 for _ in range(batches)) for _ in range(200)]
+        assert rows.max_tokens(8, batches) == pytest.approx(statistics.fmean(seen), rel=0.03)
     few_long = RowLengths.of([30] * 98 + [2000] * 2, [20] * 98 + [1990] * 2)
     assert few_long.max_loss_tokens(1, 100) == 1990
     assert few_long.max_loss_tokens(4, 100) >= 1990 + 3 * 20
