@@ -106,14 +106,14 @@ def _check_layer(
         raise UnsupportedLayer(window_reason(window, longest))
 
 
-def _place(bounds: torch.Tensor, tokens: int, longest: int) -> torch.Tensor:
+def _place(cu_seq_lens: torch.Tensor, tokens: int, longest: int) -> torch.Tensor:
     """Return each token's index among rows × ``longest``: (tokens). Nothing is read back from the device."""
-    kept = _places.get(bounds)
+    kept = _places.get(cu_seq_lens)
     if kept is None or kept[0] != longest:
-        index = torch.arange(tokens, device=bounds.device)
+        bounds, index = cu_seq_lens.long(), torch.arange(tokens, device=cu_seq_lens.device)
         row = torch.bucketize(index, bounds[1:], right=True)
         kept = longest, row * longest + index - bounds[row]
-        _places[bounds] = kept
+        _places[cu_seq_lens] = kept
     place: torch.Tensor = kept[1]
     return place
 
@@ -150,15 +150,16 @@ def measured_padding_reason(model: Any, longest_row: int) -> str | None:
     longest = max(PROBE_LENGTHS)
     mask = torch.tensor([[1] * n + [0] * (longest - n) for n in PROBE_LENGTHS], device=model.device)
     ids = torch.zeros_like(mask).masked_scatter(mask.bool(), torch.cat(texts))
-    flat = {
+    flat: dict[str, Any] = {
         "input_ids": torch.cat(texts)[None],
         "position_ids": torch.cat([torch.arange(n, device=model.device) for n in PROBE_LENGTHS])[None],
         "cu_seq_lens_q": ends,
         "cu_seq_lens_k": ends,
         "max_length_q": longest,
         "max_length_k": longest,
-        "longest_row": longest_row,
     }
+    if model.config._attn_implementation == "sdpa":
+        flat["longest_row"] = longest_row
     try:
         with torch.no_grad():
             padded = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()].float()

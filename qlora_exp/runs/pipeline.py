@@ -81,7 +81,9 @@ def _run_pipeline(
         base = bases.get(config, planned.device)
         planned = plan_for_model(prepared, bases.model(base), config)
     _check_same_model(progress.record, base.fingerprint)
-    progress.record = progress.record.replace(model_fingerprint=base.fingerprint, plan=planned)
+    progress.record = progress.record.replace(model_fingerprint=base.fingerprint)
+    if planned is not prepared.plan:  # a resumed run keeps the predictions of its start
+        progress.record = progress.record.replace(plan=with_first_predictions(planned, progress.record.plan))
 
     progress.enter("evaluate base", observer)
     with meter.phase("base"):

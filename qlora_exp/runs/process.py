@@ -80,6 +80,8 @@ def silence_libraries() -> None:
         os.environ.setdefault(key, value)
     # bitsandbytes logs a missing optional kernel at import, and a cast to 16 bits at each int8 layer's first forward.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # TRL warns that a micro-batch of one row gains nothing without padding; it loses nothing, either.
+    logging.getLogger("trl.trainer.sft_trainer").addFilter(lambda record: "padding-free" not in record.getMessage())
     # transformers 5.23 warns of argument names that TRL passes; the user can't change them.
     warnings.filterwarnings("ignore", category=FutureWarning)
 
