@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qlora_exp.architecture.padding import FLASH_ATTENTION
 from qlora_exp.architecture.run_plan import adapter_dtype, compute_dtype, shape_multiples
 from qlora_exp.architecture.shapes import Architecture
 from qlora_exp.config.allowed_values import QUANTIZED
@@ -130,6 +131,7 @@ def predicted_peak(
     adapted = [weight for weight in architecture.weights if weight.name in module_names]
     adapters = adapter_bytes(adapted, config.lora, config.training.optimizer)
     base = base_bytes(architecture, config.quantization, compute)
+    flash = config.model.attention.startswith(FLASH_ATTENTION)  # it takes the bounds of rows
     autocast = cuda and compute != "float32"  # as in training/trainer.py: bf16 or fp16
     setting = TrainingPass(
         r=config.lora.r,
@@ -143,7 +145,7 @@ def predicted_peak(
         eager=is_eager(config.model.attention, architecture),
         autocast=autocast,
         quantized=config.quantization.mode in QUANTIZED,
-        laid_out=batch.rows * batch.length / batch.tokens if padding_free else None,
+        laid_out=batch.rows * batch.length / batch.tokens if padding_free and not flash else None,
     )
     activations = saved_bytes_per_token(architecture, module_names, setting)
     choice = config.training.gradient_checkpointing

@@ -36,8 +36,10 @@ class RoundedBatches:
         batch = self.collate(
             [*examples, *({"input_ids": [token] * length, "labels": [-100] * length} for length in fillers)]
         )
-        longest += -longest % self.length
-        return batch | {"max_length_q": longest, "max_length_k": longest, REAL_ROWS: len(examples)}
+        rounded = longest + -longest % self.length
+        # Layers compare their sliding window with the longest row as it is.
+        batch |= {"max_length_q": rounded, "max_length_k": rounded, "longest_row": longest}
+        return batch | {REAL_ROWS: len(examples)}
 
 
 def token_count(batch: dict[str, Any]) -> int:
@@ -53,8 +55,9 @@ def row_sums(values: torch.Tensor, batch: dict[str, Any]) -> list[float]:
     """Return each row's sum of ``values`` (rows, tokens − 1), those of a row's tokens but its first; without padding
     (1, tokens − 1), where the first token's of each later row must be 0."""
     if "seq_idx" not in batch:
-        sums: list[float] = values.sum(dim=1).tolist()
-        return sums
-    rows = len(batch["cu_seq_lens_q"]) - 1
-    row_of = batch["seq_idx"][0, 1:].long()
-    return values.new_zeros(rows).index_add(0, row_of, values[0]).tolist()  # type: ignore[no-any-return]
+        sums = values.sum(dim=1)
+    else:
+        row_of = batch["seq_idx"][0, 1:].long()
+        sums = values.new_zeros(len(batch["cu_seq_lens_q"]) - 1).index_add(0, row_of, values[0])
+    numbers: list[float] = sums.tolist()
+    return numbers

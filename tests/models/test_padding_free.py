@@ -82,7 +82,9 @@ def configured(model: Path, rows: Path, *overrides: str) -> Config:
 def trained_losses(config: Config, folder: Path, report: PruneCheck | None = None) -> tuple[Plan, list[float]]:
     """Train as a run does; return its plan, and the losses of its steps and validations."""
     ready = prepare(config, environment.probe(config.training.device))
-    model = attach_adapters(load_base(config, "cpu").model, config, ready.modules)
+    base = load_base(config, "cpu")
+    assert not ready.plan.padding_free or measured_padding_reason(base.model, longest_row=30) is None
+    model = attach_adapters(base.model, config, ready.modules)
     model.train()
     paths, validation = RunPaths(folder), ready.splits.validation
     reported = {"report": report} if report is not None else {}
@@ -152,6 +154,12 @@ def test_in_16_bit_batches_are_rounded_up_by_rows_without_a_loss(rows: Path, tmp
         losses.append(found)
     assert tokens[0] == tokens[1]  # rows that round up aren't counted
     assert losses[1] == pytest.approx(losses[0], rel=5e-3)
+
+
+def test_a_window_that_covers_every_row_covers_them_when_their_length_is_rounded_up(rows: Path, tmp_path: Path) -> None:
+    model = save_model("gemma3_text", tmp_path / "model", sliding_window=30)
+    plan, losses = trained_losses(configured(model, rows, "quantization=bf16", WITHOUT), tmp_path / "run")
+    assert (plan.padding_free, plan.length_multiple, len(losses)) == (True, 16, 4)
 
 
 def test_items_of_a_validation_have_the_nats_of_padded_ones(rows: Path, tmp_path: Path) -> None:
