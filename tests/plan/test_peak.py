@@ -140,7 +140,7 @@ def test_automatic_checkpointing_is_off_where_training_clearly_fits_without_it()
         return estimate.checkpointing
 
     off = "training.gradient_checkpointing=off"
-    needed = peak("cuda", "quantization=nf4", "targets=all_linear", off).needed_bytes
+    needed = peak("cuda", "quantization=nf4", "targets=all_linear", off, padding_free=True).needed_bytes
     assert 55e9 < needed < 65e9  # 16 rows of 512 tokens
     assert not checkpointing(device_by_name("h200").memory_bytes)
     assert checkpointing(device_by_name("h100_80gb").memory_bytes)
