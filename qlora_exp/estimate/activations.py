@@ -368,7 +368,7 @@ def _norms(layer: Layer, setting: TrainingPass, first: bool) -> float:
 def _attention(layer: Layer, setting: TrainingPass) -> float:
     """Queries, keys, values, output, the log-sum-exp of the scores, and the mask as numbers (one copy per layer).
 
-    Without padding, attention saves its own copies of all of them, laid out as rows times the longest row.
+    Without padding, they are saved twice: as real tokens, and laid out as rows times the longest row for attention.
 
     With a mask, keys and values that several heads share are repeated for each head. The view of the values keeps all
     of a fused projection's output in memory.
@@ -384,9 +384,8 @@ def _attention(layer: Layer, setting: TrainingPass) -> float:
     laid_out = setting.laid_out or 1.0
     if not setting.cuda and (layer.traits.attention_dropout or layer.multi_query):
         scores = 3 if layer.traits.attention_dropout else 1
-        return laid_out * FLOAT32_BYTES * (3 * query + scores * layer.heads * setting.length)
-    if laid_out > 1:
-        return laid_out * ((2 * query + 2 * key_value) * width + FLOAT32_BYTES * layer.heads) + normed
+        copied = 3 * query * width if laid_out > 1 else 0
+        return laid_out * FLOAT32_BYTES * (3 * query + scores * layer.heads * setting.length) + copied
     repeated = setting.padded and 0 < key_value < query
     if repeated:
         qkv = 3 * query
@@ -394,6 +393,9 @@ def _attention(layer: Layer, setting: TrainingPass) -> float:
         qkv = layer.fused + (query + key_value if layer.traits.rotary else 0)
     else:
         qkv = query + 2 * key_value
+    if laid_out > 1:  # torch's ``index_copy`` keeps what it copies
+        copies = (2 * query + 2 * key_value) * width + FLOAT32_BYTES * layer.heads
+        return laid_out * copies + qkv * width + normed
     mask = setting.length * width if setting.padded else 0
     return (qkv + query) * width + normed + mask + FLOAT32_BYTES * layer.heads
 
