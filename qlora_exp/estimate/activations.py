@@ -384,7 +384,8 @@ def _attention(layer: Layer, setting: TrainingPass) -> float:
     laid_out = setting.laid_out or 1.0
     if not setting.cuda and (layer.traits.attention_dropout or layer.multi_query):
         scores = 3 if layer.traits.attention_dropout else 1
-        copied = 3 * query * width if laid_out > 1 else 0
+        source = FLOAT32_BYTES if _projections_give_float32(layer, setting) else width
+        copied = 3 * query * source if laid_out > 1 else 0
         return laid_out * FLOAT32_BYTES * (3 * query + scores * layer.heads * setting.length) + copied
     repeated = setting.padded and 0 < key_value < query
     if repeated:
