@@ -382,9 +382,9 @@ def _attention(layer: Layer, setting: TrainingPass) -> float:
         upcast = 2 * query * (FLOAT32_BYTES - width) if in_float32 else 0
         return 3 * query * width + upcast + normed + _score_bytes(layer, setting) * layer.heads * setting.length
     laid_out = setting.laid_out or 1.0
+    source = FLOAT32_BYTES if _projections_give_float32(layer, setting) else width
     if not setting.cuda and (layer.traits.attention_dropout or layer.multi_query):
         scores = 3 if layer.traits.attention_dropout else 1
-        source = FLOAT32_BYTES if _projections_give_float32(layer, setting) else width
         copied = 3 * query * source if laid_out > 1 else 0
         return laid_out * FLOAT32_BYTES * (3 * query + scores * layer.heads * setting.length) + copied
     repeated = setting.padded and 0 < key_value < query
@@ -396,7 +396,7 @@ def _attention(layer: Layer, setting: TrainingPass) -> float:
         qkv = query + 2 * key_value
     if laid_out > 1:  # torch's ``index_copy`` keeps what it copies
         copies = (2 * query + 2 * key_value) * width + FLOAT32_BYTES * layer.heads
-        return laid_out * copies + qkv * width + normed
+        return laid_out * copies + qkv * source + normed
     mask = setting.length * width if setting.padded else 0
     return (qkv + query) * width + normed + mask + FLOAT32_BYTES * layer.heads
 
