@@ -1,18 +1,15 @@
-"""One training with TRL's SFTTrainer. The only module that imports trl."""
+"""One training with TRL's SFTTrainer."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import trl.trainer.utils
-from torch.nn.functional import pad
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
@@ -34,6 +31,7 @@ from qlora_exp.training.callbacks import (
     StepMeter,
     TokenBudget,
 )
+from qlora_exp.training.light_trainer import LOSS_POSITIONS, TOKENS, LightTrainer
 from qlora_exp.training.outcome import Diverged, Interrupted, NullObserver, Observer, PruneCheck, no_pruning
 
 
@@ -166,85 +164,46 @@ def train(
     )
 
 
-@contextmanager
-def logits_for_loss_tokens(rows_multiple: int = 1) -> Iterator[None]:
-    """Patch TRL's fused head so that it computes logits only for tokens that carry a loss, on a CPU, too.
-
-    With Triton the head (``add_fused_lm_head``) does that already. Elsewhere it computes all logits and masks them, so
-    that a compiler doesn't get new shapes with every batch. On a CPU that is slow: most tokens are the prompt's.
-
-    If shapes are compiled (``rows_multiple`` above 1), the number of tokens is rounded up to that multiple. The loss is
-    equal up to rounding.
-    """
-    head = trl.trainer.utils
-    original_check, original_function = head._use_triton, head._ChunkedLogProbFunction
-    head._use_triton = lambda device: device.type == "cpu" or original_check(device)
-    if rows_multiple > 1:
-        head._ChunkedLogProbFunction = _PaddedLogProbs(original_function, rows_multiple)
-    try:
-        yield
-    finally:
-        head._use_triton, head._ChunkedLogProbFunction = original_check, original_function
-
-
-@dataclass(frozen=True)
-class _PaddedLogProbs:
-    """Wraps TRL's ``ChunkedLogProbFunction``: pads ``hidden`` (tokens, width) with zeros to a multiple of ``multiple``
-    tokens, and drops the results of the padding."""
-
-    function: Any
-    multiple: int
-
-    def apply(self, hidden: torch.Tensor, weight: Any, bias: Any, targets: torch.Tensor, *settings: Any) -> Any:
-        tokens = hidden.shape[0]
-        missing = -tokens % self.multiple
-        results = self.function.apply(
-            pad(hidden, (0, 0, 0, missing)), weight, bias, pad(targets, (0, missing)), *settings
-        )
-        return tuple(None if result is None else result[:tokens] for result in results)
-
-
-class _MeteredTrainer(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer that counts unpadded tokens, and raises :class:`Diverged` before a step on a non-finite gradient."""
+class _MeteredTrainer(LightTrainer):
+    """SFTTrainer that counts unpadded tokens, and raises :class:`Diverged` before a step whose loss or gradient isn't
+    finite."""
 
     meter: StepMeter
     per_item = False
     bad_gradients = 0
-    logits_multiple = 1
+    _step_loss: torch.Tensor | None = None
+    """The sum of the losses of the step's micro-batches so far. It isn't finite if one of them isn't."""
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        tokens = int(inputs["attention_mask"].sum())
-        loss_tokens = int((inputs["labels"][:, 1:] != -100).sum())
-        self.meter.count(tokens, loss_tokens)
+        self.meter.count(inputs[TOKENS], len(inputs[LOSS_POSITIONS]))
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
-        if not torch.isfinite(loss):
-            raise Diverged("the loss", self.state.global_step + 1)
+        self._step_loss = loss if self._step_loss is None else self._step_loss + loss
         return loss
-
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        with logits_for_loss_tokens(self.logits_multiple):
-            return super().compute_loss(*args, **kwargs)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Return the validation loss: nats of all tokens / number of tokens, not a mean of batch means, so that it
-        doesn't depend on the batch size. If ``per_item``, the same pass gives each item's nats.
+        doesn't depend on the batch size. If ``per_item``, the same pass gives each item's nats. The fused head computes
+        no logits of other tokens: under autocast accelerate would copy those of a whole batch to float32.
 
         A data loader draws a seed when it starts. The random state is restored, so that validation doesn't change a
         training with dropout.
         """
         self.model.eval()
-        nats: list[float] = []
-        tokens = 0
+        losses: list[torch.Tensor] = []
+        counts: list[int] = []
         with torch.random.fork_rng(devices=_rng_devices(self.args.device)):
             for batch in self.get_eval_dataloader():
                 inputs = self._prepare_inputs(batch)
-                count = int((inputs["labels"][:, 1:] != -100).sum())
+                counts.append(len(inputs[LOSS_POSITIONS]))
                 with torch.no_grad(), self.compute_loss_context_manager():
                     if self.per_item:
-                        nats += self._item_nats(inputs)
+                        losses.append(-self.log_probs(self.model, inputs).float().sum(dim=1))
                     else:
-                        nats.append(float(self.compute_loss(self.model, inputs)) * count)
-                tokens += count
+                        losses.append(self.compute_loss(self.model, inputs)[None])
+        nats: list[float] = torch.cat(losses).tolist()  # the host waits for the device here, and not in each batch
+        if not self.per_item:
+            nats = [mean * count for mean, count in zip(nats, counts, strict=True)]
+        tokens = sum(counts)
         metrics = {f"{metric_key_prefix}_loss": sum(nats) / tokens}
         self.log(metrics)
         callback_metrics = {**metrics, ITEM_NATS: nats} if self.per_item else metrics
@@ -255,22 +214,16 @@ class _MeteredTrainer(SFTTrainer):  # type: ignore[misc]
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self.meter.start_step()
 
-    def _item_nats(self, inputs: dict[str, Any]) -> list[float]:
-        """Return each row's nats over the tokens that carry a loss.
-
-        As in training, the fused head computes no other token's logits. Under autocast accelerate would copy the logits
-        of the whole batch to float32.
-        """
-        with logits_for_loss_tokens(self.logits_multiple):
-            log_probs = self.model(**inputs, fused_lm_head=True).log_probs  # 0 for tokens without a loss
-        nats: list[float] = (-log_probs.float().sum(dim=1)).tolist()
-        return nats
-
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        values = [torch.as_tensor(value, device=self.args.device).float() for value in (self._step_loss, norm)]
+        loss, norm = torch.stack(values).tolist()  # here alone the host waits for the device
+        self._step_loss = None
+        if not math.isfinite(loss):
+            raise Diverged("the loss", self.state.global_step + 1)
         # A loss scaler (fp16) causes infinite gradients on purpose while it searches its scale, and skips those steps.
         patience = MAX_SCALER_SKIPS if self.accelerator.scaler is not None else 0
-        self.bad_gradients = 0 if norm is not None and math.isfinite(float(norm)) else self.bad_gradients + 1
+        self.bad_gradients = 0 if math.isfinite(norm) else self.bad_gradients + 1
         if self.bad_gradients > patience:
             raise Diverged("the gradient's norm", self.state.global_step + 1)
         return norm
