@@ -8,7 +8,7 @@ host's memory, and reads the GPU once a step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -50,14 +50,15 @@ class LightTrainer(SFTTrainer):  # type: ignore[misc]
 
     logits_multiple = 1
     """The number of tokens that get logits is rounded up to a multiple of this, if shapes are compiled."""
-    _trainable: list[nn.Parameter] | None = None
+    _trainable: tuple[nn.Parameter, ...] = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.data_collator = CountingCollator(self.data_collator)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        with few_module_walks(self.model):
+        self._trainable = tuple(parameter for parameter in self.model.parameters() if parameter.requires_grad)
+        with few_module_walks(self.model, self._trainable):
             return super().train(*args, **kwargs)
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -80,28 +81,22 @@ class LightTrainer(SFTTrainer):  # type: ignore[misc]
         return result
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        return self.accelerator.clip_grad_norm_(self._trainable_of(model), self.args.max_grad_norm)
+        return self.accelerator.clip_grad_norm_(self._trainable, self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         if grad_norm is not None:
             return grad_norm
-        return self.accelerator.clip_grad_norm_(self._trainable_of(model), float("inf"))
-
-    def _trainable_of(self, model: Any) -> list[nn.Parameter]:
-        if self._trainable is None:
-            self._trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return self._trainable
+        return self.accelerator.clip_grad_norm_(self._trainable, float("inf"))
 
 
 @contextmanager
-def few_module_walks(model: nn.Module) -> Iterator[None]:
+def few_module_walks(model: nn.Module, trainable: Sequence[nn.Parameter]) -> Iterator[None]:
     """Make ``model.train()`` and ``model.zero_grad()`` cheap in the ``with`` block.
 
     The trainer calls the one in every micro-batch and the other in every step. Both visit all modules: more than 2,000
-    in a model of 8B. The first does nothing if the model is training already; the second visits the trained parameters.
+    in a model of 8B. The first does nothing if the model is training already; the second visits ``trainable`` only.
     """
     walk = model.train
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def train(mode: bool = True) -> nn.Module:
         return model if mode and model.training else walk(mode)
