@@ -7,6 +7,8 @@ import ctypes
 import gc
 import sys
 import weakref
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -21,10 +23,14 @@ from bitsandbytes.optim.optimizer import Optimizer8bit
 from qlora_exp.config.compose import compose
 from qlora_exp.config.schema import DeviceChoice
 from qlora_exp.errors import ConfigError
+from qlora_exp.estimate import budget as checked_budget
 from qlora_exp.models import base as base_module
+from qlora_exp.models.adapters import attach_adapters, autocast_casts_inputs
+from qlora_exp.models.base import clone_sharing_weights, load_base
 from qlora_exp.models.base_cache import BaseCache
 from qlora_exp.models.optimizers import bitsandbytes_optimizers
 from qlora_exp.records.types import Device, RunRecord, Status
+from qlora_exp.runs import record_figures
 from qlora_exp.runs.execute import execute
 from qlora_exp.runs.prepare import prepare
 from qlora_exp.system import environment
@@ -237,6 +243,102 @@ def test_a_gpus_energy_is_shared_by_its_processes(gpu: None, monkeypatch: Kept) 
         with meter.phase(phase):
             joules += 40.0
         assert meter.of(phase).energy_joules == shared
+
+
+@pytest.mark.parametrize(("budget", "readings"), [((), 0), (("budget.kwh=1",), 4)], ids=["no limit", "budget.kwh"])
+def test_a_step_asks_for_the_gpus_energy_only_if_a_budget_needs_it(
+    budget: tuple[str, ...], readings: int, gpu: None, tmp_path: Path, monkeypatch: Kept
+) -> None:
+    counts: Counter[str] = Counter()
+    in_step = False
+
+    def joules(handle: str) -> int:
+        counts["energy in steps"] += in_step
+        return 1000
+
+    nvml = ModuleType("pynvml")
+    vars(nvml).update(
+        NVMLError=RuntimeError,
+        nvmlInit=lambda: counts.update(["nvmlInit"]),
+        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+        nvmlDeviceGetTotalEnergyConsumption=joules,
+        nvmlDeviceGetComputeRunningProcesses=lambda handle: [],
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid="aaa"))
+    monkeypatch.setattr(checked_budget, "has_energy_counter", lambda: True)
+    monkeypatch.setattr(record_figures, "RECORD_SECONDS", float("inf"))  # the record isn't written within the steps
+    on_step_end = callbacks.Budget.on_step_end
+
+    def step_end(*arguments: Any, **named: Any) -> None:
+        nonlocal in_step
+        in_step = True
+        on_step_end(*arguments, **named)
+        in_step = False
+
+    monkeypatch.setattr(callbacks.Budget, "on_step_end", step_end)
+    assert run(tmp_path, "training.max_steps=4", *budget).speed.energy_joules == 0.0
+    assert (counts["nvmlInit"], counts["energy in steps"]) == (1, readings)
+
+
+@pytest.mark.parametrize(
+    ("device", "mode", "optimizer", "used"),
+    [
+        ("cuda", "nf4", "adamw_torch", "adamw_torch_fused"),
+        ("cuda", "fp16", "adamw_torch", "adamw_torch"),
+        ("cuda", "nf4", "adamw_8bit", "adamw_8bit"),
+        ("cpu", "nf4", "adamw_torch", "adamw_torch"),
+    ],
+)
+def test_a_gpu_has_the_fused_optimizer_and_copies_that_it_does_not_wait_for(
+    device: str, mode: str, optimizer: str, used: str, tmp_path: Path, monkeypatch: Kept
+) -> None:
+    """With fp16's loss scaler a fused optimizer hides which steps were skipped."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(trainer, "SFTConfig", lambda **named: given.update(named) or SimpleNamespace(n_gpu=1))
+    machine = environment.probe(DeviceChoice.cpu)
+    config = compose([*QUICK, f"quantization={mode}", f"training.optimizer={optimizer}"])
+    kind = H200 if device == "cuda" else machine.device
+    trainer.trainer_arguments(prepare(config, replace(machine, device=kind)).plan, config, tmp_path)
+    copies = {"non_blocking": True} if device == "cuda" else None
+    assert (given["optim"], given["accelerator_config"]) == (used, copies)
+    assert given["dataloader_pin_memory"] is (device == "cuda")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_adapters_of_a_16_bit_base_read_its_numbers_as_they_are(dropout: float, monkeypatch: Kept) -> None:
+    """Under autocast, PEFT's cast to float32 and autocast's cast back change nothing but the time and memory."""
+    config = compose([*QUICK, "quantization=bf16", "training.device=cpu", f"lora.dropout={dropout}"])
+    ready = prepare(config, environment.probe(DeviceChoice.cpu))
+    base = load_base(config, "cpu")
+    found, saved = [], []
+    for active in (False, True):
+        model = attach_adapters(clone_sharing_weights(base), config, ready.modules).train()
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data = torch.linspace(-0.1, 0.1, parameter.numel()).reshape(parameter.shape)
+        ids = torch.arange(40).reshape(2, 20)
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        torch.manual_seed(0)
+        with (
+            torch.autocast("cpu", dtype=torch.bfloat16),
+            autocast_casts_inputs(model, active),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        saved.append(sum(kept.values()))
+        found.append([loss, *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)])
+    if not dropout:  # with it, the two draw other masks: random numbers depend on the dtype
+        assert len(found[0]) > 2
+        assert all(torch.equal(first, second) for first, second in zip(*found, strict=True))
+    assert saved[1] < saved[0]
 
 
 @pytest.mark.parametrize(

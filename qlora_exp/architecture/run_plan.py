@@ -69,6 +69,16 @@ def compute_dtype(quantization: QuantizationConfig, device_kind: str, bf16: bool
     return "bfloat16" if bf16 else "float16"
 
 
+def optimizer_on(device_kind: str, compute_dtype: str, optimizer: str) -> str:
+    """Return transformers' name of the implementation that runs ``training.optimizer``.
+
+    On CUDA ``adamw_torch`` is torch's fused AdamW, ``adamw_torch_fused``: one kernel for all adapters, and no
+    temporaries. In float16 it isn't: the loss scaler couldn't tell transformers that it skipped a step.
+    """
+    fused = device_kind == "cuda" and compute_dtype != "float16" and optimizer == "adamw_torch"
+    return "adamw_torch_fused" if fused else optimizer
+
+
 def shape_multiples(compute_dtype: str, device_kind: str, max_length: int, positions: int | None) -> tuple[int, int]:
     """Return the multiples to which a training batch's length and its number of tokens with logits are rounded up.
 

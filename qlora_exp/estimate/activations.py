@@ -196,6 +196,7 @@ class TrainingPass:
     """Forward runs under CUDA's autocast to the compute dtype."""
     quantized: bool = False
     """The base's linear layers are those of bitsandbytes."""
+    dora: bool = False
 
     @property
     def low_rank_bytes(self) -> int:
@@ -432,9 +433,9 @@ def _adapters(layer: Layer, shapes: Sequence[WeightShape], adapted: Sequence[boo
     counted twice. If the adapter's dtype differs, each layer casts its own copy. LLM.int8() holds its input with or
     without an adapter.
 
-    Under autocast, PEFT's layers over bitsandbytes' cast nothing, and their adapters read a 16-bit input as it is. Over
-    other layers PEFT casts the input to the adapter's dtype. Autocast casts what is float32 to the compute dtype, once
-    for each layer: it remembers the copies of weights alone.
+    Under autocast, adapters read a 16-bit input as it is (``autocast_casts_inputs`` in models/adapters.py). With DoRA,
+    PEFT casts the input of layers that aren't bitsandbytes' to the adapter's dtype. Autocast casts what is float32 to
+    the compute dtype, once for each layer: it remembers the copies of weights alone.
     """
     same_dtype = setting.compute_bytes == setting.adapter_bytes
     in_float32 = _float32_inputs(layer, setting)
@@ -446,7 +447,7 @@ def _adapters(layer: Layer, shapes: Sequence[WeightShape], adapted: Sequence[boo
         per_layer += setting.r * setting.low_rank_bytes
         if setting.autocast and setting.lora_dropout:
             per_layer += width * (setting.dropout_mask_bytes + setting.compute_bytes)
-        elif setting.autocast and (source in in_float32 or not (same_dtype or _is_quantized(shape, setting))):
+        elif setting.autocast and (source in in_float32 or _cast_by_peft(shape, setting)):
             per_layer += width * setting.compute_bytes
         elif setting.autocast or same_dtype:
             shared.add((source, width))
@@ -458,6 +459,12 @@ def _adapters(layer: Layer, shapes: Sequence[WeightShape], adapted: Sequence[boo
     if layer.traits.saves_output:
         already_saved.add("down")
     return per_layer + _bytes_of_inputs({read for read in shared if read[0] not in already_saved}, in_float32, setting)
+
+
+def _cast_by_peft(shape: WeightShape, setting: TrainingPass) -> bool:
+    """Return whether PEFT casts the layer's input to the adapter's dtype, though autocast is on."""
+    same_dtype = setting.compute_bytes == setting.adapter_bytes
+    return setting.dora and not (same_dtype or _is_quantized(shape, setting))
 
 
 def _bytes_of_inputs(inputs: set[tuple[str, int]], in_float32: set[str], setting: TrainingPass) -> int:

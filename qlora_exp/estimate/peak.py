@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qlora_exp.architecture.run_plan import adapter_dtype, compute_dtype, shape_multiples
+from qlora_exp.architecture.run_plan import adapter_dtype, compute_dtype, optimizer_on, shape_multiples
 from qlora_exp.architecture.shapes import Architecture
 from qlora_exp.config.allowed_values import QUANTIZED
 from qlora_exp.config.schema import Checkpointing, Config, Quantization
@@ -141,6 +141,7 @@ def predicted_peak(
         eager=is_eager(config.model.attention, architecture),
         autocast=autocast,
         quantized=config.quantization.mode in QUANTIZED,
+        dora=config.lora.dora,
     )
     activations = saved_bytes_per_token(architecture, module_names, setting)
     choice = config.training.gradient_checkpointing
@@ -192,7 +193,12 @@ def predicted_peak(
         moment(with_gradients, outer + recomputed + copies_in_layer, dequantized=dequantized, slack=slack),
     ]
     if cuda:
-        moments.append(moment(with_gradients, temporaries_bytes(config.training.optimizer, adapters)))
+        moments.append(
+            moment(
+                with_gradients,
+                temporaries_bytes(optimizer_on(device_kind, compute, config.training.optimizer), adapters),
+            )
+        )
     return max(moments, key=lambda peak: peak.peak_bytes)
 
 

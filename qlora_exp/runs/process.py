@@ -58,8 +58,13 @@ def set_threads(threads: int | None) -> None:
 
 
 def hide_other_gpus(device: DeviceChoice) -> str | None:
-    """Limit this process to one GPU unless ``training.device=cpu``. Call it before torch is imported."""
-    return gpus.use_one_gpu() if device is not DeviceChoice.cpu else None
+    """Limit this process to one GPU unless ``training.device=cpu``, and let torch's memory there grow in place. Call it
+    before torch is imported."""
+    if device is DeviceChoice.cpu:
+        return None
+    if gpus.cards():
+        os.environ.update(gpus.allocator_setting())
+    return gpus.use_one_gpu()
 
 
 def silence_libraries() -> None:

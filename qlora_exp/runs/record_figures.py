@@ -64,11 +64,12 @@ class RunFigures:
             self.written = clock
             with contextlib.suppress(OSError):  # a full disk; the next write has the same figures
                 write_json(self.paths.record, self.known(), durable=False)
-        return exhausted(budget, self.spent())
+        return exhausted(budget, self.spent(energy=budget.kwh is not None))
 
-    def spent(self) -> Spent:
-        """Return what this run has spent up to now, earlier parts of a resumed run included."""
-        joules, tokens = measurement.energy_joules(self.meter.device), 0
+    def spent(self, energy: bool = True) -> Spent:
+        """Return what this run has spent up to now, earlier parts of a resumed run included. Without ``energy``, the
+        GPU's counter isn't read: that takes too long for each step."""
+        joules, tokens = measurement.energy_joules(self.meter.device) if energy else None, 0
         if self.watch is not None:
             tokens = self.watch.meter.tokens - self.watch.meter.earlier_tokens
         if joules is not None and self.started_joules is not None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -153,16 +154,22 @@ def energy_joules(device: str) -> float | None:
         import pynvml
         import torch
 
-        pynvml.nvmlInit()
         processes = 1
         uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+        handle = _gpu_handle(pynvml, uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
         counter = float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000.0
         with suppress(pynvml.NVMLError):  # not for every kind of GPU
             processes = len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle))
         return _energy.add(uuid, counter, processes)
     except Exception:  # NVML fails in many ways where it isn't available; an unknown energy must not stop a run
         return None
+
+
+@cache
+def _gpu_handle(nvml: Any, uuid: str) -> Any:
+    """Return NVML's handle of a GPU. NVML is initialized once, and stays so until the process ends."""
+    nvml.nvmlInit()
+    return nvml.nvmlDeviceGetHandleByUUID(uuid)
 
 
 @dataclass

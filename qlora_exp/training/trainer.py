@@ -13,10 +13,11 @@ import torch
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
+from qlora_exp.architecture.run_plan import optimizer_on
 from qlora_exp.config.schema import Config
 from qlora_exp.data.items import Item
 from qlora_exp.data.load import to_training_dataset
-from qlora_exp.models.adapters import recast_adapters
+from qlora_exp.models.adapters import autocast_casts_inputs, recast_adapters
 from qlora_exp.models.optimizers import bitsandbytes_optimizers
 from qlora_exp.paths import RunPaths
 from qlora_exp.records.types import Plan, Training
@@ -141,7 +142,8 @@ def train(
     folder = paths.checkpoints
     trainer = _trainer(plan, model, tokenizer, train_items, validation_items, config, folder, callbacks, meter)
     trainer.per_item = report.per_item
-    with interrupt, bitsandbytes_optimizers():
+    autocast = (trainer.args.bf16 or trainer.args.fp16) and not config.lora.dora
+    with interrupt, bitsandbytes_optimizers(), autocast_casts_inputs(model, active=autocast):
         meter.began = time.perf_counter()
         result = trainer.train(resume_from_checkpoint=str(resumed[0]) if resumed else None)
     state.steps = steps = int(trainer.state.global_step)
@@ -272,6 +274,8 @@ def trainer_arguments(plan: Plan, config: Config, folder: Path) -> SFTConfig:
     * ``packing`` off: without FlashAttention, packed rows would attend to each other.
     * ``logging_nan_inf_filter`` off: a NaN must be visible.
     * ``report_to`` empty: tracking reads the record.
+    * ``adamw_torch`` runs as torch's fused kernel on a GPU (:func:`optimizer_on`), and batches are copied there without
+      waiting for the copy.
     * ``gradient_checkpointing`` only where memory may need it (``Estimator.checkpointing``): it costs a quarter to
       a third of the speed.
     """
@@ -290,7 +294,7 @@ def trainer_arguments(plan: Plan, config: Config, folder: Path) -> SFTConfig:
         warmup_steps=warmup_steps(training.warmup_ratio, plan.max_steps),
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
-        optim=training.optimizer,
+        optim=optimizer_on(plan.device, plan.compute_dtype, training.optimizer),
         seed=config.seed,
         data_seed=config.seed,
         max_length=training.max_length,
@@ -318,6 +322,7 @@ def trainer_arguments(plan: Plan, config: Config, folder: Path) -> SFTConfig:
         report_to=[],
         disable_tqdm=True,
         dataloader_pin_memory=cuda,
+        accelerator_config={"non_blocking": True} if cuda else None,
         remove_unused_columns=True,
         push_to_hub=False,
     )

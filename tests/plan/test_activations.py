@@ -159,6 +159,7 @@ def saved_bytes(
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from qlora_exp.models.adapters import autocast_casts_inputs
     from qlora_exp.models.inspect import architecture_of
 
     count: dict[str, Any] = {LAYERS.get(architecture, "num_hidden_layers"): layers}
@@ -198,7 +199,8 @@ def saved_bytes(
     mask[0, length // 2 :] = 0 if padded else 1
     ids = torch.arange(ROWS * length).reshape(ROWS, length) % 128
     context = cuda_autocast() if autocast else contextlib.nullcontext()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), context:
+    casts = autocast_casts_inputs(model, active=autocast)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), context, casts:
         output = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
     total = sum(storage.nbytes() for storage in kept.values())
     del output
