@@ -54,7 +54,7 @@ class LightTrainer(SFTTrainer):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.data_collator = CountingCollator(self.data_collator)
+        self.data_collator: Any = CountingCollator(vars(self)["data_collator"])
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._trainable = tuple(parameter for parameter in self.model.parameters() if parameter.requires_grad)
