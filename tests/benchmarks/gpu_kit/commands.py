@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -9,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gpu_kit.inputs import Kit
 from gpu_kit.runner import ROOT
 
 
@@ -44,3 +46,16 @@ def run_records(outputs: Path) -> list[Any]:
 
     records = [read_record(file) for file in sorted((outputs / "runs").glob("*/record.json"))]
     return sorted(records, key=lambda record: record.trial.number if record.trial is not None else -1)
+
+
+def card_used_bytes(kit: Kit) -> int:
+    """Return what is used on this process's card, by NVML: without a CUDA context in this process."""
+    if kit.rehearse:
+        return 0
+    import pynvml
+
+    pynvml.nvmlInit()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
+    by_uuid = visible.startswith(("GPU-", "MIG-"))
+    handle = pynvml.nvmlDeviceGetHandleByUUID(visible) if by_uuid else pynvml.nvmlDeviceGetHandleByIndex(int(visible))
+    return int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)

@@ -17,6 +17,7 @@ PROGRAMS = ("qlora_exp.orchestration.trial_main", "qlora_exp.orchestration.fork_
 FAULTY_RANK = 2
 """Trials of this rank fail; a fault never depends on the order of trials."""
 KILL_AT_STEP = 5
+SMALL_BYTES = 8e9
 SITE = f"""
 import os, sys
 if any(program in sys.orig_argv for program in {PROGRAMS!r}):
@@ -98,8 +99,10 @@ def _slow(trainer: Any, rehearse: bool) -> None:
 
 
 def _small_memory(trainer: Any, rehearse: bool) -> None:
-    """A rehearsal's full card: a micro-batch of more than two rows doesn't fit. On a GPU another process fills it."""
+    """This process may allocate 8 GB of the card. In a rehearsal, a micro-batch of more than two rows doesn't fit."""
     import torch
 
-    if rehearse and trainer.args.per_device_train_batch_size > 2:
+    if not rehearse:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, SMALL_BYTES / torch.cuda.mem_get_info()[1]))
+    elif trainer.args.per_device_train_batch_size > 2:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 112.00 MiB")

@@ -24,6 +24,8 @@ REHEARSED_SIZES = {
     "vocab_size": 4096,
 }
 SHARD_BYTES = 4e9
+MODELS_BYTES = 30e9
+"""Room for the models that all stages together write."""
 STANDARD_DEVIATION = 0.02
 ROWS = {True: 40, False: 160}
 """By ``rehearse``. A fifth of them are the validation and test splits."""
@@ -72,11 +74,10 @@ class Kit:
     @cached_property
     def scratch(self) -> Path:
         """Where the models lie: in memory if that is large enough, and shared by the stages of a machine."""
-        memory = Path("/dev/shm")
-        if self.rehearse or not memory.is_dir() or shutil.disk_usage(memory).free < 30e9:
-            memory = Path(os.environ.get("TMPDIR", tempfile.gettempdir()))
-        folder = memory / ("qlora-exp-gpu-rehearsal" if self.rehearse else "qlora-exp-gpu")
-        folder = folder.with_name(f"{folder.name}-{os.getuid()}")
+        name = f"qlora-exp-gpu-rehearsal-{os.getuid()}" if self.rehearse else f"qlora-exp-gpu-{os.getuid()}"
+        memory, disk = Path("/dev/shm") / name, Path(os.environ.get("TMPDIR", tempfile.gettempdir())) / name
+        large = memory.parent.is_dir() and shutil.disk_usage(memory.parent).free > MODELS_BYTES
+        folder = memory if not self.rehearse and (memory.is_dir() or large) else disk
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 

@@ -1,4 +1,4 @@
-"""Stages 11 and 14: are the meters right, and does every kind of training end as it should."""
+"""The last stages: are the meters right, and does every kind of training end as it should."""
 
 from __future__ import annotations
 

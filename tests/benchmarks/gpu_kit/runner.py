@@ -91,16 +91,19 @@ def run(call: Call) -> int:
     state = read_state(call.resume, call.version, call.rehearsal)
     state |= {"version": call.version, "rehearsal": call.rehearsal, **(call.about or {})}
     results: dict[str, Any] = state["stages"]
-    waiting = []
+    waiting: list[str] = []
+    started = False
     for stage in call.stages:
         if _is_done(results.get(stage.name), call.again):
             continue
         if call.call_seconds is not None and stage.box_seconds > call.call_seconds:
             print(f"error: stage {stage.name} may take {stage.box_seconds:.0f} s: --call-seconds must be at least that")
             return EXIT_USAGE
-        if call.call_seconds is not None and time.monotonic() - began + stage.box_seconds > call.call_seconds:
+        late = call.call_seconds is not None and time.monotonic() - began + stage.box_seconds > call.call_seconds
+        if late and started:  # the first one always starts, or no call would get further
             waiting.append(stage.name)
             continue
+        started = True
         repeated = stage.name in results
         results[stage.name] = run_stage(call, stage) | {"repeated": repeated}
         _write_state(call.out, state)
@@ -238,7 +241,7 @@ def summary(state: Mapping[str, Any], waiting: Sequence[str]) -> str:
     lines = ["REHEARSAL: no GPU was used, no number below is a measurement of one", ""] if state["rehearsal"] else []
     for name, result in results.items():
         for row in result["numbers"]:
-            shown = (f"{key}={_short(value)}" for key, value in row.items() if key != "table")
+            shown = (f"{key}={_short(value)}" for key, value in row.items() if key not in ("table", "config"))
             lines.append(f"{name}: {row['table']}: {'  '.join(shown)}")
     lines += ["", *(stage_line(name, result) for name, result in results.items())]
     checks = [check for result in results.values() for check in result["checks"] if check["ok"] is not None]

@@ -1,5 +1,5 @@
-"""Stages 4, 5, 10 and 12: memory and speed beside the plan and beside plain TRL, the anatomy of a step, seconds of a
-micro-step by its tokens, and scoring."""
+"""Stages that measure: memory and speed beside the plan and beside plain TRL, the anatomy of a step, seconds of a step
+by its tokens, predicted seconds, and scoring."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_kit.commands import command
+from gpu_kit.correctness import release
 from gpu_kit.inputs import Cell, Kit, as_arguments
 
 CELLS = (
@@ -175,7 +176,8 @@ def plain_trl(kit: Kit) -> None:
     for number, cell in enumerate(CELLS[: 1 if kit.rehearse else 2]):
         shown, bases = kit.shown(cell), BaseCache()
         first = measure_cell(kit, cell, bases, "product beside TRL")
-        del bases  # TRL's process needs the card's memory
+        del bases
+        release()  # TRL's process needs the card's memory
         kinds = ("documented",) if kit.rehearse else ("documented", "tuned", *(("bf16",) if number == 1 else ()))
         peers = {kind: _peer(kit, shown, kind) for kind in kinds}
         second = measure_cell(kit, cell, BaseCache(), "product beside TRL")
@@ -293,7 +295,7 @@ def _profile_rows(kit: Kit, profile: dict[str, Any], cell: Cell) -> None:
     averages = profile["profiler"].key_averages() if "seconds" in profile else []
     micro_batches = max(1, profile["micro_batches"])
     counts = {one.key: one.count for one in averages}
-    waits = sum(counts.get(name, 0) for name in WAITS) / micro_batches
+    waits = max(0, sum(counts.get(name, 0) for name in WAITS) - 1) / micro_batches  # one is the profile's end
     reads = counts.get(READS, 0) / micro_batches
     kernels = {one.key: one.self_device_time_total / 1e6 for one in averages if str(one.device_type).endswith("CUDA")}
     busy = sum(kernels.values())

@@ -1,4 +1,8 @@
-"""Stages 6 to 9 and 13: warm bases, killed processes, several processes on one card, a broken CUDA context, a study."""
+"""Stages that look at trial processes: warm bases, killed ones, several on one card, a broken CUDA context, a study.
+
+A sweep refuses a card on which another process holds memory: a stage's own process must not use CUDA before it starts
+one.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ import time
 from pathlib import Path
 
 from gpu_kit import faults
-from gpu_kit.commands import run_records, sweep, sweep_command
+from gpu_kit.commands import card_used_bytes, run_records, sweep, sweep_command
 from gpu_kit.inputs import Kit
 from gpu_kit.runner import ROOT, TOKEN_VARIABLE, processes_of
 
@@ -22,6 +26,7 @@ MEMORY_SLACK_BYTES = 8 * 2**20
 ENDS_SECONDS = 10.0
 """For a killed worker's processes to end."""
 STARTS_SECONDS = 120.0
+MEMORY_BACK_SECONDS = 5.0
 
 
 def held_bytes() -> int:
@@ -48,6 +53,7 @@ def warm_base(kit: Kit) -> None:
     common = [*kit.quick("warm", 4, items=4), "quantization=nf4", "targets=all_linear", "training.batch_size=4"]
     common += ["training.logging_steps=1", *(["training.threads=1"] if kit.rehearse else [])]
     length = 48 if kit.rehearse else 512
+    fresh = _fresh_losses(kit, [*kit.own_task(length, family=family), *common])  # before this process uses CUDA
     bases, first, empty = BaseCache(), None, {}
     trials = [
         ("A", 0, []),
@@ -73,7 +79,6 @@ def warm_base(kit: Kit) -> None:
             # On CUDA attention's backward pass adds in any order: only the first loss must be equal to the bit.
             same = difference == 0 if kit.rehearse else losses[:1] == first[:1]
             kit.findings.check(f"trial {number}: losses of the first A", same, difference, "no difference")
-    fresh = _fresh_losses(kit, [*kit.own_task(length, family=family), *common])
     same = fresh == first if kit.rehearse else fresh[:1] == (first or [])[:1]
     kit.findings.check("a new process: losses of the first A", same, fresh, first)
 
@@ -134,25 +139,14 @@ def _kill_command(kit: Kit, common: list[str]) -> None:
     while (left := set(_pids(token)) - before) and time.monotonic() < until:
         time.sleep(0.1)
     kit.findings.check("processes of a killed command", not left, sorted(left), "none")
-    now = card_used_bytes(kit)
+    until = time.monotonic() + MEMORY_BACK_SECONDS
+    while (now := card_used_bytes(kit)) >= used > 0 and time.monotonic() < until:
+        time.sleep(0.1)
     kit.check_on_gpu("memory of a killed command", now < used, f"{used / 1e9:.2f} GB, then {now / 1e9:.2f}", "less")
 
 
 def _pids(token: str) -> list[str]:
     return [entry.split()[0] for entry in processes_of(token)] if token else []
-
-
-def card_used_bytes(kit: Kit) -> int:
-    """Return what is used on this process's card, by NVML: without a CUDA context in this process."""
-    if kit.rehearse:
-        return 0
-    import pynvml
-
-    pynvml.nvmlInit()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
-    by_uuid = visible.startswith(("GPU-", "MIG-"))
-    handle = pynvml.nvmlDeviceGetHandleByUUID(visible) if by_uuid else pynvml.nvmlDeviceGetHandleByIndex(int(visible))
-    return int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
 
 
 def shared_card(kit: Kit) -> None:
