@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import shutil
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from gpu_kit import packing
-from gpu_kit.runner import EXIT_OK, EXIT_USAGE, ROOT, Call, Findings, Stage, run, source_version
+from gpu_kit.runner import EXIT_FAILED, EXIT_OK, EXIT_USAGE, ROOT, Call, Findings, Stage, run, source_version
 
 REHEARSED_BOX_SECONDS = 240.0
 """Of each stage in a rehearsal, on a machine that may be busy."""
@@ -135,9 +136,15 @@ def run_all(given: argparse.Namespace) -> int:
         again=given.again,
         rehearsal=given.rehearse,
         environment=environment,
+        at_once=2 if given.rehearse else 1,
         about={"commit": commit, "commit_changed": changed},
     )
-    return run(call)
+    code = run(call)
+    if code in (EXIT_OK, EXIT_FAILED):
+        from gpu_kit.inputs import scratch_folder
+
+        shutil.rmtree(out / "scratch" if given.rehearse else scratch_folder(), ignore_errors=True)
+    return code
 
 
 def run_one(name: str, out: Path, rehearse: bool) -> int:
@@ -148,12 +155,13 @@ def run_one(name: str, out: Path, rehearse: bool) -> int:
     silence_libraries()
     from gpu_kit.inputs import Kit
 
+    shutil.rmtree(out / "outputs" / name, ignore_errors=True)  # a sweep would continue an earlier one
     if rehearse:
         from gpu_kit import mocked
 
         mocked.install()
     function = getattr(importlib.import_module(f"gpu_kit.{stage.module}"), stage.function)
-    function(Kit(Findings(out / f"{name}.json"), out, rehearse))
+    function(Kit(name, Findings(out / f"{name}.json"), out, rehearse))
     return EXIT_OK
 
 

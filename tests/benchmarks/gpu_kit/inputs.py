@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from gpu_kit.runner import Findings
 
 REHEARSED_SIZES = {
@@ -27,6 +28,8 @@ SHARD_BYTES = 4e9
 MODELS_BYTES = 30e9
 """Room for the models that all stages together write."""
 STANDARD_DEVIATION = 0.02
+INPUTS_VERSION = 1
+"""Raise it when models or rows change: those of an earlier call are used again."""
 ROWS = {True: 40, False: 160}
 """By ``rehearse``. A fifth of them are the validation and test splits."""
 
@@ -67,17 +70,15 @@ class Cell:
 class Kit:
     """What a stage gets."""
 
+    stage: str
     findings: Findings
     out: Path
     rehearse: bool
 
     @cached_property
     def scratch(self) -> Path:
-        """Where the models lie: in memory if that is large enough, and shared by the stages of a machine."""
-        name = f"qlora-exp-gpu-rehearsal-{os.getuid()}" if self.rehearse else f"qlora-exp-gpu-{os.getuid()}"
-        memory, disk = Path("/dev/shm") / name, Path(os.environ.get("TMPDIR", tempfile.gettempdir())) / name
-        large = memory.parent.is_dir() and shutil.disk_usage(memory.parent).free > MODELS_BYTES
-        folder = memory if not self.rehearse and (memory.is_dir() or large) else disk
+        """The folder of models and rows, which all stages of a machine share."""
+        folder = self.out / "scratch" if self.rehearse else scratch_folder()
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -97,21 +98,23 @@ class Kit:
         return cell.smaller() if self.rehearse else cell
 
     def outputs(self, name: str) -> Path:
-        return self.out / "outputs" / name
+        return self.out / "outputs" / self.stage / name
 
     def model(self, family: str, seed: int = 0) -> Path:
         """Return a folder with a random model of ``family``'s published sizes (rehearsed: two layers)."""
         folder = self.scratch / f"{family}-{seed}"
-        if not (folder / "complete").is_file():
-            write_model(folder, family, self.rehearse, seed)
-            (folder / "complete").touch()
+        with FileLock(self.scratch / f"{family}-{seed}.lock"):
+            if not (folder / "complete").is_file():
+                write_model(folder, family, self.rehearse, seed)
+                (folder / "complete").touch()
         return folder
 
     def rows(self, length: int, mixed: bool = False) -> Path:
         count = ROWS[self.rehearse]
         file = self.scratch / f"{'mixed' if mixed else 'even'}-{length}-{count}.jsonl"
-        if not file.is_file():
-            write_rows(file, length, mixed, count)
+        with FileLock(file.with_suffix(".lock")):
+            if not file.is_file():
+                write_rows(file, length, mixed, count)
         return file
 
     def own_task(self, length: int, mixed: bool = False, family: str = "llama3_2_1b", seed: int = 0) -> list[str]:
@@ -137,6 +140,14 @@ class Kit:
             *(f"training.micro_batch_size={cell.rows}", f"training.batch_size={cell.rows * cell.accumulation}"),
             *(f"training.gradient_checkpointing={cell.checkpointing}", f"training.optimizer={cell.optimizer}"),
         ]
+
+
+def scratch_folder() -> Path:
+    """Return where models lie on a GPU machine: in memory, if that is large enough."""
+    name = f"qlora-exp-gpu-{INPUTS_VERSION}-{os.getuid()}"
+    memory, disk = Path("/dev/shm") / name, Path(os.environ.get("TMPDIR", tempfile.gettempdir())) / name
+    large = memory.parent.is_dir() and shutil.disk_usage(memory.parent).free > MODELS_BYTES
+    return memory if memory.is_dir() or large else disk
 
 
 def sizes(family: str, rehearse: bool) -> dict[str, Any]:

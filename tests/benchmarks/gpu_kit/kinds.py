@@ -97,7 +97,7 @@ def kinds(kit: Kit) -> None:
         "int8, threshold 6": ["quantization=int8"],
         "fp4": ["quantization=fp4"],
         "DoRA": ["quantization=nf4", "lora.dora=true"],
-        "PiSSA": ["quantization=nf4", "lora.init=pissa"],
+        "PiSSA": ["quantization=bf16", "lora.init=pissa"],
         "dropout": ["quantization=nf4", "lora.dropout=0.1"],
         "max_tokens": ["quantization=nf4", "training.max_steps=null", "training.max_tokens=500"],
         "validation": ["quantization=nf4", "training.evaluate_every_steps=2", "training.keep_best=true"],

@@ -9,9 +9,11 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,8 @@ class Call:
     call_seconds: float | None = None
     again: bool = False
     rehearsal: bool = False
+    at_once: int = 1
+    """Stages side by side; on a GPU one, so that nothing else is measured."""
     environment: Mapping[str, str] | None = None
     about: Mapping[str, Any] | None = None
     """Stored in the state, e.g. the commit."""
@@ -91,23 +95,31 @@ def run(call: Call) -> int:
     state = read_state(call.resume, call.version, call.rehearsal)
     state |= {"version": call.version, "rehearsal": call.rehearsal, **(call.about or {})}
     results: dict[str, Any] = state["stages"]
-    waiting: list[str] = []
-    started = False
-    for stage in call.stages:
-        if _is_done(results.get(stage.name), call.again):
-            continue
+    chosen = [stage for stage in call.stages if not _is_done(results.get(stage.name), call.again)]
+    for stage in chosen:
         if call.call_seconds is not None and stage.box_seconds > call.call_seconds:
             print(f"error: stage {stage.name} may take {stage.box_seconds:.0f} s: --call-seconds must be at least that")
             return EXIT_USAGE
+    waiting: list[str] = []
+    writing = threading.Lock()
+
+    def run_in_time(stage: Stage) -> None:
         late = call.call_seconds is not None and time.monotonic() - began + stage.box_seconds > call.call_seconds
-        if late and started:  # the first one always starts, or no call would get further
+        if late and stage is not chosen[0]:  # the first one always starts, or no call would get further
             waiting.append(stage.name)
-            continue
-        started = True
-        repeated = stage.name in results
-        results[stage.name] = run_stage(call, stage) | {"repeated": repeated}
-        _write_state(call.out, state)
-        print(stage_line(stage.name, results[stage.name]), flush=True)
+            return
+        result = run_stage(call, stage) | {"repeated": stage.name in results}
+        with writing:
+            results[stage.name] = result
+            _write_state(call.out, state)
+            print(stage_line(stage.name, result), flush=True)
+
+    if call.at_once == 1:  # in this thread, so that Ctrl-C ends the stage
+        for stage in chosen:
+            run_in_time(stage)
+    else:
+        with ThreadPoolExecutor(call.at_once) as pool:
+            list(pool.map(run_in_time, chosen))
     _write_state(call.out, state)
     text = summary(state, waiting)
     (call.out / "table.md").write_text(text, encoding="utf-8")

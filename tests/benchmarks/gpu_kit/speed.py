@@ -373,7 +373,7 @@ def scoring(kit: Kit) -> None:
     bases, items = BaseCache(), 4 if kit.rehearse else 64
     documents, length = (2, 48) if kit.rehearse else (40, 512)
     own = kit.own_task(length, family="llama3_1_8b")
-    labels = [own[0], own[1], own[2], "task=embedded", f"training.max_length={length}"]
+    labels = [own[0], own[1], own[2], "task=embedded", "training.max_length=512"]
     parts = {
         "completion": [*own, "evaluation.generate=false"],
         "options": [*labels, "evaluation.generate=false"],

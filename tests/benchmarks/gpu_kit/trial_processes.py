@@ -234,7 +234,7 @@ def study(kit: Kit) -> None:
     else:
         kit.findings.not_checked("runs in MLflow", "MLflow is not installed")
     with tarfile.open(kit.out / "records.tar.gz", "w:gz") as archive:
-        for file in sorted(kit.out.glob("outputs/*/runs/*/record.json")):
+        for file in sorted(kit.out.glob("outputs/*/*/runs/*/record.json")):
             archive.add(file, file.relative_to(kit.out).as_posix())
 
 
