@@ -128,6 +128,12 @@ def test_a_result_of_other_code_or_of_a_rehearsal_is_not_used(kit: Any, tmp_path
     assert started(tmp_path) == ["fine"] * 3
 
 
+def test_a_damaged_state_is_named(kit: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "state.json").write_text('{"stages": ')
+    assert kit.runner.run(call(kit, tmp_path, "fine")) == 2
+    assert f"{tmp_path / 'state.json'} is no state" in capsys.readouterr().out
+
+
 def test_a_stage_that_never_fits_is_refused(kit: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert kit.runner.run(call(kit, tmp_path, "fine", call_seconds=BOX_SECONDS / 2)) == 2
     assert "--call-seconds must be at least" in capsys.readouterr().out

@@ -18,6 +18,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_all(given: argparse.Namespace) -> int:
+    began = time.monotonic()
     names = [stage.name for stage in STAGES]
     chosen = given.only.split(",") if given.only else names
     unknown = [name for name in chosen if name not in names]
@@ -132,7 +134,7 @@ def run_all(given: argparse.Namespace) -> int:
         out=out,
         version=source_version(),
         resume=given.resume,
-        call_seconds=given.call_seconds,
+        call_seconds=None if given.call_seconds is None else given.call_seconds - (time.monotonic() - began),
         again=given.again,
         rehearsal=given.rehearse,
         environment=environment,

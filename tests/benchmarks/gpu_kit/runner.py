@@ -92,7 +92,11 @@ def run(call: Call) -> int:
     over and the same command continues, 2 a stage can never start."""
     began = time.monotonic()
     call.out.mkdir(parents=True, exist_ok=True)
-    state = read_state(call.resume, call.version, call.rehearsal)
+    try:
+        state = read_state(call.resume, call.version, call.rehearsal)
+    except (ValueError, KeyError, AttributeError) as error:
+        print(f"error: {call.resume} is no state of this kit ({error}): pass another file, or delete it")
+        return EXIT_USAGE
     state |= {"version": call.version, "rehearsal": call.rehearsal, **(call.about or {})}
     results: dict[str, Any] = state["stages"]
     chosen = [stage for stage in call.stages if not _is_done(results.get(stage.name), call.again)]
@@ -100,6 +104,7 @@ def run(call: Call) -> int:
         if call.call_seconds is not None and stage.box_seconds > call.call_seconds:
             print(f"error: stage {stage.name} may take {stage.box_seconds:.0f} s: --call-seconds must be at least that")
             return EXIT_USAGE
+    _write_state(call.out, state)  # a stage may read earlier ones' numbers there
     waiting: list[str] = []
     writing = threading.Lock()
 

@@ -207,8 +207,9 @@ def study(kit: Kit) -> None:
     steps, items = (2, 8) if kit.rehearse else (60, 200)
     overrides = [
         *("sweeps=rank_doubling", "quantization=nf4", "workers.count=2", f"output_root={outputs}"),
-        *("sweep.ladder.r_start=4", "sweep.ladder.r_max=8", "sweep.ladder.seeds=2", "sweep.ladder.max_seeds=2"),
-        *("sweep.ladder.lr_policy=fixed", f"training.max_steps={steps}", "training.batch_size=8"),
+        *("sweep.ladder.r_start=4", f"sweep.ladder.r_max={8 if kit.rehearse else 16}"),
+        *("sweep.ladder.seeds=2", "sweep.ladder.max_seeds=2", "sweep.ladder.lr_policy=fixed"),
+        *(f"training.max_steps={steps}", "training.batch_size=8"),
         *(f"evaluation.max_items={items}", "training.learning_rate=4e-3", "evaluation.baselines=false"),
         *(f"tracking={'mlflow' if with_mlflow else 'off'}", f"training.device={'auto' if kit.rehearse else 'cuda'}"),
     ]
