@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import random
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -146,32 +147,27 @@ def test_every_stage_is_a_function_and_fits_into_a_call_of_ten_minutes(kit: Any)
         assert stage.box_seconds <= 540
 
 
-def fake_wheels(bytes_each: int) -> Any:
-    """In place of a download: each wheel has ``bytes_each`` bytes; bitsandbytes' are almost all in one library."""
-
-    def download(folder: Path, pinned: list[str], python: str) -> None:
-        for requirement in pinned:
-            name = requirement.partition("==")[0]
-            with zipfile.ZipFile(folder / f"{name}-1-py3-none-any.whl", "w", zipfile.ZIP_STORED) as wheel:
-                library = "libbitsandbytes_cuda118.so" if name == "bitsandbytes" else "data"
-                wheel.writestr(f"{name}/{library}", bytes(bytes_each))
-                wheel.writestr(f"{name}/libbitsandbytes_cuda130.so", b"kept")
-                wheel.writestr(
-                    f"{name}-1.dist-info/RECORD", f"{name}/{library},,\n{name}/libbitsandbytes_cuda130.so,,\n"
-                )
-
-    return download
+def fake_download(folder: Path, pinned: list[str], python: str) -> None:
+    """Wheels of 0.1 MB; bitsandbytes has 1 MB more, almost all in a library that isn't sent."""
+    for requirement in pinned:
+        name = requirement.partition("==")[0]
+        library, size = ("libbitsandbytes_cuda118.so", 1_100_000) if name == "bitsandbytes" else ("data", 100_000)
+        with zipfile.ZipFile(folder / f"{name}-1-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{name}/{library}", random.Random(name).randbytes(size))
+            wheel.writestr(f"{name}/libbitsandbytes_cuda130.so", b"kept")
+            record = f"{name}/{library},,\n{name}/libbitsandbytes_cuda130.so,,\n"
+            wheel.writestr(f"{name}-1.dist-info/RECORD", record)
 
 
 def test_wheels_that_are_too_large_are_refused(
     kit: Any, tmp_path: Path, monkeypatch: Kept, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """24 wheels have 2.4 MB, with the library 3.5."""
     monkeypatch.setattr(kit.packing, "repository_bytes", lambda: 30 * 2**20)
-    monkeypatch.setattr(kit.packing, "download", fake_wheels(2**20))
+    monkeypatch.setattr(kit.packing, "download", fake_download)
     pack = ["--sets", "A", "--limit-mib"]
-    assert kit.main(["--pack", str(tmp_path / "small"), *pack, "64"]) == 0
-    wheels = len(list((tmp_path / "small").glob("*.whl")))
-    assert kit.main(["--pack", str(tmp_path / "large"), *pack, str(30 + wheels - 2)]) == 1
+    assert kit.main(["--pack", str(tmp_path / "small"), *pack, "32.5"]) == 0
+    assert kit.main(["--pack", str(tmp_path / "large"), *pack, "32"]) == 1
     assert "MiB too much" in capsys.readouterr().out
     with zipfile.ZipFile(tmp_path / "small" / "bitsandbytes-1-py3-none-any.whl") as wheel:
         libraries = [name for name in wheel.namelist() if name.endswith(".so")]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from gpu_kit.inputs import Kit
@@ -129,11 +130,16 @@ def _compute(record: Any) -> str | None:
     return record.plan.compute_dtype if record.plan is not None else None
 
 
+def _has_trained(outputs: Path) -> bool:
+    """Return whether a run has logged a loss."""
+    return any(file.stat().st_size for file in outputs.glob("runs/*/curve.jsonl"))
+
+
 def _resumed(kit: Kit, length: int) -> None:
     """SIGTERM to ``qlora-exp run``: it saves, ends with code 130, and ``--resume`` continues from there."""
     from qlora_exp.records.files import read_record
 
-    steps = 400
+    steps = 120 if kit.rehearse else 200
     outputs = kit.outputs("resumed")
     overrides = [
         *(*kit.own_task(length), *kit.quick("resumed", steps), "quantization=nf4"),
@@ -145,7 +151,7 @@ def _resumed(kit: Kit, length: int) -> None:
     with (kit.out / "resumed.log").open("wb") as log:
         process = subprocess.Popen([*start, *overrides], cwd=ROOT, env=os.environ, stdout=log, stderr=log)
         until = time.monotonic() + RESUMES_AFTER_SECONDS
-        while not any(outputs.glob("runs/*/curve.jsonl")) and process.poll() is None and time.monotonic() < until:
+        while not _has_trained(outputs) and process.poll() is None and time.monotonic() < until:
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         code = process.wait()
@@ -154,7 +160,7 @@ def _resumed(kit: Kit, length: int) -> None:
     kit.findings.check("after SIGTERM", status == "INTERRUPTED", f"{status}, exit code {code}", "INTERRUPTED")
     if status != "INTERRUPTED":
         return
-    resume = [*start, "--resume", records[0].run_id, f"output_root={outputs}"]
+    resume = [*start, "--resume", str(outputs / "runs" / records[0].run_id)]
     done = subprocess.run(resume, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     print(done.stdout, done.stderr, flush=True)
     record = read_record(next(outputs.glob("runs/*/record.json")))
