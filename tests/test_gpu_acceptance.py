@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
+from qlora_exp.system import gpus
+
 Kept = pytest.MonkeyPatch
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 HANGS_SECONDS, BOX_SECONDS = 4.0, 60.0
@@ -138,6 +140,18 @@ def test_a_damaged_state_is_named(kit: Any, tmp_path: Path, capsys: pytest.Captu
 def test_a_stage_that_never_fits_is_refused(kit: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert kit.runner.run(call(kit, tmp_path, "fine", call_seconds=BOX_SECONDS / 2)) == 2
     assert "--call-seconds must be at least" in capsys.readouterr().out
+
+
+def test_without_a_gpu_the_call_is_refused(
+    kit: Any, tmp_path: Path, monkeypatch: Kept, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpus, "cards", tuple)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert kit.main(["--out", str(tmp_path / "out")]) == 2
+    assert "make gpu-rehearsal" in capsys.readouterr().out
+    assert kit.main(["--rehearse", "--only", "preflight,cell"]) == 2
+    assert "no stage cell: choose from preflight" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_stage_is_a_function_and_fits_into_a_call_of_ten_minutes(kit: Any) -> None:

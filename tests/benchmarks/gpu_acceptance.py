@@ -44,18 +44,18 @@ STAGES = (
     KitStage("preflight", 60, "correctness", "preflight"),
     KitStage("gpu_tests", 120, "correctness", "gpu_tests"),
     KitStage("recipe", 60, "correctness", "recipe"),
-    KitStage("out_of_memory", 180, "correctness", "out_of_memory"),
-    KitStage("cells", 270, "speed", "first_cells"),
-    KitStage("plain_trl", 300, "speed", "plain_trl"),
-    KitStage("more_cells", 240, "speed", "more_cells"),
+    KitStage("out_of_memory", 240, "correctness", "out_of_memory"),
+    KitStage("cells", 330, "speed", "first_cells"),
+    KitStage("plain_trl", 360, "speed", "plain_trl"),
+    KitStage("more_cells", 300, "speed", "more_cells"),
     KitStage("anatomy", 150, "speed", "anatomy"),
-    KitStage("warm_base", 120, "trial_processes", "warm_base"),
+    KitStage("warm_base", 150, "trial_processes", "warm_base"),
     KitStage("killed", 120, "trial_processes", "killed"),
     KitStage("shared_card", 180, "trial_processes", "shared_card"),
     KitStage("sticky_error", 90, "trial_processes", "sticky_error"),
     KitStage("calibration", 60, "speed", "calibration"),
     KitStage("meters", 40, "kinds", "meters"),
-    KitStage("scoring", 120, "speed", "scoring"),
+    KitStage("scoring", 180, "speed", "scoring"),
     KitStage("study", 180, "trial_processes", "study"),
     KitStage("kinds", 150, "kinds", "kinds"),
 )
@@ -115,9 +115,17 @@ def run_all(given: argparse.Namespace) -> int:
     if given.rehearse:
         environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     else:
-        from qlora_exp.system.gpus import use_one_gpu
+        from qlora_exp.errors import QloraExpError
+        from qlora_exp.system.gpus import cards, use_one_gpu
 
-        use_one_gpu(environment)
+        try:
+            use_one_gpu(environment)
+        except QloraExpError as error:
+            print(f"error: {error}")
+            return EXIT_USAGE
+        if not cards():
+            print("error: this machine has no NVIDIA GPU: make gpu-rehearsal runs the stages on a CPU")
+            return EXIT_USAGE
     out = given.out.resolve()
     options = ["--out", str(out), *(["--rehearse"] if given.rehearse else [])]
     stages = [

@@ -38,6 +38,10 @@ CELLS = (
 FIRST_CELLS = 6
 PEAK_RATIO = {False: (0.95, 1.05), True: (0.85, 1.15)}
 """By ``mixed``: the allowed measured / predicted peak."""
+EXACT_ERROR = 0.01
+"""Of the bytes that torch has allocated before training, against those of base and adapters."""
+GOALS = {"H200": (Cell("nf4", 16, 4, 2048, 4, "off", "adamw_torch_fused"), 13_000.0)}
+"""By card: a cell, and the real tokens per second that it should reach."""
 TRL_SHARE = 0.97
 """Least speed of the product, as a share of plain TRL's with the settings of its documentation."""
 MAX_SYNCS = 3.0
@@ -81,20 +85,28 @@ def watched_training() -> Iterator[Watched]:
 
 
 def first_cells(kit: Kit) -> None:
-    _cells(kit, CELLS[:FIRST_CELLS])
+    import torch
+
+    rates = _cells(kit, CELLS[:FIRST_CELLS])
+    name = "" if kit.rehearse else torch.cuda.get_device_name()
+    for card, (cell, goal) in GOALS.items():
+        if kit.rehearse or card in name:
+            rate = rates.get(kit.shown(cell).name) or 0.0
+            kit.check_on_gpu(f"{card}: real tokens/s of an 8B model", rate >= goal, f"{rate:.0f}", f">= {goal:.0f}")
 
 
 def more_cells(kit: Kit) -> None:
     _cells(kit, CELLS[FIRST_CELLS:])
 
 
-def _cells(kit: Kit, cells: tuple[Cell, ...]) -> None:
+def _cells(kit: Kit, cells: tuple[Cell, ...]) -> dict[str, float | None]:
+    """Return tokens per second by the cell's name."""
     from qlora_exp.models.base_cache import BaseCache
 
     bases = BaseCache()
     modes = list(dict.fromkeys(cell.mode for cell in cells))
-    for cell in sorted(cells, key=lambda cell: modes.index(cell.mode)):
-        measure_cell(kit, cell, bases)
+    rows = [measure_cell(kit, cell, bases) for cell in sorted(cells, key=lambda cell: modes.index(cell.mode))]
+    return {row["cell"]: row["tokens_per_second"] for row in rows if row}
 
 
 def measure_cell(kit: Kit, cell: Cell, bases: Any, table: str = "cells") -> dict[str, Any]:
@@ -149,6 +161,9 @@ def measure_cell(kit: Kit, cell: Cell, bases: Any, table: str = "cells") -> dict
     if not cell.mixed:
         wanted = watched.steps * cell.rows * cell.accumulation * cell.length
         kit.findings.check(f"{cell.name}: tokens", tokens == wanted, tokens, wanted)
+    exact = sum(part or 0 for part in (memory.base_weight_bytes, memory.quantization_state_bytes, memory.adapter_bytes))
+    off = watched.allocated_before / exact - 1 if exact else 1.0
+    kit.check_on_gpu(f"{cell.name}: base and adapters", abs(off) <= EXACT_ERROR, f"{off:+.2%}", f"± {EXACT_ERROR:.0%}")
     low, high = PEAK_RATIO[cell.mixed]
     name, wanted_ratio = f"{cell.name}: measured / predicted peak", f"{low} to {high}"
     kit.check_on_gpu(name, ratio is not None and low <= ratio <= high, ratio, wanted_ratio)

@@ -78,7 +78,8 @@ def warm_base(kit: Kit) -> None:
             difference = max((abs(a - b) for a, b in zip(losses, first, strict=True)), default=None)
             # On CUDA attention's backward pass adds in any order: only the first loss must be equal to the bit.
             same = difference == 0 if kit.rehearse else losses[:1] == first[:1]
-            kit.findings.check(f"trial {number}: losses of the first A", same, difference, "no difference")
+            wanted_losses = "no difference" if kit.rehearse else "equal first losses"
+            kit.findings.check(f"trial {number}: losses of the first A", same, f"± {difference}", wanted_losses)
     same = fresh == first if kit.rehearse else fresh[:1] == (first or [])[:1]
     kit.findings.check("a new process: losses of the first A", same, fresh, first)
 
