@@ -40,6 +40,23 @@ def command(arguments: Sequence[str], environment: Mapping[str, str] | None = No
     return f"exit code {process.returncode}" + (f": {text[-400:]}" if process.returncode else "")
 
 
+def train(overrides: Sequence[str], bases: Any) -> tuple[Any, str]:
+    """Run one configuration in this process; return its record and status, with the reason of a failure.
+
+    The record is ``None`` if the configuration was refused, e.g. because it is predicted not to fit.
+    """
+    from qlora_exp.config.compose import compose
+    from qlora_exp.errors import QloraExpError
+    from qlora_exp.runs.execute import execute
+
+    try:
+        record = execute(compose(list(overrides)), bases=bases)
+    except QloraExpError as error:
+        return None, f"refused: {error}"
+    failure = f": {record.failure.message[:300]}" if record.failure is not None else ""
+    return record, f"{record.status}{failure}"
+
+
 def run_records(outputs: Path) -> list[Any]:
     """Return the records of the runs in an output root, by trial."""
     from qlora_exp.records.files import read_record

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from gpu_kit import faults
-from gpu_kit.commands import card_used_bytes, run_records, sweep
+from gpu_kit.commands import card_used_bytes, run_records, sweep, train
 from gpu_kit.inputs import Kit
 from gpu_kit.runner import ROOT
 
@@ -187,9 +187,6 @@ def _gradient_error(width: int, tokens: int, device: str) -> float:
 
 def recipe(kit: Kit) -> None:
     """One nf4 run, and what its layers, adapters and optimizer really are."""
-    from qlora_exp.config.compose import compose
-    from qlora_exp.runs.execute import execute
-
     optimizer = "adamw_8bit" if kit.rehearse else "paged_adamw_8bit"
     overrides = [
         *(*kit.own_task(48 if kit.rehearse else 512), *kit.quick("recipe", 3)),
@@ -198,8 +195,10 @@ def recipe(kit: Kit) -> None:
     ]
     seen: dict[str, Any] = {}
     with _watching(seen):
-        record = execute(compose(overrides))
-    kit.findings.check("status", record.status == "COMPLETED", _why(record), "COMPLETED")
+        record, status = train(overrides, None)
+    kit.findings.check("status", status == "COMPLETED", status, "COMPLETED")
+    if record is None:
+        return
     wanted = {
         "4-bit type": {"nf4"},
         "nested": {True},
@@ -279,10 +278,6 @@ def _watching(seen: dict[str, Any]) -> Iterator[None]:
         Trainer.training_step = original
 
 
-def _why(record: Any) -> str:
-    return str(record.status) + (f": {record.failure.message[:300]}" if record.failure else "")
-
-
 def out_of_memory(kit: Kit) -> None:
     """Memory runs out in a sweep, in training, in loading and with a paged optimizer."""
     length = 48 if kit.rehearse else 2048
@@ -349,16 +344,10 @@ def _sweep_halves(kit: Kit, length: int) -> None:
 
 
 def _ending(overrides: list[str]) -> tuple[str, str]:
-    from qlora_exp.config.compose import compose
-    from qlora_exp.errors import QloraExpError
-    from qlora_exp.runs.execute import execute
-
-    try:
-        record = execute(compose(overrides))
-    except QloraExpError as error:
-        return f"{type(error).__name__}: {error}", ""
-    hint = record.failure.hint if record.failure is not None else None
-    return (str(record.status) if record.status == "OUT_OF_MEMORY" else _why(record)), hint or ""
+    record, status = train(overrides, None)
+    if record is None or record.failure is None:
+        return status, ""
+    return str(record.status) if record.status == "OUT_OF_MEMORY" else status, record.failure.hint or ""
 
 
 @contextlib.contextmanager

@@ -10,8 +10,8 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
+from gpu_kit.commands import train
 from gpu_kit.inputs import Kit
 from gpu_kit.runner import ROOT
 
@@ -88,9 +88,7 @@ def _work(kit: Kit) -> list[float]:
 
 def kinds(kit: Kit) -> None:
     """Six steps of each kind of training that takes code of its own, and a run that is ended and continued."""
-    from qlora_exp.config.compose import compose
     from qlora_exp.models.base_cache import BaseCache
-    from qlora_exp.runs.execute import execute
 
     trainings: dict[str, list[str]] = {
         "fp16": ["quantization=fp16"],
@@ -113,21 +111,16 @@ def kinds(kit: Kit) -> None:
         if "training.max_steps=null" in more:
             quick = [one for one in quick if not one.startswith("training.max_steps")]
         overrides = [*kit.own_task(length, mixed=True), *quick, "training.batch_size=4", *more]
-        record = execute(compose(overrides), bases=bases)
-        failure = f" {record.failure.message[:300]}" if record.failure is not None else ""
-        training = record.training
+        record, status = train(overrides, bases)
+        kit.findings.check(f"{name}: status", status == "COMPLETED", status, "COMPLETED")
+        training = record.training if record is not None else None
         loss = training.final_loss if training is not None else None
         taken = training.steps if training is not None else 0
-        kit.findings.row("kinds", kind=name, steps=taken, loss=loss, compute=_compute(record))
-        completed = record.status == "COMPLETED"
-        kit.findings.check(f"{name}: status", completed, f"{record.status}{failure}", "COMPLETED")
+        compute = record.plan.compute_dtype if record is not None and record.plan is not None else None
+        kit.findings.row("kinds", kind=name, steps=taken, loss=loss, compute=compute)
         if name != "max_tokens":
             kit.findings.check(f"{name}: steps", taken == steps, taken, steps)
     _resumed(kit, length)
-
-
-def _compute(record: Any) -> str | None:
-    return record.plan.compute_dtype if record.plan is not None else None
 
 
 def _has_trained(outputs: Path) -> bool:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gpu_kit.commands import command
+from gpu_kit.commands import command, train
 from gpu_kit.correctness import release
 from gpu_kit.inputs import Cell, Kit, as_arguments
 
@@ -68,7 +68,7 @@ def watched_training() -> Iterator[Watched]:
 
     watched, original = Watched(), Trainer.train
 
-    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def watched_train(self: Any, *args: Any, **kwargs: Any) -> Any:
         watched.allocated_before = torch.cuda.memory_allocated()
         cpu, wall = time.process_time(), time.perf_counter()
         try:
@@ -77,7 +77,7 @@ def watched_training() -> Iterator[Watched]:
             watched.cpu_seconds, watched.seconds = time.process_time() - cpu, time.perf_counter() - wall
             watched.steps = int(self.state.global_step)
 
-    Trainer.train = train
+    Trainer.train = watched_train
     try:
         yield watched
     finally:
@@ -113,19 +113,15 @@ def measure_cell(kit: Kit, cell: Cell, bases: Any, table: str = "cells") -> dict
     """Train ``cell``, write its row, and check its end, its tokens and its predicted peak."""
     import torch
 
-    from qlora_exp.config.compose import compose
     from qlora_exp.estimate.throughput import achieved_flops_per_second
-    from qlora_exp.runs.execute import execute
 
     cell = kit.shown(cell)
     with watched_training() as watched:
-        record = execute(compose(kit.of_cell(cell)), bases=bases)
-    completed = record.status == "COMPLETED"
-    why = record.failure.message[:300] if record.failure is not None else ""
-    kit.findings.check(f"{cell.name}: status", completed, f"{record.status} {why}", "COMPLETED")
-    plan, memory, speed = record.plan, record.memory, record.speed
-    if not completed or plan is None:
+        record, status = train(kit.of_cell(cell), bases)
+    kit.findings.check(f"{cell.name}: status", status == "COMPLETED", status, "COMPLETED")
+    if status != "COMPLETED" or record.plan is None:
         return {}
+    plan, memory, speed = record.plan, record.memory, record.speed
     steps = max(1, watched.steps)
     predicted, measured = plan.predicted_peak_train_bytes, memory.train_working_set_bytes
     ratio = measured / predicted if measured and predicted else None
@@ -224,25 +220,21 @@ def _peer(kit: Kit, cell: Cell, kind: str) -> dict[str, Any]:
 def anatomy(kit: Kit) -> None:
     """Profile three steps; then train single rows of 128 to 16384 tokens: T(n), which says whether several adapters in
     one step could pay."""
-    from qlora_exp.config.compose import compose
     from qlora_exp.models.base_cache import BaseCache
-    from qlora_exp.runs.execute import execute
 
     bases, cell = BaseCache(), kit.shown(CELLS[0])
     steps = 6 if kit.rehearse else 10
     with profiled_steps(kit, first=steps - 4, count=3) as profile:
-        record = execute(compose(kit.of_cell(cell, steps)), bases=bases)
-    kit.findings.check("profiled run", record.status == "COMPLETED", record.status, "COMPLETED")
+        _, status = train(kit.of_cell(cell, steps), bases)
+    kit.findings.check("profiled run", status == "COMPLETED", status, "COMPLETED")
     _profile_rows(kit, profile, cell)
     seconds: dict[int, float] = {}
     for tokens in MICRO_STEP_TOKENS[: 3 if kit.rehearse else None]:
         for checkpointing in ("off",) if kit.rehearse or tokens < 8192 else ("off", "on"):
             row = replace(cell, rows=1, length=tokens, accumulation=1, checkpointing=checkpointing)
-            record = execute(compose(kit.of_cell(row)), bases=bases)
-            p50 = record.speed.step_seconds_p50
-            kit.findings.row(
-                "micro-steps", tokens=tokens, checkpointing=checkpointing, seconds=p50, status=record.status
-            )
+            record, status = train(kit.of_cell(row), bases)  # the longest may not fit on a small card
+            p50 = record.speed.step_seconds_p50 if status == "COMPLETED" else None
+            kit.findings.row("micro-steps", tokens=tokens, checkpointing=checkpointing, seconds=p50, status=status)
             if p50 is not None and checkpointing == "off":
                 seconds[tokens] = p50
     for tokens in seconds:
@@ -381,9 +373,7 @@ def _cell_rows(kit: Kit) -> list[dict[str, Any]]:
 
 def scoring(kit: Kit) -> None:
     """Seconds of each part of scoring, on one loaded base: the tuned model is scored after one step."""
-    from qlora_exp.config.compose import compose
     from qlora_exp.models.base_cache import BaseCache
-    from qlora_exp.runs.execute import execute
 
     bases, items = BaseCache(), 4 if kit.rehearse else 64
     documents, length = (2, 48) if kit.rehearse else (40, 512)
@@ -397,10 +387,10 @@ def scoring(kit: Kit) -> None:
     }
     for name, overrides in parts.items():
         more = ["quantization=nf4", "training.batch_size=2", "training.gradient_checkpointing=on"]
-        record = execute(compose([*kit.quick("scoring", 1, items), *overrides, *more]), bases=bases)
-        failure = record.failure.message[:300] if record.failure is not None else ""
-        completed = record.status == "COMPLETED"
-        kit.findings.check(f"{name}: status", completed, f"{record.status} {failure}", "COMPLETED")
+        record, status = train([*kit.quick("scoring", 1, items), *overrides, *more], bases)
+        kit.findings.check(f"{name}: status", status == "COMPLETED", status, "COMPLETED")
+        if record is None:
+            continue
         seconds, after = record.speed.evaluation_seconds, record.scores.after
         scored = after.items if after is not None else None
         kit.findings.row("scoring", part=name, seconds=seconds, items=scored)

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from gpu_kit import faults
-from gpu_kit.commands import card_used_bytes, run_records, sweep, sweep_command
+from gpu_kit.commands import card_used_bytes, run_records, sweep, sweep_command, train
 from gpu_kit.inputs import Kit
 from gpu_kit.runner import ROOT, TOKEN_VARIABLE, processes_of
 
@@ -45,9 +45,7 @@ def held_bytes() -> int:
 
 def warm_base(kit: Kit) -> None:
     """Seven trials in one process: equal ones have equal losses, and nothing of an earlier one stays in memory."""
-    from qlora_exp.config.compose import compose
     from qlora_exp.models.base_cache import BaseCache
-    from qlora_exp.runs.execute import execute
 
     family, optimizer = "llama3_2_1b", "adamw_8bit"
     common = [*kit.quick("warm", 4, items=4), "quantization=nf4", "targets=all_linear", "training.batch_size=4"]
@@ -65,8 +63,10 @@ def warm_base(kit: Kit) -> None:
     ]
     for number, (name, seed, more) in enumerate(trials):
         overrides = [*kit.own_task(length, family=family, seed=seed), *common, *more]
-        record = execute(compose(overrides), bases=bases)
-        kit.findings.check(f"trial {number}, {name}: status", record.status == "COMPLETED", record.status, "COMPLETED")
+        record, status = train(overrides, bases)
+        kit.findings.check(f"trial {number}, {name}: status", status == "COMPLETED", status, "COMPLETED")
+        if record is None:
+            continue
         held = held_bytes()
         empty.setdefault("bytes", held)
         losses = _losses(kit, "warm", record.run_id)
