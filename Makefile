@@ -80,7 +80,7 @@ replay-measure: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/reference_grid.py --output $(REPLAY_OUTPUT)
 	$(BIN)/python tests/benchmarks/reference_grid.py --output $(REPLAY_OUTPUT) --collect docs/replay.npz
 
-# Half an hour on a GPU; called again, it goes on. MINUTES=9: start nothing that may not end within nine minutes.
+# On a GPU machine; called again, it goes on. MINUTES=9: start nothing that may not end within nine minutes.
 gpu-acceptance: $(STAMP)
 	$(BIN)/python tests/benchmarks/gpu_acceptance.py --out $(GPU_OUTPUT) --resume $(GPU_OUTPUT)/state.json \
 	  $(if $(MINUTES),--call-seconds $$((60 * $(MINUTES)))) $(if $(AGAIN),--again)

@@ -156,6 +156,8 @@ def test_without_a_gpu_the_call_is_refused(
 
 def test_every_stage_is_a_function_and_fits_into_a_call_of_ten_minutes(kit: Any) -> None:
     assert len({stage.name for stage in kit.STAGES}) == len(kit.STAGES)
+    minutes = round(sum(stage.box_seconds for stage in kit.STAGES) / 60)
+    assert f"add up to {minutes} minutes" in (BENCHMARKS.parents[1] / "CONTRIBUTING.md").read_text().replace("\n", " ")
     for stage in kit.STAGES:
         assert callable(getattr(importlib.import_module(f"gpu_kit.{stage.module}"), stage.function))
         assert stage.box_seconds <= 540

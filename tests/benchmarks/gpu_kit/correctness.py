@@ -32,7 +32,7 @@ NAMED = (
 MATMUL_WIDTH = 8192
 DATA_SHEET_SHARE = 0.65
 """Least share of the data sheet's dense 16-bit rate that a large matrix product must reach: below it the card is
-throttled, shared or partitioned. An H200 reached 0.80 of it."""
+throttled, shared or partitioned. A guess."""
 MEASURED_TOKENS = (1, 4, 8, 64, 512, 2048)
 """bitsandbytes chooses a kernel by the number of tokens: for single ones, for few, and dequantization for many."""
 SHAPES = {True: ((256, 128), (128, 512)), False: ((4096, 4096), (14336, 4096), (4096, 14336))}
