@@ -28,6 +28,7 @@ from qlora_exp.config.overrides import (
     SEARCH_PATH,
     has_interpolation,
     is_hydra,
+    is_swept,
     override_key,
     parse,
     search_folders,
@@ -133,7 +134,7 @@ def compose_raw(overrides: Sequence[str]) -> DictConfig:
     folders = search_folders(overrides)
     others, values = _split(ours)
     # A user's folder may hold any file of any group, and an environment variable may name a choice.
-    if folders == [SWEEPS.parent] and not has_interpolation(list(others)):
+    if folders == [SWEEPS.parent] and not has_interpolation(list(others)) and not any(map(is_swept, others)):
         with contextlib.suppress(HydraException, OmegaConfBaseException):
             kept = _kept_composition(others, _conf_files())
             if (config := _with_values(kept, values)) is not None:
