@@ -19,7 +19,7 @@ from qlora_exp.analysis.rank import RankAnswer, as_object
 from qlora_exp.analysis.rank_rule import make_rule
 from qlora_exp.analysis.table_columns import Columns, Options, find_columns, name_words
 from qlora_exp.analysis.table_decisions import decide_results
-from qlora_exp.analysis.table_files import read_table_rows
+from qlora_exp.analysis.table_files import RANK_FROM_PATH, SEED_FROM_PATH, read_table_rows
 from qlora_exp.analysis.table_layouts import to_long
 from qlora_exp.analysis.table_results import (
     ConfigurationRows,
@@ -34,10 +34,12 @@ from qlora_exp.errors import AnalysisError
 
 ASSUMED_MARGIN_SHARE = 0.01
 """Default margin as a share of the smallest rank's mean score; every answer that uses it says so."""
+SETTINGS = frozenset(("config", "params", "hparams", "training", "lora", "optimizer", "learning", "lr", "alpha", "use"))
+"""Words of columns that a user sets: the first to be named where two runs differ."""
 IDENTIFYING = frozenset(
     (
         *("id", "uuid", "name", "time", "date", "datetime", "created", "updated", "duration", "runtime", "user", "url"),
-        *("run", "trial", "timestamp", "number", "sha", "host", "seconds", "memory"),
+        *("run", "trial", "timestamp", "number", "sha", "host", "seconds", "memory", "metrics", "summary", "train"),
     )
 )
 """Words of columns that differ between any two runs, so that they say little about why two differ."""
@@ -77,7 +79,8 @@ def analyze_table(files: Sequence[Path], options: Options) -> list[TableAnswer]:
     if not answers:
         raise unanswered[0]
     if unanswered:
-        texts = tuple(f"No answer for {error.where}: {error.what}." for error in unanswered)
+        # The hint has the rows that were left out: they may be why a rank is missing.
+        texts = tuple(f"No answer for {error.where}: {error.what}; {error.hint}" for error in unanswered)
         first = answers[0]
         answers[0] = TableAnswer(first.configuration, first.answer, (*first.notes, *texts))
     return answers
@@ -105,8 +108,8 @@ def _answer(
     said = [*notes, *columns.notes, *rows.notes, *left_out_notes(rows.left_out)]
     results = best_of(rows.results, columns, said) if columns.best_over else rows.results
     ranks = sorted({result.rank for result in results})
-    _check_unique(results, where)
     _check_protocol(results, columns, where)
+    _check_unique(results, where)
     if "group" in columns.named:
         results = averaged_in_groups(results, columns.named["group"], where, said)
     margin = options.margin
@@ -155,8 +158,12 @@ def _check_unique(results: Sequence[Result], where: str) -> None:
         run = f"r = {result.rank}" + "".join(
             f", {what} {value}" for what, value in (("seed", result.seed), ("item", result.item)) if value is not None
         )
-        differing = [name for name, value in result.others.items() if earlier.others.get(name) != value]
-        differing.sort(key=lambda name: bool(IDENTIFYING & set(name_words(name))))
+        differing = [
+            name
+            for name, value in result.others.items()
+            if earlier.others.get(name) != value and name not in (RANK_FROM_PATH, SEED_FROM_PATH)
+        ]
+        differing.sort(key=_says_little)
         hint = "leave each result in once"
         if differing:
             columns = ", ".join(differing[:3])
@@ -168,6 +175,12 @@ def _check_unique(results: Sequence[Result], where: str) -> None:
             one.where.removeprefix(f"{where.partition(', configuration ')[0]}, ") for one in (earlier, result)
         )
         raise AnalysisError(f"{run} has two scores ({pair})", where, hint)
+
+
+def _says_little(column: str) -> int:
+    """Return 0 for a setting, 2 for what differs between any two runs."""
+    words = set(name_words(column))
+    return 0 if words & SETTINGS else 2 if words & IDENTIFYING else 1
 
 
 def _savings(result: RankAnswer, results: Sequence[Result]) -> Iterable[str]:
@@ -182,5 +195,7 @@ def _savings(result: RankAnswer, results: Sequence[Result]) -> Iterable[str]:
                 values[row.rank].append(value)
         if values[recommended] and values[largest] and np.mean(values[largest]) > 0:
             share = float(np.mean(values[recommended]) / np.mean(values[largest]))
-            difference = f"{abs(1 - share):.0%} {'less' if share <= 1 else 'more'}"
-            yield f"r = {recommended} takes {difference} {word} than r = {largest}."
+            # Less than half a percent either way is no saving.
+            if abs(1 - share) >= 0.005:
+                difference = f"{abs(1 - share):.0%} {'less' if share <= 1 else 'more'}"
+                yield f"r = {recommended} takes {difference} {word} than r = {largest}."

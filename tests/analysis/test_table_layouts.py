@@ -74,10 +74,10 @@ def mlflow_ui(scores: Runs) -> str:
     head = ["Start Time", "Duration", "Run ID", "Name", "Source Type", "Source Name", "User", "Status"]
     head += ["lora.r", "seed", "training.learning_rate", "eval_loss", "train_loss", "mlflow.note.content"]
     times = {8: "480ms", 16: "12.3s", 32: "5.8min", 64: "1.2h"}
-    rows: list[list[Any]] = [
-        [f"2026-11-0{s} 10:00:0{s}", times[r], f"{r:08x}{s}", f"r{r}-s{s}", "LOCAL", "train.py", "me", "FINISHED", r, s, 0.001, loss, loss - 0.2, ""]
-        for (r, s), loss in scores.items()
-    ]
+    rows: list[list[Any]] = []
+    for (r, s), loss in scores.items():
+        rows.append([f"2026-11-0{s} 10:00:00", times[r], f"{r:08x}{s}", f"r{r}-s{s}", "LOCAL", "train.py", "me"])
+        rows[-1] += ["FINISHED", r, s, 0.001, loss, loss - 0.2, ""]
     rows.append(["2026-11-09 10:00:00", "", "parent", "sweep", "LOCAL", "sweep.py", "me", "FINISHED", *[""] * 6])
     return comma(head, rows, quoting=csv.QUOTE_ALL)
 
