@@ -34,7 +34,9 @@ from qlora_exp.errors import AnalysisError
 
 ASSUMED_MARGIN_SHARE = 0.01
 """Default margin as a share of the smallest rank's mean score; every answer that uses it says so."""
-SETTINGS = frozenset(("config", "params", "hparams", "training", "lora", "optimizer", "learning", "lr", "alpha", "use"))
+SETTING_WORDS = frozenset(
+    ("config", "params", "hparams", "training", "lora", "optimizer", "learning", "lr", "alpha", "use")
+)
 """Words of columns that a user sets: the first to be named where two runs differ."""
 IDENTIFYING = frozenset(
     (
@@ -180,7 +182,7 @@ def _check_unique(results: Sequence[Result], where: str) -> None:
 def _says_little(column: str) -> int:
     """Return 0 for a setting, 2 for what differs between any two runs."""
     words = set(name_words(column))
-    return 0 if words & SETTINGS else 2 if words & IDENTIFYING else 1
+    return 0 if words & SETTING_WORDS else 2 if words & IDENTIFYING else 1
 
 
 def _savings(result: RankAnswer, results: Sequence[Result]) -> Iterable[str]:

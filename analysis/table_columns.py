@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from qlora_exp.analysis.table_files import RANK_FROM_PATH, SEED_FROM_PATH, TableRow
 from qlora_exp.analysis.table_values import WITHOUT_ADAPTER, is_missing, read_number, read_rank
@@ -225,7 +226,7 @@ def _rank_column(table: _Table, options: Options, notes: list[str]) -> str:
     if matches := _matching(names, ALIASES["rank"]):
         return matches[0]
     # Another name with the word rank, or a nested one that ends like an alias, if its values can be ranks.
-    named = [name for name in names if _names_a_rank(name) and _has_ranks(table.values(name))]
+    named = [name for name in names if names_a_rank(name) and _has_ranks(table.values(name))]
     if len(named) > 1:
         several = f"several columns could be the rank: {', '.join(named)}"
         raise AnalysisError(several, table.where, "name one with --rank-column")
@@ -240,7 +241,8 @@ def _rank_column(table: _Table, options: Options, notes: list[str]) -> str:
     raise AnalysisError("there is no column with the rank", f"{table.where}: {', '.join(names)}", hint)
 
 
-def _names_a_rank(name: str) -> bool:
+def names_a_rank(name: str) -> bool:
+    """Return whether a name that is no alias can be the rank's, e.g. ``Adapter rank`` or ``run.lora.r``."""
     words = name_words(name)
     return ("rank" in words and not NOT_RANKS & set(words)) or bare_name(name).rsplit(".", 1)[-1] in (
         *("r", "lora_r", "lora_rank"),
@@ -356,6 +358,7 @@ def _is_protocol(name: str) -> bool:
     return bare_name(name) in PROTOCOL or bare_name(name).rsplit(".", 1)[-1] in PROTOCOL
 
 
+@lru_cache(maxsize=10_000)
 def bare_name(name: str) -> str:
     """Return the name as :data:`ALIASES` writes it, without prefixes: ``config/LoRA-r`` gives ``lora_r``."""
     plain = re.sub(r"\(.*?\)|\[.*?\]|[$%↑↓]", "", name).strip().lower() or name.strip().lower()

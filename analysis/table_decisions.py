@@ -16,7 +16,7 @@ from qlora_exp.analysis.table_results import Result
 from qlora_exp.analysis.variance import Array
 from qlora_exp.errors import AnalysisError
 
-Ladder = dict[int, Array]
+LossesByRank = dict[int, Array]
 """Rank → (seeds, items), NaN for a missing run."""
 
 
@@ -28,8 +28,7 @@ def decide_results(
     Raises:
         AnalysisError: a run lacks some of the items.
     """
-    sign = -1.0 if columns.higher_is_better else 1.0
-    losses = [replace(result, score=sign * result.score) for result in results]
+    losses = [replace(result, score=-result.score) for result in results] if columns.higher_is_better else results
     seeds = sorted({result.seed or "" for result in results})
     items = sorted({result.item for result in results if result.item is not None})
     with_se = [result for result in results if result.se is not None]
@@ -107,7 +106,7 @@ def _decide_published(smaller: Result, larger: Result, rule: Rule) -> Decision:
     return decide_from_summary(smaller.score - larger.score, se, rule, se**4 / spread if spread else math.inf)
 
 
-def _step(ladder: Ladder, a: int, b: int, rule: Rule, notes: list[str], has_items: bool) -> Decision:
+def _step(ladder: LossesByRank, a: int, b: int, rule: Rule, notes: list[str], has_items: bool) -> Decision:
     """Decide one step: paired if at least two seeds are shared, or if no other comparison is possible."""
     runs = {rank: ~np.isnan(values).all(axis=1) for rank, values in ladder.items()}
     counts = {rank: int(runs[rank].sum()) for rank in (a, b)}
@@ -200,7 +199,7 @@ def _near_resolution(rule: Rule, step: float) -> list[str]:
 
 def _loss_arrays(
     losses: Sequence[Result], ranks: Sequence[int], seeds: Sequence[str], items: Sequence[str], where: str
-) -> Ladder:
+) -> LossesByRank:
     """Return rank → (seeds, items), with one column for scores without items.
 
     Raises:

@@ -109,7 +109,13 @@ def _rows_of(file: Path) -> list[TableRow]:
 def _texts(row: Cells) -> dict[str, str]:
     if "doc_id" in row:
         row = {name: value for name, value in row.items() if name not in SAMPLE_FIELDS}
-    return {name.strip(): text for name, text in _flat(row)}
+    texts = {}
+    for name, value in row.items():
+        if isinstance(value, str) and not value.lstrip().startswith("{"):
+            texts[name.strip()] = value.strip()
+        else:
+            texts |= {nested.strip(): text for nested, text in _flat(value, str(name))}
+    return texts
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:

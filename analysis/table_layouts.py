@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from qlora_exp.analysis.table_columns import ALIASES, CONFIGURATION, bare_name, direction, name_words
+from qlora_exp.analysis.table_columns import ALIASES, CONFIGURATION, bare_name, direction, name_words, names_a_rank
 from qlora_exp.analysis.table_files import FILE_COLUMN, RANK_FROM_PATH, SEED_FROM_PATH, TableRow
 from qlora_exp.analysis.table_values import is_missing, read_number
 
@@ -34,12 +34,14 @@ class LongTable:
 def to_long(rows: Sequence[TableRow], rank_column: str | None = None) -> LongTable:
     """Return the rows of a long table; those of a long one as they are."""
     notes: list[str] = []
-    known = {bare_name(name) for row in rows for name in row.cells}
+    known = {bare_name(name) for name in _names(rows)}
     long, wide = tuple(rows), False
     for meaning in ("rank", "seed"):
         if known & set(ALIASES[meaning]) or (meaning == "rank" and rank_column is not None):
             continue
         heads = _heads(_names(long), meaning)
+        if meaning == "rank" and any(names_a_rank(name) for name in _names(long) if name not in heads):
+            continue
         if len({key for key, _ in heads.values()}) >= 2:
             long, wide = _melted(long, meaning, heads), True
     if not wide:

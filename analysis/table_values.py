@@ -18,8 +18,12 @@ WITHOUT_ADAPTER = re.compile(r"(full|base|none|no lora|frozen|zero.?shot|fft?|ft
 TRUTH_VALUES = {"true": 1.0, "false": 0.0}
 """Per-item correctness is often written as one of these."""
 
-DIGITS = r"[-+]?(?:\d[\d.,]*|[.,]\d+)(?:[eE][-+]?\d+)?"
-NUMBER = re.compile(rf"\(?(?P<value>{DIGITS})\s*%?\s*(?:(?:±|\+/-|\+-)\s*(?P<se>{DIGITS})\s*%?)?\)?\s*%?")
+PRINTED_NUMBER = r"[-+]?(?:\d[\d.,]*|[.,]\d+)(?:[eE][-+]?\d+)?"
+NUMBER = re.compile(
+    rf"\(?(?P<value>{PRINTED_NUMBER})\s*%?\s*(?:(?:±|\+/-|\+-)\s*(?P<se>{PRINTED_NUMBER})\s*%?)?\)?\s*%?"
+)
+PLAIN = re.compile(r"-?\d+(?:\.\d+)?")
+"""Almost all numbers: read without the steps for the others."""
 DECORATION = re.compile(
     r"\*\*|`|\$|\\?[{}]|\\(?:textbf|underline|mathbf|textit|text|bm|,|;)|</?(?:b|u|i|strong|em)>|^_+|_+$"
 )
@@ -29,11 +33,11 @@ RANK = re.compile(
 RANK_IN_PATH = re.compile(r"(?<![a-z0-9])(?:rank|lora|r)[-_=]?(?P<rank>\d+)(?![0-9a-z])", re.IGNORECASE)
 SEED_IN_PATH = re.compile(r"(?<![a-z0-9])(?:seed|s)[-_=]?(?P<seed>\d+)(?![0-9a-z])", re.IGNORECASE)
 
-SECONDS = {"ms": 0.001, "s": 1, "sec": 1, "secs": 1, "second": 1, "seconds": 1, "m": 60, "min": 60, "mins": 60}
-SECONDS |= {"minute": 60, "minutes": 60, "h": 3600, "hr": 3600, "hrs": 3600, "hour": 3600, "hours": 3600}
-SECONDS |= {"d": 86400, "day": 86400, "days": 86400}
-CLOCK = re.compile(r"(?:(?P<days>\d+)\s*days?,?\s*)?(?P<hours>\d+):(?P<minutes>\d\d):(?P<seconds>\d\d(?:\.\d+)?)")
-BYTES = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+UNIT_SECONDS = {"ms": 0.001, "s": 1, "sec": 1, "secs": 1, "second": 1, "seconds": 1, "m": 60, "min": 60, "mins": 60}
+UNIT_SECONDS |= {"minute": 60, "minutes": 60, "h": 3600, "hr": 3600, "hrs": 3600, "hour": 3600, "hours": 3600}
+UNIT_SECONDS |= {"d": 86400, "day": 86400, "days": 86400}
+CLOCK_TEXT = re.compile(r"(?:(?P<days>\d+)\s*days?,?\s*)?(?P<hours>\d+):(?P<minutes>\d\d):(?P<seconds>\d\d(?:\.\d+)?)")
+UNIT_BYTES = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ def read_number(text: str, decimal_comma: bool = False) -> TableNumber | None:
     Args:
         decimal_comma: a comma is the decimal mark even where it could separate thousands (``1,234``).
     """
+    if PLAIN.fullmatch(text):
+        return TableNumber(float(text), None, False, len(text.partition(".")[2]), "." if "." in text else "")
     if text.lower() in TRUTH_VALUES:
         return TableNumber(TRUTH_VALUES[text.lower()])
     plain = text.replace("\\pm", "±").replace("\\%", "%").replace("−", "-").replace("\u00a0", " ")
@@ -79,7 +85,7 @@ def read_number(text: str, decimal_comma: bool = False) -> TableNumber | None:
 
 def read_rank(text: str) -> float | None:
     """Return the rank of ``8``, ``8.0``, ``r=8`` or ``LoRA rank 8``; ``None`` if the text is no number."""
-    plain = DECORATION.sub("", text).strip()
+    plain = text if text.isdigit() else DECORATION.sub("", text).strip()
     if match := RANK.fullmatch(plain):
         return float(match["rank"])
     number = read_number(text)
@@ -100,23 +106,23 @@ def seed_in_path(path: str) -> str | None:
 
 def read_seconds(text: str) -> float | None:
     """Return the seconds of ``348``, ``5.8min``, ``1h 2m 3s`` or ``0 days 00:05:48``; ``None`` if it is no duration."""
-    if match := CLOCK.fullmatch(text.strip()):
+    if match := CLOCK_TEXT.fullmatch(text.strip()):
         days, hours, minutes = (int(match[part] or 0) for part in ("days", "hours", "minutes"))
         return ((days * 24 + hours) * 60 + minutes) * 60 + float(match["seconds"])
     number = read_number(text)
     if number is not None:
         return number.value if math.isfinite(number.value) else None
     parts = re.findall(r"(\d+(?:\.\d+)?)\s*([a-z]+)", text.lower())
-    if not parts or re.sub(r"[\d.a-z\s,]", "", text.lower()) or any(unit not in SECONDS for _, unit in parts):
+    if not parts or re.sub(r"[\d.a-z\s,]", "", text.lower()) or any(unit not in UNIT_SECONDS for _, unit in parts):
         return None
-    return float(sum(float(amount) * SECONDS[unit] for amount, unit in parts))
+    return float(sum(float(amount) * UNIT_SECONDS[unit] for amount, unit in parts))
 
 
 def read_bytes(text: str) -> float | None:
     """Return the bytes of ``21.3 GB`` (10^9), ``20 GiB`` (2^30) or ``22273851392``; ``None`` if it is no size."""
     match = re.fullmatch(r"(.*?)\s*([kmg]?i?b?)", text.strip().lower())
     number = read_number(match[1]) if match else None
-    return number.value * BYTES[match[2]] if match and number is not None and match[2] in BYTES else None
+    return number.value * UNIT_BYTES[match[2]] if match and number is not None and match[2] in UNIT_BYTES else None
 
 
 def _plain_number(text: str, decimal_comma: bool) -> str | None:
