@@ -37,7 +37,7 @@ EXPORTED = ("config", "params", "hparams", "summary", "metrics", "tags", "run_in
 
 CONFIGURATION = (
     *("configuration", "config", "model", "variant", "format", "quantization", "targets", "task", "dataset", "method"),
-    "weight_type",
+    *("weight_type", "model.family", "model.variant", "quantization.mode", "task.format", "targets.set"),
 )
 """Columns that distinguish configurations; a table's configuration is all of them that it has."""
 
@@ -93,7 +93,7 @@ NOT_SCORES = frozenset(
         ),
         *("stderr", "se", "std", "sd", "sem", "stdev", "stddev", "var", "count", "step", "steps", "epoch", "time"),
         *("seconds", "runtime", "memory", "base", "baseline", "before", "aux", "threshold", "balance", "delta"),
-        *("dropout", "samples", "patience", "greater", "alias"),
+        *("dropout", "samples", "patience", "greater", "alias", "forgetting"),
     )
 )
 """Words of columns that no one asks a rank question about."""
@@ -183,7 +183,7 @@ def find_columns(rows: Sequence[TableRow], options: Options, where: str, more: S
     named = {meaning: matches[0] for meaning, aliases in ALIASES.items() if (matches := _matching(names, aliases))}
     notes: list[str] = []
     named["rank"] = _rank_column(table, options, notes)
-    nested_seeds = [name for name in names if bare_name(name).rsplit(".", 1)[-1] == "seed"]
+    nested_seeds = [name for name in names if _last_part(name) == "seed"]
     if "seed" not in named and len(nested_seeds) == 1:
         named["seed"] = nested_seeds[0]
     if "seed" not in named and SEED_FROM_PATH in names:
@@ -244,9 +244,7 @@ def _rank_column(table: _Table, options: Options, notes: list[str]) -> str:
 def names_a_rank(name: str) -> bool:
     """Return whether a name that is no alias can be the rank's, e.g. ``Adapter rank`` or ``run.lora.r``."""
     words = name_words(name)
-    return ("rank" in words and not NOT_RANKS & set(words)) or bare_name(name).rsplit(".", 1)[-1] in (
-        *("r", "lora_r", "lora_rank"),
-    )
+    return ("rank" in words and not NOT_RANKS & set(words)) or _last_part(name) in ("r", "lora_r", "lora_rank")
 
 
 def _has_ranks(texts: Iterable[str]) -> bool:
@@ -271,8 +269,9 @@ def _score_column(table: _Table, options: Options, used: Collection[str], notes:
             return "value"
         listed = f"{table.where}: {', '.join(table.names)}"
         raise AnalysisError("there is no column with the score", listed, "name it with --score-column")
-    own = [name for name in candidates if bare_name(name) == "loss_per_item"]
-    others = [name for name in candidates if name not in own]
+    # This package's own tables: its rank decisions use this score.
+    own = sorted((name for name in candidates if _last_part(name) == "loss_per_item"), key=_split_order)
+    others = [name for name in candidates if name not in own[:1]]
     if own and others:
         notes.append(f"The score is {own[0]}; {', '.join(others)} can be named with --score-column.")
         return own[0]
@@ -355,7 +354,11 @@ def _matching(names: Sequence[str], aliases: Sequence[str]) -> list[str]:
 
 
 def _is_protocol(name: str) -> bool:
-    return bare_name(name) in PROTOCOL or bare_name(name).rsplit(".", 1)[-1] in PROTOCOL
+    return bare_name(name) in PROTOCOL or _last_part(name) in PROTOCOL
+
+
+def _last_part(name: str) -> str:
+    return bare_name(name).rsplit(".", 1)[-1]
 
 
 @lru_cache(maxsize=10_000)

@@ -226,6 +226,28 @@ def test_mlflows_own_export_gives_times_and_leaves_out_its_parent_run(
     assert noted(found, "1 row without a score is left out", "line 14")
 
 
+def test_this_packages_runs_in_mlflow_are_answered_on_the_test_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {
+            "run_id": f"{r}{s}",
+            "status": "FINISHED",
+            "params.lora.r": r,
+            "params.seed": s,
+            "params.model.variant": "base",
+        }
+        | {"metrics.score/loss_per_item": loss + 1, "metrics.score_test/loss_per_item": loss}
+        | {"metrics.score_test/accuracy": 0.5, "metrics.score_before/loss_per_item": 9.0, "metrics.train/loss": 0.1}
+        | {"metrics.score/forgetting_nats_per_byte": 0.01, "metrics.baseline/tfidf_accuracy": 0.7}
+        for (r, s), loss in runs().items()
+    ]
+    file = written(tmp_path, "runs.csv", comma(list(rows[0]), [list(row.values()) for row in rows]))
+    found = answered(capsys, file, "--margin", "0.1")
+    assert (found["configuration"], found["recommended_rank"]) == ("base", 32)
+    assert noted(found, "The score is metrics.score_test/loss_per_item")
+
+
 @pytest.mark.parametrize("state", ["crashed", "failed", "running", "killed"])
 def test_a_run_of_wandb_that_did_not_finish_is_left_out_and_counted_even_with_a_score(
     state: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
