@@ -542,6 +542,26 @@ def test_items_stay_paired_where_seeds_are_not_shared(tmp_path: Path, capsys: py
     assert found["comparisons"][0]["low"] == pytest.approx(means["comparisons"][0]["low"], abs=1e-6)
 
 
+def test_noise_of_runs_is_not_counted_again_as_noise_of_items(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from scipy import stats
+
+    rng = np.random.default_rng(5)
+    losses = {r: rng.normal(2, 1, (8, 200)) for r in (8, 16)}
+    rows = [
+        {"rank": r, "seed": s + r, "item": i, "loss": float(loss)}
+        for r, of in losses.items()
+        for (s, i), loss in np.ndenumerate(of)
+    ]
+    found = answered(capsys, written(tmp_path, "t.json", json.dumps(rows)), "--margin", "0.2")
+    means = [of.mean(axis=1) for of in losses.values()]
+    expected = stats.ttest_ind(*means, equal_var=False).confidence_interval(0.95)
+    [step] = found["comparisons"]
+    # The items' part of the variance is 0 but for chance; not subtracting the runs' part would double the variance.
+    assert (step["high"] - step["low"]) / (expected.high - expected.low) == pytest.approx(1, abs=0.15)
+
+
 @pytest.mark.parametrize(
     ("seeds", "words"),
     [
