@@ -253,7 +253,7 @@ def analyze(
     files: Annotated[
         list[Path],
         typer.Argument(
-            metavar="FILE...", help="CSV, TSV, JSON, JSON lines, Parquet or Markdown; several files are one table"
+            metavar="FILE", help="CSV, TSV, JSON, JSON lines, Parquet or Markdown; several files are one table"
         ),
     ],
     margin: Annotated[
