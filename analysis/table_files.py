@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_exp.analysis.table_values import rank_in_path, seed_in_path
+from qlora_exp.analysis.table_values import RANK_IN_PATH, SEED_IN_PATH, numbers_in_paths
 from qlora_exp.errors import AnalysisError
 
 FILE_COLUMN = "file"
@@ -52,17 +52,18 @@ def read_table_rows(files: Sequence[Path]) -> list[TableRow]:
         AnalysisError: no such file, an unknown kind of file, one that isn't what its name says, or no row.
     """
     rows = [row for file in files for row in _rows_of(file)]
-    ranks = {row.file: row.cells.pop(RANK_FROM_PATH, "") for row in rows}
+    adapters = {row.file: row.cells.pop(RANK_FROM_PATH, "") for row in rows}
     if len(files) == 1:
         return rows
     paths = _different_parts(files)
-    named = {file: ranks.get(file) or str(rank_in_path(paths[file]) or "") for file in files}
-    seeds = {file: seed_in_path(paths[file]) or "" for file in files}
+    ranks = numbers_in_paths(RANK_IN_PATH, [*adapters.values()]) or numbers_in_paths(RANK_IN_PATH, [*paths.values()])
+    seeds = numbers_in_paths(SEED_IN_PATH, [*paths.values()])
+    for column, numbers in ((RANK_FROM_PATH, ranks), (SEED_FROM_PATH, seeds)):
+        if numbers is not None:
+            by_file = dict(zip(files, numbers, strict=True))
+            for row in rows:
+                row.cells[column] = by_file[row.file]
     for row in rows:
-        if all(named.values()):
-            row.cells[RANK_FROM_PATH] = named[row.file]
-        if all(seeds.values()):
-            row.cells[SEED_FROM_PATH] = seeds[row.file]
         row.cells.setdefault(FILE_COLUMN, str(row.file))
     return rows
 
@@ -286,7 +287,7 @@ def _lm_eval_rows(content: dict[str, Any]) -> Iterator[Cells]:
         row["n-shot"] = (content.get("n-shot") or {}).get(task)
         row["limit"] = config.get("limit")
         row["pretrained"] = arguments.get("pretrained") if arguments.get("peft") else None
-        row[RANK_FROM_PATH] = rank_in_path(str(adapter))
+        row[RANK_FROM_PATH] = str(adapter)
         yield row
 
 

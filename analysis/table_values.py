@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 MISSING = frozenset(
@@ -30,8 +31,8 @@ DECORATION = re.compile(
 RANK = re.compile(
     r"(?:(?:(?:q|do|rs)?lora|adapter)[\s_-]*)?(?:(?:rank|r)[\s_]*[=:_-]?\s*)?(?P<rank>\d+)(?:\.0+)?", re.IGNORECASE
 )
-RANK_IN_PATH = re.compile(r"(?<![a-z0-9])(?:rank|lora|r)[-_=]?(?P<rank>\d+)(?![0-9a-z])", re.IGNORECASE)
-SEED_IN_PATH = re.compile(r"(?<![a-z0-9])(?:seed|s)[-_=]?(?P<seed>\d+)(?![0-9a-z])", re.IGNORECASE)
+RANK_IN_PATH = re.compile(r"(?<![a-z0-9])(?:rank|lora|r)[-_=]?(?P<number>\d+)(?![0-9a-z])", re.IGNORECASE)
+SEED_IN_PATH = re.compile(r"(?<![a-z0-9])(?:seed|s)[-_=]?(?P<number>\d+)(?![0-9a-z])", re.IGNORECASE)
 
 UNIT_SECONDS = {"ms": 0.001, "s": 1, "sec": 1, "secs": 1, "second": 1, "seconds": 1, "m": 60, "min": 60, "mins": 60}
 UNIT_SECONDS |= {"minute": 60, "minutes": 60, "h": 3600, "hr": 3600, "hrs": 3600, "hour": 3600, "hours": 3600}
@@ -92,16 +93,19 @@ def read_rank(text: str) -> float | None:
     return None if number is None or number.se is not None or number.percent else number.value
 
 
-def rank_in_path(path: str) -> int | None:
-    """Return the rank that a path names, e.g. 8 of ``r8/results.json``; ``None`` if it names none or several."""
-    ranks = {int(match["rank"]) for match in RANK_IN_PATH.finditer(path)}
-    return ranks.pop() if len(ranks) == 1 else None
+def numbers_in_paths(pattern: re.Pattern[str], paths: Sequence[str]) -> list[str] | None:
+    """Return the number that each path names, e.g. 8 and 16 of ``r8/results.json`` and ``r16/results.json``.
 
+    A number that is in all paths is ignored, e.g. that of ``DeepSeek-R1``, unless no path names another.
 
-def seed_in_path(path: str) -> str | None:
-    """Return the seed that a path names, e.g. ``1`` of ``r8-seed1/results.json``."""
-    seeds = {match["seed"] for match in SEED_IN_PATH.finditer(path)}
-    return seeds.pop() if len(seeds) == 1 else None
+    Returns:
+        ``None`` unless every path names exactly one.
+    """
+    found = [{match["number"] for match in pattern.finditer(path)} for path in paths]
+    if len(found) > 1 and any(len(numbers) > 1 for numbers in found):
+        shared = set.intersection(*found)
+        found = [numbers - shared for numbers in found]
+    return [numbers.pop() for numbers in found] if all(len(numbers) == 1 for numbers in found) else None
 
 
 def read_seconds(text: str) -> float | None:

@@ -360,9 +360,9 @@ def test_lm_evals_standard_errors_are_of_items_and_do_not_stand_in_for_seeds(
     in_path: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = [
-        written(tmp_path, f"r{r}/results_2026.json", lm_eval_result(accuracy))
+        written(tmp_path, f"DeepSeek-R1-r{r}/results_2026.json", lm_eval_result(accuracy))
         if in_path
-        else written(tmp_path, f"{'ab'[r > 8]}/results_2026.json", lm_eval_result(accuracy, f"outputs/lora-r{r}"))
+        else written(tmp_path, f"{'ab'[r > 8]}/results_2026.json", lm_eval_result(accuracy, f"DeepSeek-R1/lora-r{r}"))
         for r, accuracy in ((8, 0.6), (16, 0.7))
     ]
     found = answered(capsys, *files, "--score-column", "acc,none", "--margin", "0.02")
