@@ -126,8 +126,8 @@ def left_out_notes(left_out: Sequence[LeftOut]) -> list[str]:
     return notes
 
 
-def best_of(results: Sequence[Result], columns: Columns, tell: list[str]) -> list[Result]:
-    """Return, at each rank, the results with the best value of the ``best_over`` columns, and add to ``tell`` which.
+def best_of(results: Sequence[Result], columns: Columns, notes: list[str]) -> list[Result]:
+    """Return, at each rank, the results with the best value of the ``best_over`` columns, and add to ``notes`` which.
 
     A value is judged by its mean over seeds and items, among the values with the most of them.
     """
@@ -150,21 +150,21 @@ def best_of(results: Sequence[Result], columns: Columns, tell: list[str]) -> lis
         chosen.append(f"r = {rank}: {', '.join(best)} (of {len(means)})")
     names = " and ".join(columns.best_over)
     if most > 1:
-        tell.append(
+        notes.append(
             f"The best {names} of each rank was chosen by these same scores: {'; '.join(chosen)}. Such scores are"
             " optimistic, most where many values were tried; the interval doesn't contain this choice."
         )
     return kept
 
 
-def averaged_in_groups(results: Sequence[Result], column: str, where: str, tell: list[str]) -> list[Result]:
+def averaged_in_groups(results: Sequence[Result], column: str, where: str, notes: list[str]) -> list[Result]:
     """Return one result for each run and group: the mean over the group's items, which then counts as an item.
 
     Items that share a context aren't independent. Differences are averaged within groups first, and the number of
     groups takes the place of the number of items (Miller 2024, arXiv 2411.00640, on clustered standard errors).
 
     Raises:
-        AnalysisError: an item without a group or in two, or only one group.
+        AnalysisError: an item without a group or in two, only one group, or a run that lacks an item.
     """
     group_of: dict[str, Result] = {}
     for result in results:
@@ -188,8 +188,14 @@ def averaged_in_groups(results: Sequence[Result], column: str, where: str, tell:
     for result in results:
         members[result.rank, result.seed, result.group].append(result)
     sizes = Counter(result.group for result in group_of.values())
+    for (rank, seed, group), of_run in members.items():
+        # A mean over other items would not pair. A group that a run lacks altogether is found later.
+        if len(of_run) < sizes[group]:
+            run = f"r = {rank}" if seed is None else f"r = {rank}, seed {seed}"
+            lacks = f"{run} lacks some of the {sizes[group]} items of {group}"
+            raise AnalysisError(lacks, where, "score every run on the same items")
     equal = len(set(sizes.values())) == 1
-    tell.append(
+    notes.append(
         f"{len(group_of)} items in {len(groups)} groups: scores are averaged within a group first, and a group counts"
         f" as one observation{'' if equal else '; groups have unequal sizes, and each counts the same'}."
     )

@@ -671,6 +671,15 @@ def test_groups_that_group_nothing_are_refused(
     assert words in refused(capsys, file, "--margin", "0.1", "--group-column", "document")
 
 
+def test_a_run_that_lacks_an_item_of_a_group_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = written(tmp_path, "t.json", json.dumps(clustered((3, 3))[1:]))
+    message = refused(capsys, file, "--margin", "0.1", "--group-column", "document")
+    assert "r = 8, seed 1 lacks some of the 3 items of d0" in message
+    file = written(tmp_path, "t.json", json.dumps(clustered((1, 3, 3))[1:]))
+    message = refused(capsys, file, "--margin", "0.1", "--group-column", "document")
+    assert "r = 8, seed 1 lacks some of the 3 items" in message
+
+
 def test_an_item_in_two_groups_and_groups_without_items_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
