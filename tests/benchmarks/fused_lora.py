@@ -6,8 +6,7 @@
 The product trains with PEFT's layers. This script holds the alternatives, so that their gain can be measured again on
 another processor, or after PEFT changes:
 
-* ``node``: base(x) + scale · x Aᵀ Bᵀ in one node, which saves x once and adds in place. Products with the rank have r
-  rows, not r columns: MKL computes them two to five times as fast.
+* ``node``: base(x) + scale · x Aᵀ Bᵀ in one node, which saves x once and adds in place.
 * ``merged``: x (W + scale · B A)ᵀ, as one product in fp32. Only for fp32 computation: 16 bits would round the update
   of W away.
 * ``merged, full``: the same; the gradients of A and B come from the gradient of the whole weight.
@@ -63,12 +62,12 @@ class Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Any, a: Any, b: Any, base: Any, scale: float) -> Any:
         output = base(x)
-        low = a @ x.reshape(-1, x.shape[-1]).to(a.dtype).t()
+        low = x.reshape(-1, x.shape[-1]).to(a.dtype) @ a.t()
         rows = output.view(-1, output.shape[-1])
         if rows.dtype is a.dtype:
-            rows.addmm_(low.t(), b.t(), alpha=scale)
+            rows.addmm_(low, b.t(), alpha=scale)
         else:
-            rows.add_(low.t() @ b.t(), alpha=scale)
+            rows.add_(low @ b.t(), alpha=scale)
         ctx.save_for_backward(x, a, b, low)
         ctx.base, ctx.scale = base, scale
         return output
@@ -79,17 +78,17 @@ class Node(torch.autograd.Function):
         x, a, b, low = ctx.saved_tensors
         incoming = gradient.reshape(-1, gradient.shape[-1])
         wide = incoming.to(a.dtype)
-        through_b = (b.t().contiguous() @ wide.t()).mul_(ctx.scale)
-        of_a = through_b @ x.reshape(-1, x.shape[-1]).to(a.dtype)
-        of_b = (low @ wide).mul_(ctx.scale).t().contiguous()
+        through_b = (wide @ b).mul_(ctx.scale)
+        of_a = through_b.t() @ x.reshape(-1, x.shape[-1]).to(a.dtype)
+        of_b = (wide.t() @ low).mul_(ctx.scale)
         of_x = None
         if ctx.needs_input_grad[0]:
             weight = frozen_weight(ctx.base, incoming.dtype)
             of_x = incoming @ weight
             if of_x.dtype is a.dtype:
-                of_x.addmm_(through_b.t(), a)
+                of_x.addmm_(through_b, a)
             else:
-                of_x.add_(through_b.t() @ a)
+                of_x.add_(through_b @ a)
             of_x = of_x.to(x.dtype).view(x.shape)
         return of_x, of_a, of_b, None, None
 
@@ -112,8 +111,8 @@ class Merged(torch.autograd.Function):
             of_weight = (incoming.t() @ rows).mul_(ctx.scale)
             of_a, of_b = b.t() @ of_weight, of_weight @ a.t()
         else:
-            of_a = (b.t().contiguous() @ incoming.t()).mul_(ctx.scale) @ rows
-            of_b = ((a @ rows.t()) @ incoming).mul_(ctx.scale).t().contiguous()
+            of_a = (incoming @ b).mul_(ctx.scale).t() @ rows
+            of_b = (incoming.t() @ (rows @ a.t())).mul_(ctx.scale)
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = incoming @ torch.addmm(frozen_weight(ctx.base, x.dtype), b, a, alpha=ctx.scale)
