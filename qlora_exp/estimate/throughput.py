@@ -128,7 +128,8 @@ def _before_and_after(record: RunRecord) -> tuple[float, float] | None:
     before = speed.load_seconds + (speed.base_evaluation_seconds or 0.0)
     in_one_part = spent is not None and spent.tokens == speed.train_tokens and not record.earlier_failures
     if in_one_part and speed.total_seconds is not None and speed.train_seconds is not None:
-        before = max(before, speed.total_seconds - speed.train_seconds - speed.evaluation_seconds)
+        other = speed.total_seconds - speed.train_seconds - speed.evaluation_seconds
+        before = max(before, other - (speed.waiting_seconds or 0.0))
     parts = (before, speed.evaluation_seconds)
     return parts if all(map(math.isfinite, parts)) and sum(parts) > 0 else None
 

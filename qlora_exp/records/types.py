@@ -269,9 +269,11 @@ class Speed:
     train_seconds: float | None = None
     evaluation_seconds: float | None = None
     base_evaluation_seconds: float | None = None
-    """Seconds to score the base model before tuning."""
+    """Seconds to score the base model before tuning, without ``waiting_seconds``."""
     base_scores_cached: bool = False
     """Whether the base model's scores came from the cache."""
+    waiting_seconds: float | None = None
+    """Seconds of waiting for other runs that computed the same base scores or baselines."""
     total_seconds: float | None = None
     steps: int | None = None
     excluded_steps: int | None = None
@@ -400,6 +402,15 @@ class Goal:
 
 
 @dataclass(frozen=True)
+class PilotLoss:
+    """By what a ladder compares its pilots while they train (:mod:`qlora_exp.analysis.pilots`)."""
+
+    step: int
+    loss: float
+    """Mean training loss of the last steps up to ``step``, in nats per token."""
+
+
+@dataclass(frozen=True)
 class Training:
     """What the trainer did."""
 
@@ -413,6 +424,8 @@ class Training:
     micro_batch_size: int | None = None
     ended_by_budget: str | None = None
     """The limit of ``budget`` that ended the training before its last step, e.g. ``seconds``."""
+    pilot_loss: PilotLoss | None = None
+    """Only of a ladder's pilots that may be stopped early; ``None`` before the step at which they are compared."""
 
 
 KILLED_FOR_MEMORY = "OutOfMemory"

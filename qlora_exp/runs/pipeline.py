@@ -20,6 +20,7 @@ from qlora_exp.evaluation.base_scores import baselines_of, score_base_model, sco
 from qlora_exp.evaluation.few_shot import few_shot_scores
 from qlora_exp.evaluation.goal import answer_goal
 from qlora_exp.evaluation.scoring import Evaluation, limit_items
+from qlora_exp.evaluation.shared_scores import Wait
 from qlora_exp.models.adapters import attach_adapters, load_adapter, save_adapter
 from qlora_exp.models.base_cache import NoCache
 from qlora_exp.models.base_models import BaseModels
@@ -85,9 +86,11 @@ def _run_pipeline(
     progress.enter("evaluate base", observer)
     with meter.phase("base"):
         model = bases.model(base)
-        base_scores = score_base_model(model, tokenizer, splits, config, planned, base.fingerprint, cache)
-        few_shot = few_shot_scores(model, tokenizer, splits, config, planned, base.fingerprint, cache)
-    baselines = baselines_of(splits, config, cache)
+        wait = progress.wait = _wait("base scores", observer)
+        base_scores = score_base_model(model, tokenizer, splits, config, planned, base.fingerprint, cache, wait)
+        few_shot = few_shot_scores(model, tokenizer, splits, config, planned, base.fingerprint, cache, wait)
+    progress.baseline_wait = _wait("baselines", observer)
+    baselines = baselines_of(splits, config, cache, progress.baseline_wait)
     base_scores.write_items(paths)
     few_shot.write_items(paths)
     progress.base_scores = base_scores
@@ -140,6 +143,11 @@ def _run_pipeline(
         forgetting_chat=forgotten.chat,
     )
     progress.record = progress.record.replace(scores=table, goal=_goal(config, after, test))
+
+
+def _wait(what: str, observer: Observer) -> Wait:
+    """Return a wait that the observer sees as a phase, so that no worker takes the silent trial for hung."""
+    return Wait(lambda: observer.phase(f"wait for another run's {what}"), lambda: observer.phase("evaluate base"))
 
 
 def _with_warning(record: RunRecord, warning: str | None) -> RunRecord:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from qlora_exp.config.schema import BudgetConfig
 from qlora_exp.estimate.budget import RECORD_SECONDS, exhausted, spent_before
 from qlora_exp.evaluation.base_scores import BaseScores
+from qlora_exp.evaluation.shared_scores import Wait
 from qlora_exp.models.weight_bytes import WeightBytes
 from qlora_exp.paths import RunPaths
 from qlora_exp.records.files import write_json
@@ -36,6 +37,10 @@ class RunFigures:
     watch: TrainingState | None = None
     trained: Trained | None = None
     base_scores: BaseScores | None = None
+    wait: Wait = field(default_factory=Wait)
+    """For another run that scores the same base model."""
+    baseline_wait: Wait = field(default_factory=Wait)
+    """For another run that computes the same baselines, which isn't part of a phase."""
     started: float = field(default_factory=time.perf_counter)
     earlier: Spent = field(init=False)
     started_joules: float | None = field(init=False)
@@ -126,12 +131,14 @@ def _working_set(progress: RunFigures) -> int | None:
 def _speed(progress: RunFigures, trained: Trained | None) -> Speed:
     record, meter, base_scores = progress.record, progress.meter, progress.base_scores
     total = progress.earlier_seconds + time.perf_counter() - progress.started
+    in_base_phase, waited = meter.of("base").seconds, progress.wait.seconds
     price = record.plan.usd_per_hour if record.plan is not None else None
     speed = Speed(
         load_seconds=meter.of("load").seconds,
         evaluation_seconds=meter.of("evaluate").seconds,
-        base_evaluation_seconds=meter.of("base").seconds,
+        base_evaluation_seconds=None if in_base_phase is None else max(in_base_phase - waited, 0.0),
         base_scores_cached=base_scores.cached if base_scores else False,
+        waiting_seconds=waited + progress.baseline_wait.seconds,
         total_seconds=total,
         cost_usd=total / 3600.0 * price if price is not None else None,
     )
