@@ -369,8 +369,7 @@ class LadderConfig:
     seeds: int
     """Seeds per rank at the first look, from ``seed`` upwards."""
     max_seeds: int
-    """Maximum seeds per rank, at most 8, after the one sample increase of a doubling; equal to ``seeds``: no
-    increase."""
+    """Maximum seeds per rank, at most 8, after a doubling's one sample increase; equal to ``seeds``: no increase."""
     pilot_seed: int
     """Seed of the pilot runs that choose learning rates; decisions don't use these runs."""
     margin: float | None
@@ -383,8 +382,9 @@ class LadderConfig:
     """Gains within margin ± half_zone may be decided either way; null: margin / 2."""
     lr_policy: LrPolicy
     lr_factors: list[float]
-    """Factors of the centre. The centre is training.learning_rate at r_start; ∝ r^−½ for alpha = 2r and r, constant for
-    other policies."""
+    """Factors of the centre: training.learning_rate at r_start; ∝ r^−½ for alpha = 2r and r, else constant."""
+    stop_pilots: bool
+    """Stop pilot runs whose training loss is clearly behind another pilot's of their rank (docs/statistics.md)."""
     seed_sd: float | None
     """Expected standard deviation, over seeds, of the mean difference between two ranks, in nats per item; null:
     unknown."""

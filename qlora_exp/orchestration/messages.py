@@ -30,6 +30,8 @@ class RunTrial:
     """Whether a :class:`PruneRequest` must contain the loss of each item."""
     memory: MemoryLimit | None = None
     """What a new run must fit into; ``None``: as its configuration says."""
+    pilot: bool = False
+    """Whether the run is a ladder's pilot that may be stopped: a :class:`PruneRequest` then has its training loss."""
 
 
 @dataclass(frozen=True)

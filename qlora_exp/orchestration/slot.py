@@ -36,6 +36,7 @@ from qlora_exp.orchestration.trial_process import ProcessDied, TrialProcess
 from qlora_exp.paths import OutputPaths, RunPaths, StudyPaths, slug
 from qlora_exp.records.files import read_record, write_json
 from qlora_exp.records.types import Failure, RunRecord, Status, Trial
+from qlora_exp.study.pilot_pruner import may_stop
 from qlora_exp.study.types import Claim, Outcome, StudySpec
 from qlora_exp.system import memory_limits
 from qlora_exp.system.device_errors import bitsandbytes_error
@@ -179,6 +180,7 @@ class Slot(threading.Thread):
                 micro_batch_size=_earlier_micro_batch(record),
                 per_item=spec.pruner == "wilcoxon",
                 memory=self.worker.memory_limit(claim) if record is None else None,
+                pilot=may_stop(spec.ladder, claim.params),
             )
         )
         try:

@@ -127,7 +127,7 @@ class _TrialRunner:
                 resume=command.run_id if command.resume else None,
                 run_id=command.run_id,
                 trial=command.trial,
-                report=PruneCheck(self.ask, command.per_item),
+                report=PruneCheck(self.ask, command.per_item, command.pilot),
                 bases=self.bases,
                 deliver=self.deliveries.submit,
                 memory=command.memory,

@@ -30,6 +30,7 @@ from qlora_exp.training.callbacks import (
     Budget,
     GracefulInterrupt,
     LossCurve,
+    PilotCallback,
     PruningCallback,
     StepMeter,
     TokenBudget,
@@ -63,6 +64,8 @@ class TrainingState:
     plan: Plan
     resumed_from_step: int | None = None
     steps: int = 0
+    pilot: PilotCallback | None = None
+    """Only for a ladder's pilot that may be stopped early."""
 
     def so_far(self) -> Trained:
         """Return the figures known now, for a training that still runs or has failed."""
@@ -75,6 +78,7 @@ class TrainingState:
                 epochs=None,
                 resumed_from_step=self.resumed_from_step,
                 micro_batch_size=self.plan.micro_batch_size,
+                pilot_loss=self.pilot.loss if self.pilot is not None else None,
             ),
             seconds=self.meter.seconds(),
             tokens=self.meter.tokens,
@@ -104,7 +108,8 @@ def train(
     """Train ``model`` (a PeftModel; changed in place) on ``train_items``.
 
     Args:
-        report: called after each validation; returns whether the pruner stops the trial.
+        report: called after each validation, or for a pilot at the step of comparison; returns whether the pruner stops
+            the trial.
         watching: gets the training's state before the first step, so that a failed run's record has its figures.
         exhausted: called after each step; returns the limit of ``budget`` that is spent.
 
@@ -126,6 +131,8 @@ def train(
 
     curve = LossCurve(paths.curve, meter, observer or NullObserver(), resumed_step or 0)
     state = TrainingState(meter, curve, plan, resumed_step)
+    if report.pilot:
+        state.pilot = PilotCallback(report, paths.curve, math.ceil(len(train_items) / plan.batch_size))
     watching(state)
     interrupt, token_budget = GracefulInterrupt(), TokenBudget(config.training.max_tokens, meter)
     budget = Budget(exhausted)
@@ -134,7 +141,7 @@ def train(
         token_budget,
         budget,
         curve,
-        PruningCallback(report),
+        state.pilot or PruningCallback(report),
         interrupt,
         checkpoints.ChecksumCallback(current_counters),
     ]
