@@ -47,6 +47,7 @@ NOT_EMPTY = {"__init__.py", "cli/__init__.py", "models/__init__.py"}
 ONE_IMPORTER: dict[str, str | tuple[str, ...]] = {
     "bitsandbytes": "models",
     "peft": "models",
+    "liger_kernel": "models",
     "datasets": "data",
     "trl": "training",
     "evaluate": "evaluation",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import io
 import sys
 import weakref
 from pathlib import Path
@@ -147,6 +148,45 @@ def test_managed_memory_that_runs_out_is_raised_and_a_trainings_is_freed(monkeyp
             assert memory.error == 0
         assert memory.blocks == {}
     assert GlobalPageManager.get_instance().paged_tensors == []
+
+
+def test_a_resumed_paged_optimizer_is_still_paged(monkeypatch: Kept) -> None:
+    """bitsandbytes loads the states of a checkpoint as ordinary tensors."""
+
+    def paged(self: Any, parameter: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        state = torch.zeros_like(parameter, dtype=dtype)
+        vars(state)["is_paged"] = parameter.numel() >= 1e5
+        return state
+
+    monkeypatch.setattr(Optimizer8bit, "get_state_buffer", paged)
+    parameters = [torch.nn.Parameter(torch.zeros(400, 400)), torch.nn.Parameter(torch.zeros(4))]
+    gradients = [torch.full_like(parameter, 0.5) for parameter in parameters]
+
+    def step(optimizer: Any) -> dict[str, Any]:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+        buffer = io.BytesIO()
+        torch.save(optimizer.state_dict(), buffer)
+        buffer.seek(0)
+        loaded: dict[str, Any] = torch.load(buffer, weights_only=True)
+        return loaded
+
+    with bitsandbytes_optimizers():
+        saved = step(bitsandbytes.optim.PagedAdamW32bit(parameters))
+        resumed = bitsandbytes.optim.PagedAdamW32bit(parameters)
+        resumed.load_state_dict(saved)
+        for number, parameter in enumerate(parameters):
+            state = resumed.state[parameter]
+            for name in ("state1", "state2"):
+                assert getattr(state[name], "is_paged", False) == (number == 0)
+                kept = saved["state"][number][Optimizer8bit._FSDP_WRAPPED_QUANT_STATE_KEY][name]
+                assert torch.equal(state[name], kept)
+        again = step(resumed)
+        assert again["state"][0]["step"] == 2
+    plain = bitsandbytes.optim.AdamW32bit(parameters)
+    plain.load_state_dict(saved)
+    assert not hasattr(plain.state[parameters[0]]["state1"], "is_paged")
 
 
 def test_paged_states_belong_to_what_training_needs(gpu: None, tmp_path: Path, monkeypatch: Kept) -> None:

@@ -111,6 +111,11 @@ def config_fingerprint(config: Config) -> str:
         del plain[group]
     for key in ("logging_steps", "save_every_steps", "resume"):
         del plain["training"][key]
+    if plain["training"]["kernels"] == "auto":  # which they are depends on the machine; the plan has them
+        plain["training"]["kernels"] = EARLIER_TRAINING_DEFAULTS["kernels"]
+    for key, value in EARLIER_TRAINING_DEFAULTS.items():
+        if plain["training"][key] == value:
+            del plain["training"][key]
     del plain["evaluation"]["cache"]
     return _digest(plain)
 
@@ -153,6 +158,10 @@ EARLIER_TASK_DEFAULTS: dict[str, Any] = {
 }
 """What a task did before these keys existed. If a date or a separator changes the text of the rows, the data's own
 fingerprint changes."""
+
+
+EARLIER_TRAINING_DEFAULTS: dict[str, Any] = {"micro_batch_tokens": None, "kernels": "none"}
+"""What a training did before these keys existed."""
 
 
 def _without_newer_defaults(task: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 from qlora_exp.config.allowed_values import (
     ALPHA_POLICIES,
     ATTENTIONS,
+    AUTO_TOKENS,
     MAX_RANK,
     MAX_THREADS,
     MAX_WORKERS,
@@ -125,6 +126,14 @@ def _training(training: TrainingConfig) -> Iterator[ConfigError]:
         divisors = ", ".join(str(size) for size in range(1, batch + 1) if batch % size == 0)
         what = f"training.batch_size={batch} is not a multiple of training.micro_batch_size={micro_batch}"
         yield config_error(what, "training.micro_batch_size", micro_batch, f"a divisor of {batch}: {divisors}")
+    tokens = training.micro_batch_tokens
+    if tokens is not None and tokens != AUTO_TOKENS and not (type(tokens) is int and tokens >= 1):
+        hint = f"training.micro_batch_tokens={AUTO_TOKENS}, a number of tokens (4096), or null"
+        yield config_error("a micro-batch can't have this many tokens", "training.micro_batch_tokens", tokens, hint)
+    if tokens is not None and micro_batch is not None:
+        what = f"training.micro_batch_size={micro_batch} is set, too: a micro-batch is chosen in rows or in tokens"
+        hint = "training.micro_batch_size=null, or training.micro_batch_tokens=null"
+        yield config_error(what, "training.micro_batch_tokens", tokens, hint)
     if reason := UNSUPPORTED_SCHEDULERS.get(training.scheduler):
         what = f"the scheduler {training.scheduler} can't be set up here: {reason}"
         yield config_error(what, "training.scheduler", training.scheduler, "training.scheduler=cosine")

@@ -90,6 +90,12 @@ class Checkpointing(Enum):
     off = "off"
 
 
+class Kernels(Enum):
+    auto = "auto"
+    none = "none"
+    liger = "liger"
+
+
 class EvaluationSplit(Enum):
     validation = "validation"
     test = "test"
@@ -259,6 +265,8 @@ class TrainingConfig:
     step that reaches it."""
     batch_size: int
     micro_batch_size: int | None
+    micro_batch_tokens: Any
+    """A number, auto (the largest that is predicted to fit) or null. OmegaConf can't merge a union of types."""
     learning_rate: float
     scheduler: str
     warmup_ratio: float
@@ -267,6 +275,8 @@ class TrainingConfig:
     optimizer: str
     max_length: int
     gradient_checkpointing: Checkpointing
+    kernels: Kernels
+    """Of norms and gated MLPs, for training and for all scores."""
     logging_steps: int
     evaluate_every_steps: int | None
     """Validation loss during training; null: never."""
@@ -338,26 +348,6 @@ class BudgetConfig:
     """
     force: bool
     """Start runs that are predicted not to fit, as ``--force`` does."""
-
-
-@dataclass
-class ExportConfig:
-    """``qlora-exp export``: conf/export.yaml, which isn't part of a run's configuration."""
-
-    formats: list[str]
-    """adapter, merged, or a GGUF block type."""
-    dtype: ComputeDtype
-    """Of the merged model: bfloat16 or float16."""
-    check_items: int
-    tolerance: float
-    """How much accuracy an exported file may lose against the run, as a share of items."""
-    context_tokens: int
-    generated_tokens: int
-    usd_per_hour: float | None
-    """null: the cost in the run's record."""
-    phone_file_bytes: int
-    phone_memory_bytes: int
-    phone_usd: float
 
 
 @dataclass

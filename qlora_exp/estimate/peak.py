@@ -151,7 +151,7 @@ def predicted_peak(
     logits = _logits_tile(architecture, batch.loss_tokens, width, cuda) + hidden_gradient
     # Before the first backward pass of a step the gradients of the last step are freed. From the second micro-batch of
     # a batch on, gradients of the earlier ones exist.
-    accumulates = config.training.batch_size > batch.rows
+    accumulates = config.training.batch_size * batch.length > batch.tokens
     # Autocast multiplies by copies of A and B in the compute dtype. Backward needs each of them until it has made the
     # gradient, which is larger. With checkpointing they exist until forward ends, i.e. before the head's gradient; then
     # those of the recomputed layer alone.
@@ -198,16 +198,13 @@ def predicted_peak(
 
 @dataclass(frozen=True)
 class _MicroBatch:
-    """The largest micro-batch. ``loss_tokens`` get logits. ``padded``: its rows differ in length."""
+    """The largest micro-batch: its tokens with padding, and its longest row's. ``loss_tokens`` get logits.
+    ``padded``: its rows differ in length."""
 
-    rows: int
+    tokens: int
     length: int
     loss_tokens: int
     padded: bool
-
-    @property
-    def tokens(self) -> int:
-        return self.rows * self.length
 
 
 def _micro_batch(
@@ -215,16 +212,22 @@ def _micro_batch(
 ) -> _MicroBatch:
     training = config.training
     rows = training.micro_batch_size or training.batch_size
-    length, padded, loss_tokens = training.max_length, True, float(rows * (training.max_length - 1))
+    length, padded = training.max_length, True
     length_multiple, logits_multiple = shape_multiples(compute, device_kind, length, architecture.positions)
+    if isinstance(training.micro_batch_tokens, int):  # as many rows as of the shortest ones: an upper bound
+        shortest = lengths.shortest_tokens if lengths is not None else length
+        rows = min(rows, max(1, training.micro_batch_tokens // _rounded_up(shortest, length_multiple)))
+    loss_tokens = float(rows * (length - 1))
     if lengths is not None:
         length = min(lengths.longest_tokens, length)
         padded = lengths.differ or length % length_multiple != 0
         batches = Workload.of(training, lengths).steps * math.ceil(training.batch_size / rows)
         loss_tokens = min(rows * (length - 1), lengths.max_loss_tokens(rows, batches))
-    return _MicroBatch(
-        rows, _rounded_up(length, length_multiple), _rounded_up(round(loss_tokens), logits_multiple), padded
-    )
+    length = _rounded_up(length, length_multiple)
+    tokens = rows * length
+    if isinstance(training.micro_batch_tokens, int):
+        tokens = min(tokens, training.micro_batch_tokens)
+    return _MicroBatch(tokens, length, _rounded_up(round(min(loss_tokens, tokens)), logits_multiple), padded)
 
 
 def _rounded_up(number: int, multiple: int) -> int:

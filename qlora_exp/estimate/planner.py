@@ -20,6 +20,7 @@ from qlora_exp.estimate.candidates import Candidate
 from qlora_exp.estimate.device import PlanDevice, device_notes, device_of
 from qlora_exp.estimate.estimator import Estimator, RunEstimate
 from qlora_exp.estimate.memory_fit import planned_fit
+from qlora_exp.estimate.micro_batch_tokens import micro_batch_note
 from qlora_exp.estimate.throughput import Interval, MeasuredThroughput, from_finished_runs
 from qlora_exp.estimate.tokens import PlannedRows, RowCounter
 from qlora_exp.records.redaction import redact
@@ -237,7 +238,11 @@ class Planner:
             fits=fit.fits if budget_problem is None else False,
             borderline=fit.borderline and budget_problem is None,
             reason=fit.reason if budget_problem is None else f"{budget_problem.what}; {fit.reason}",
-            notes=(*device_notes(config, device, architecture), *([rank_note] if rank_note else [])),
+            notes=(
+                *device_notes(config, device, architecture),
+                *([rank_note] if rank_note else []),
+                *([micro_batch_note(config, estimate.micro_batch_tokens)] if estimate.micro_batch_tokens else []),
+            ),
         )
 
     def _budget_problem(self, config: Config, device: PlanDevice, estimate: RunEstimate) -> QloraExpError | None:

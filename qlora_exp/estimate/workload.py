@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +22,11 @@ from dataclasses import dataclass
 from qlora_exp.architecture.shapes import Architecture
 from qlora_exp.config.schema import TrainingConfig
 from qlora_exp.estimate.activations import layers_of
+from qlora_exp.training.micro_batches import cut_rows, padded_tokens
+
+KEPT_LENGTHS = 500
+SIMULATED_ROWS = 2048
+"""Rows of the simulated steps together: a few hundredths of a second."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,8 @@ class RowLengths:
     loss_tokens_deviation: float
     row_max_loss_tokens: int
     expected_longest_tokens: tuple[float, ...]
+    sorted_tokens: tuple[int, ...] = ()
+    """The rows' lengths; of many rows, :data:`KEPT_LENGTHS` evenly spaced ones. Empty: unknown."""
 
     @staticmethod
     def of(tokens: Sequence[int], scored: Sequence[int]) -> RowLengths:
@@ -47,6 +55,7 @@ class RowLengths:
             loss_tokens_deviation=statistics.pstdev(scored),
             row_max_loss_tokens=max(scored),
             expected_longest_tokens=_expected_max(tokens),
+            sorted_tokens=_evenly_spaced(sorted(tokens)),
         )
 
     @property
@@ -64,6 +73,19 @@ class RowLengths:
         )
         return lower_length + (doublings - lower) * (upper_length - lower_length)
 
+    def expected_length_when_cut(self, rows: int, limit: int) -> float:
+        """Return the mean padded length of ``rows`` rows of a step that are cut into micro-batches of at most ``limit``
+        padded tokens, from simulated steps."""
+        if not self.sorted_tokens:
+            return self.expected_padded_length(rows)
+        draw, cost = random.Random(0), padded_tokens()
+        padded = 0
+        steps = max(1, SIMULATED_ROWS // rows)
+        for _ in range(steps):
+            lengths = draw.choices(self.sorted_tokens, k=rows)
+            padded += sum(cost([lengths[row] for row in group]) for group in cut_rows(lengths, limit, cost))
+        return padded / (steps * rows) * self.mean_tokens / statistics.fmean(self.sorted_tokens)
+
     @property
     def differ(self) -> bool:
         return self.shortest_tokens < self.longest_tokens
@@ -80,6 +102,11 @@ class RowLengths:
         if rows * batches >= self.rows:
             expected = max(expected, self.row_max_loss_tokens + (rows - 1) * self.mean_loss_tokens)
         return min(expected, float(rows * self.row_max_loss_tokens))
+
+
+def _evenly_spaced(ordered: Sequence[int]) -> tuple[int, ...]:
+    kept = min(len(ordered), KEPT_LENGTHS)
+    return tuple(ordered[(2 * number + 1) * len(ordered) // (2 * kept)] for number in range(kept))
 
 
 def _expected_max(tokens: Sequence[int]) -> tuple[float, ...]:
@@ -159,7 +186,10 @@ class Workload:
         else:
             step_rows = lengths.rows / math.ceil(lengths.rows / training.batch_size)
             micro_batch = min(training.micro_batch_size or training.batch_size, lengths.rows)
-            row = MeanRow(lengths.mean_tokens, lengths.expected_padded_length(micro_batch), lengths.mean_loss_tokens)
+            padded = lengths.expected_padded_length(micro_batch)
+            if isinstance(training.micro_batch_tokens, int):
+                padded = lengths.expected_length_when_cut(round(step_rows), training.micro_batch_tokens)
+            row = MeanRow(lengths.mean_tokens, padded, lengths.mean_loss_tokens)
         if training.max_tokens is not None:
             steps = math.ceil(training.max_tokens / (step_rows * row.tokens))
             return Workload(steps, step_rows, row, training.max_tokens)

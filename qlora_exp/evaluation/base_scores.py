@@ -77,6 +77,7 @@ def score_base_model(
     key = cache_key(
         *(plan.base_fingerprint, model_fingerprint, splits.record.fingerprint, plan.compute_dtype, plan.device),
         *(general, item_names(splits)),
+        *([plan.kernels] if plan.kernels != "none" else []),
     )
 
     def compute() -> BaseScores:

@@ -67,6 +67,7 @@ def few_shot_scores(
     key = cache_key(
         *(plan.base_fingerprint, model_fingerprint, splits.record.fingerprint, plan.compute_dtype, plan.device),
         *(f"{shots} × {evaluation.few_shot_draws}", item_names(splits)),
+        *([plan.kernels] if plan.kernels != "none" else []),
     )
 
     def compute() -> FewShotScores:

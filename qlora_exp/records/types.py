@@ -107,7 +107,9 @@ class Plan:
     max_steps: int
     batch_size: int
     micro_batch_size: int
+    """Sequences per forward pass; with ``micro_batch_tokens``, the batch size, of which each step's rows are cut."""
     gradient_accumulation_steps: int
+    """Micro-batches per step; 1 with ``micro_batch_tokens``, whose number varies from step to step."""
     gradient_checkpointing: bool
     format: str
     """``chat`` or ``plain``."""
@@ -115,6 +117,13 @@ class Plan:
     """Training batches are padded to a multiple of this length."""
     logits_multiple: int = 1
     """The number of tokens with logits per training batch is rounded up to a multiple of this."""
+    micro_batch_tokens: int | None = None
+    """The largest micro-batch in tokens with padding, as configured or as ``auto`` chose it; ``None``: micro-batches
+    are chosen in rows."""
+    longest_row_tokens: int | None = None
+    """The longest training row in tokens, rounded up to ``length_multiple``: the smallest ``micro_batch_tokens``."""
+    kernels: str = "none"
+    """Kernels of norms and gated MLPs, in training and scoring: ``liger``, or ``none`` for transformers' own."""
     inputs_rounded_in: tuple[str, ...] | None = None
     """Phases in which quantized layers' inputs are rounded to 8 bits, too (int8 only): ``training``, ``evaluation``.
     ``None`` in records of earlier versions."""
@@ -244,6 +253,9 @@ class Memory:
     without the growth of mapped files; ``None`` if the process had made a run before.
     """
     checkpoint_bytes: int | None = None
+    outside_allocator_bytes: int | None = None
+    """When the GPU's memory ran out: what was in use there outside this process's torch allocator, i.e. by CUDA's
+    context, paged optimizer states and other processes. ``None`` if memory didn't run out, or on a CPU."""
     process_reused: bool = False
     """Whether the process had made a run before; CPU peaks are then unknown."""
     source: str | None = None

@@ -23,6 +23,7 @@ from qlora_exp.evaluation.scoring import Evaluation, limit_items
 from qlora_exp.models.adapters import attach_adapters, load_adapter, save_adapter
 from qlora_exp.models.base_cache import NoCache
 from qlora_exp.models.base_models import BaseModels
+from qlora_exp.models.kernels import with_kernels
 from qlora_exp.models.weight_bytes import weight_bytes
 from qlora_exp.paths import OutputPaths, RunPaths
 from qlora_exp.records.files import write_json
@@ -84,7 +85,7 @@ def _run_pipeline(
 
     progress.enter("evaluate base", observer)
     with meter.phase("base"):
-        model = bases.model(base)
+        model = with_kernels(bases.model(base), planned.kernels)
         base_scores = score_base_model(model, tokenizer, splits, config, planned, base.fingerprint, cache)
         few_shot = few_shot_scores(model, tokenizer, splits, config, planned, base.fingerprint, cache)
     baselines = baselines_of(splits, config, cache)
@@ -99,10 +100,10 @@ def _run_pipeline(
     progress.enter("train", observer)
     progress.trained = _finished_training(paths)
     if progress.trained is not None:  # the run was interrupted after its training
-        model = load_adapter(base, paths.adapter)
+        model = with_kernels(load_adapter(base, paths.adapter), planned.kernels)
         progress.weights = weight_bytes(model)
     else:
-        model = attach_adapters(bases.model(base), config, prepared.modules)
+        model = with_kernels(attach_adapters(bases.model(base), config, prepared.modules), planned.kernels)
         progress.weights = weight_bytes(model)
         model.train()
         validation = limit_items(splits.validation, config)
@@ -214,6 +215,8 @@ def _goal(config: Config, after: Evaluation, test: Evaluation | None) -> Any:
 
 def _failed_record(progress: RunFigures, error: BaseException) -> RunRecord:
     status = status_of(error)
+    if status is Status.OUT_OF_MEMORY:
+        progress.outside_allocator_bytes = measurement.outside_allocator_bytes(progress.meter.device)
     message = redact_text(str(error) or type(error).__name__)
     trace = redact_text("".join(traceback.format_exception(error))[-8000:]) if status is Status.FAILED else None
     failure = Failure(
@@ -221,13 +224,15 @@ def _failed_record(progress: RunFigures, error: BaseException) -> RunRecord:
         message=message[:4000],
         phase=progress.phase,
         step=getattr(error, "step", None) or (progress.watch.so_far().training.steps if progress.watch else None),
-        hint=error.hint if isinstance(error, QloraExpError) else _hint(status, progress.paths, error),
+        hint=error.hint if isinstance(error, QloraExpError) else _hint(status, progress, error),
         traceback=None if isinstance(error, QloraExpError) else trace,
     )
     return progress.known().replace(status=status, failure=failure)
 
 
-def _hint(status: Status, paths: RunPaths, error: BaseException) -> str | None:
+def _hint(status: Status, progress: RunFigures, error: BaseException) -> str | None:
+    paths, plan = progress.paths, progress.record.plan
+    unit = "tokens" if plan is not None and plan.micro_batch_tokens is not None else "size"
     newest = newest_valid(paths.checkpoints)
     start = f"continues at step {step_of(newest[0])}" if newest else "starts again: no step was saved"
     if paths.trained.exists():
@@ -239,7 +244,7 @@ def _hint(status: Status, paths: RunPaths, error: BaseException) -> str | None:
         )
     return {
         Status.INTERRUPTED: f"qlora-exp run --resume {shlex.quote(str(paths.folder))} {start}",
-        Status.OUT_OF_MEMORY: "halve training.micro_batch_size (accumulation keeps the batch), set "
+        Status.OUT_OF_MEMORY: f"halve training.micro_batch_{unit} (accumulation keeps the batch), set "
         "training.gradient_checkpointing=on, or quantization=nf4",
         Status.DIVERGED: "lower training.learning_rate, or raise training.warmup_ratio",
     }.get(status)

@@ -25,6 +25,7 @@ from qlora_exp.evaluation.metrics import hub_metric
 from qlora_exp.models.base_cache import NoCache, model_key
 from qlora_exp.models.base_models import BaseModels
 from qlora_exp.models.inspect import describe
+from qlora_exp.models.kernels import kernels_of_run
 from qlora_exp.models.tokenizers import load_tokenizer
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records.find import EndedRuns
@@ -64,6 +65,7 @@ def prepare(
     rows = bases.memoize("rows", task_key, lambda: load_rows(config.task))
     model_id = model_key(config.model)
     architecture = bases.memoize("architecture", model_id, lambda: describe(config.model))
+    kernels = kernels_of_run(config.training.kernels, architecture.model_type, device.kind)
     modules = resolve_targets(architecture, config.targets)
     rank_warning(architecture, modules, config.lora)
     tokenizer = load_tokenizer(config.model)
@@ -83,7 +85,8 @@ def prepare(
     planned = run_plan.make_plan(config, environment, architecture, modules, splits.format, estimate.checkpointing)
     if config.training.max_tokens is not None:
         planned = replace(planned, max_steps=_steps_for_tokens(estimate, splits))
-    return Prepared(with_predictions(planned, estimate), estimate, modules, tokenizer, splits, architecture)
+    planned = replace(with_predictions(planned, estimate), kernels=kernels)
+    return Prepared(planned, estimate, modules, tokenizer, splits, architecture)
 
 
 def _check_evaluation(config: Config, splits: Splits) -> None:

@@ -36,6 +36,7 @@ class RunFigures:
     watch: TrainingState | None = None
     trained: Trained | None = None
     base_scores: BaseScores | None = None
+    outside_allocator_bytes: int | None = None
     started: float = field(default_factory=time.perf_counter)
     earlier: Spent = field(init=False)
     started_joules: float | None = field(init=False)
@@ -102,6 +103,7 @@ def _memory(progress: RunFigures, trained: Trained | None) -> Memory:
         peak_train_reserved_bytes=meter.of("train").reserved_bytes,
         train_working_set_bytes=_working_set(progress),
         checkpoint_bytes=trained.checkpoint_bytes if trained else None,
+        outside_allocator_bytes=progress.outside_allocator_bytes,
         process_reused=meter.process_reused,
         source=meter.source,
     )

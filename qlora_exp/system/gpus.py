@@ -152,8 +152,12 @@ def instances(handle: object) -> list[object]:
 
     if not _is_partitioned(handle):
         return [handle]
-    parts = []
-    for number in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
+    parts: list[object] = []
+    try:
+        most = int(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle))
+    except pynvml.NVMLError:  # a driver that knows the mode, but doesn't list instances
+        most = 0
+    for number in range(most):
         try:
             parts.append(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, number))
         except pynvml.NVMLError:  # no such instance

@@ -102,6 +102,19 @@ def _highest(first: int | None, second: int | None) -> int | None:
     return max(known) if known else None
 
 
+def outside_allocator_bytes(device: str) -> int | None:
+    """Return the bytes in use on the current GPU outside torch's allocator of this process; ``None`` if unknown."""
+    if device != "cuda":
+        return None
+    try:
+        import torch
+
+        free, total = torch.cuda.mem_get_info()
+        return max(0, int(total) - int(free) - int(torch.cuda.memory_reserved()))
+    except Exception:  # the context is unusable, or was never made
+        return None
+
+
 def resident_bytes() -> int | None:
     """Return this process's resident memory in bytes; ``None`` if unknown."""
     return _status_bytes("VmRSS")

@@ -34,6 +34,7 @@ from qlora_exp.training.callbacks import (
     StepMeter,
     TokenBudget,
 )
+from qlora_exp.training.micro_batches import PARTS, MicroBatchCollator, padded_tokens
 from qlora_exp.training.outcome import Diverged, Interrupted, NullObserver, Observer, PruneCheck, no_pruning
 
 
@@ -276,6 +277,38 @@ class _MeteredTrainer(SFTTrainer):  # type: ignore[misc]
         return norm
 
 
+class _TokenTrainer(_MeteredTrainer):
+    """Processes the one batch of each step by micro-batches of at most ``micro_batch_tokens`` tokens.
+
+    The Trainer's own gradient accumulation has the same number of micro-batches in every step; here a step has as many
+    as its rows need. TRL divides a micro-batch's loss by the scored tokens of the whole step, so that losses and
+    gradients add up to those of the batch.
+    """
+
+    micro_batch_tokens: int | None = None
+    """``None``: a batch is not cut."""
+    length_multiple = 1
+    data_collator: Any
+
+    def get_train_dataloader(self) -> Any:
+        collate = self.data_collator
+        if self.micro_batch_tokens is not None:
+            cost = padded_tokens(self.length_multiple)
+            self.data_collator = MicroBatchCollator(collate, self.micro_batch_tokens, cost)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collate  # validation isn't cut: its rows keep their order
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
+        parts = [part for batch in batch_samples for part in batch.get(PARTS, [batch])]
+        return super()._get_num_items_in_batch(parts, device)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        step = super().training_step
+        return torch.stack([step(model, part, *args, **kwargs) for part in inputs.get(PARTS, [inputs])]).sum()
+
+
 def _rng_devices(device: torch.device) -> list[torch.device]:
     """Return the devices for ``fork_rng``, which always restores the CPU's random state."""
     return [device] if device.type == "cuda" else []
@@ -293,7 +326,7 @@ def _trainer(
     meter: StepMeter,
 ) -> _MeteredTrainer:
     evaluates = config.training.evaluate_every_steps is not None
-    trainer = _MeteredTrainer(
+    trainer = _TokenTrainer(
         model=model,
         args=trainer_arguments(plan, config, folder),
         train_dataset=to_training_dataset(train_items),
@@ -305,6 +338,7 @@ def _trainer(
     recast_adapters(model, config.lora)
     trainer.meter = meter
     trainer.logits_multiple = plan.logits_multiple
+    trainer.micro_batch_tokens, trainer.length_multiple = plan.micro_batch_tokens, plan.length_multiple
     # Remove the Trainer's console output: the observer shows progress.
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
@@ -330,7 +364,7 @@ def trainer_arguments(plan: Plan, config: Config, folder: Path) -> SFTConfig:
         output_dir=str(folder),
         max_steps=plan.max_steps,
         per_device_train_batch_size=plan.micro_batch_size,
-        per_device_eval_batch_size=plan.micro_batch_size,
+        per_device_eval_batch_size=_validation_rows(plan, training.max_length),
         gradient_accumulation_steps=plan.gradient_accumulation_steps,
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.scheduler,
@@ -371,6 +405,13 @@ def trainer_arguments(plan: Plan, config: Config, folder: Path) -> SFTConfig:
     # In a notebook, CUDA may be initialized before the limit to one GPU: transformers would then split the batches.
     settings._n_gpu = min(settings.n_gpu, 1)
     return settings
+
+
+def _validation_rows(plan: Plan, max_length: int) -> int:
+    """Return the rows of a validation batch: no more tokens than a micro-batch of training, were all rows long."""
+    if plan.micro_batch_tokens is None:
+        return plan.micro_batch_size
+    return max(1, min(plan.micro_batch_size, plan.micro_batch_tokens // max_length))
 
 
 def warmup_steps(ratio: float, steps: int) -> int:
