@@ -159,6 +159,7 @@ def test_a_resumed_paged_optimizer_is_still_paged(monkeypatch: Kept) -> None:
         return state
 
     monkeypatch.setattr(Optimizer8bit, "get_state_buffer", paged)
+    monkeypatch.setattr(bitsandbytes.functional, "prefetch_tensor", lambda tensor, to_cpu=False: None)
     parameters = [torch.nn.Parameter(torch.zeros(400, 400)), torch.nn.Parameter(torch.zeros(4))]
     gradients = [torch.full_like(parameter, 0.5) for parameter in parameters]
 

@@ -21,7 +21,7 @@ SETTLED_SECONDS = 2.0
 after another write."""
 
 
-def file_digest(file: Path) -> str:
+def model_file_digest(file: Path) -> str:
     """Return the SHA-256 of ``file`` as hexadecimal digits.
 
     A file counts as unchanged while its path, inode, size, modification time and change time are the same; the last one

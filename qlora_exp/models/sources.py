@@ -31,7 +31,7 @@ from qlora_exp.config.schema import ModelConfig
 from qlora_exp.errors import ModelError, nearest
 from qlora_exp.models.causality import check_configured_causal
 from qlora_exp.models.config_sizes import check_positive_sizes
-from qlora_exp.models.file_digests import file_digest
+from qlora_exp.models.file_digests import model_file_digest
 from qlora_exp.models.gguf_header import gguf_parts, is_tied, read_header
 from qlora_exp.models.gguf_rope import with_llama3_rope
 from qlora_exp.models.prequantized import QUANTIZED_HINT as UNQUANTIZED
@@ -178,7 +178,7 @@ def fingerprint(source: ModelSource) -> str:
     files = gguf_parts(folder / source.gguf_file) if source.gguf_file else sorted(_model_files(folder))
     total = hashlib.sha256()
     for file in files:
-        total.update(f"{file.name}\0{file_digest(file)}\n".encode())
+        total.update(f"{file.name}\0{model_file_digest(file)}\n".encode())
     return f"sha256:{total.hexdigest()}"
 
 

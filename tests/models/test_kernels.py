@@ -6,7 +6,6 @@ The kernels need a GPU. Here torch's formulas stand in for them.
 from __future__ import annotations
 
 import importlib.machinery
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +20,7 @@ from qlora_exp.models.adapters import attach_adapters
 from qlora_exp.models.base import Base, load_base
 from qlora_exp.models.base_cache import BaseCache
 from qlora_exp.models.kernels import SUPPORTED, kernels_of_run, with_kernels
+from tests import processes
 from tests.conftest import save_tiny_model
 
 CALLS: list[str] = []
@@ -119,7 +119,7 @@ def test_adapters_train_through_the_kernels(liger: None, tmp_path: Path) -> None
 
 def test_required_kernels_without_a_gpu_are_one_message(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "qlora_exp.cli", "validate", "training.kernels=liger", "training.device=cpu"]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
+    ended = processes.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert ended.returncode == 2
     assert "Traceback" not in ended.stderr
     assert "training.kernels = liger" in ended.stderr
