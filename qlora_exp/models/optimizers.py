@@ -81,9 +81,10 @@ def _paging(load_state_dict: Callable[..., None]) -> Callable[..., None]:
         for parameter, state in optimizer.state.items():
             for name in PAGED_STATES & state.keys():
                 value = state[name]
-                buffer = optimizer.get_state_buffer(parameter, dtype=value.dtype)  # small ones aren't paged
-                if value.shape == buffer.shape and getattr(buffer, "is_paged", False):
-                    state[name] = buffer.copy_(value)
+                allocate = optimizer.get_state_buffer  # of small parameters they aren't paged
+                if value.shape != parameter.shape:  # AdEMAMix keeps two averages in one tensor
+                    allocate = optimizer._get_state_double_buffer
+                state[name] = allocate(parameter, dtype=value.dtype).copy_(value)
         optimizer.to_gpu()  # the rest, which is small
 
     return load
