@@ -12,9 +12,10 @@ export TOKENIZERS_PARALLELISM := false
 unexport PYTHONDONTWRITEBYTECODE
 DEMO_OUTPUT ?= outputs
 REPLAY_OUTPUT ?= outputs/reference_grid
+GPU_OUTPUT ?= outputs/gpu_acceptance
 
 .PHONY: demo test lint types test-slow test-real test-faults test-browser test-lower-bounds calibration replay \
-  replay-measure clean
+  replay-measure gpu-acceptance gpu-rehearsal clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml constraints.txt
@@ -78,6 +79,15 @@ replay: $(STAMP)
 replay-measure: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/reference_grid.py --output $(REPLAY_OUTPUT)
 	$(BIN)/python tests/benchmarks/reference_grid.py --output $(REPLAY_OUTPUT) --collect docs/replay.npz
+
+# On a GPU machine; called again, it goes on. MINUTES=9: start nothing that may not end within nine minutes.
+gpu-acceptance: $(STAMP)
+	$(BIN)/python tests/benchmarks/gpu_acceptance.py --out $(GPU_OUTPUT) --resume $(GPU_OUTPUT)/state.json \
+	  $(if $(MINUTES),--call-seconds $$((60 * $(MINUTES)))) $(if $(AGAIN),--again)
+
+# The same stages on a CPU, with two-layer models and a mocked GPU.
+gpu-rehearsal: $(STAMP)
+	$(BIN)/python tests/benchmarks/gpu_acceptance.py --rehearse --out outputs/gpu_rehearsal
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache dist build

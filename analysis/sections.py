@@ -84,7 +84,9 @@ def _ladder_cost(answer: Mapping[str, Any]) -> str | None:
     if not spent:
         return None
     usd = f", {formatted_value(spent['cost_usd'], 'usd')}" if spent.get("cost_usd") is not None else ""
-    summary = f"{spent['runs']} runs, {spent['pilots']} of them pilots, took {spent['seconds'] / 60:,.1f} minutes{usd}."
+    stopped = f" ({spent['pilots_stopped']} stopped early)" if spent.get("pilots_stopped") else ""
+    runs = f"{spent['runs']} runs, {spent['pilots']} of them pilots{stopped}"
+    summary = f"{runs}, took {spent['seconds'] / 60:,.1f} minutes{usd}."
     if seeds and items:
         summary += (
             f" Decided from {items} test items and {', '.join(f'{n} seeds at r = {r}' for r, n in seeds.items())}."

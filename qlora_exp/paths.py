@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -15,6 +16,12 @@ PACKAGE = Path(__file__).resolve().parent
 CONF = (PACKAGE / "conf").resolve()
 SWEEPS = (PACKAGE / "sweeps").resolve()
 EMBEDDED = PACKAGE / "embedded"
+
+
+def user_cache() -> Path:
+    """Return the folder for what this machine's runs share: ``qlora-exp`` in XDG_CACHE_HOME or ~/.cache."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "qlora-exp"
 
 
 def slug(text: str, limit: int = 64) -> str:

@@ -62,6 +62,17 @@ def save_tiny_model(family: str, folder: Path, hidden: int = 64) -> Path:
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
         },
+        **{
+            family: {
+                "hidden_size": hidden,
+                "intermediate_size": 2 * hidden,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "head_dim": hidden // 4,
+            }
+            for family in ("mistral", "qwen2", "qwen3")
+        },
         "gemma2": {
             "hidden_size": hidden,
             "intermediate_size": 2 * hidden,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import gc
 import subprocess
 import sys
@@ -47,6 +48,7 @@ NOT_EMPTY = {"__init__.py", "cli/__init__.py", "models/__init__.py"}
 ONE_IMPORTER: dict[str, str | tuple[str, ...]] = {
     "bitsandbytes": "models",
     "peft": "models",
+    "liger_kernel": "models",
     "datasets": "data",
     "trl": "training",
     "evaluate": "evaluation",
@@ -95,8 +97,13 @@ def source_files() -> list[Path]:
     return [file for file in sorted(files) if room_of(file) not in NO_ROOMS]
 
 
-def imported_names(file: Path) -> Iterator[str]:
+@functools.cache
+def imported_names(file: Path) -> tuple[str, ...]:
     """Dotted names of all imports, those inside functions included: a cycle hidden in a function is a cycle."""
+    return tuple(_imported_names(file))
+
+
+def _imported_names(file: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

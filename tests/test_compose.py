@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
 
-from qlora_exp.config.compose import Composer, compose
+from qlora_exp.config import compose as compose_module
+from qlora_exp.config.compose import Composer, as_checked_config, compose, compose_raw
+from qlora_exp.config.schema import Config, register
 from qlora_exp.errors import QloraExpError
+from qlora_exp.paths import CONF, SWEEPS
 
 COMPOSED = [
     ["lora.r=4", "training.learning_rate=1e-3"],
@@ -20,13 +26,41 @@ COMPOSED = [
     ["model.checkpoints.base=a/b", "+sweep.params={lora.r: '1,2'}", "tracking=off", "training.threads=null"],
     ["model=qwen3_0_6b", "training.max_steps=5"],
     ["model=embedded", "training.max_steps=5"],
+    ["lora.r=2", "++lora.r=4", "lora.dropout=0.1"],
 ]
 
 
-def test_one_composer_gives_what_hydra_gives_one_by_one() -> None:
+def by_hydra(overrides: list[str]) -> Config:
+    """Every override applied by Hydra, and nothing kept."""
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return as_checked_config(hydra_compose("config", [f"hydra.searchpath=[file://{SWEEPS.parent}]", *overrides]))
+
+
+def test_what_is_kept_between_compositions_gives_what_hydra_gives_one_by_one() -> None:
     composer = Composer()
+    expected = {tuple(overrides): by_hydra(overrides) for overrides in COMPOSED}
     for overrides in [*COMPOSED, *reversed(COMPOSED)]:
-        assert composer.compose(overrides) == compose(overrides)
+        assert composer.compose(overrides) == compose(overrides) == expected[tuple(overrides)]
+
+
+def test_a_changed_file_is_composed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    conf = shutil.copytree(CONF, tmp_path / "conf")
+    monkeypatch.setattr(compose_module, "CONF", conf)
+    before = compose(["lora.dropout=0.1"])
+    file = conf / "lora" / "default.yaml"
+    file.write_text(file.read_text(encoding="utf-8").replace(f"r: {before.lora.r}", "r: 32"), encoding="utf-8")
+    after = compose(["lora.dropout=0.1"])
+    assert (before.lora.r, after.lora.r, after.lora.dropout) == (before.lora.r, 32, 0.1)
+    assert before.lora.r != 32
+
+
+def test_a_composition_does_not_see_what_was_changed_in_an_earlier_one() -> None:
+    first = compose_raw(["lora.r=4"])
+    first.lora.r, first.training.max_steps = 64, 1
+    assert compose_raw(["lora.r=4"]).lora.r == 4
+    assert compose_raw([]) == compose_raw([])
+    assert compose_raw([]).training.max_steps != 1
 
 
 @pytest.mark.parametrize(

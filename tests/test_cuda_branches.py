@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import io
 import sys
 import weakref
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -21,10 +24,14 @@ from bitsandbytes.optim.optimizer import Optimizer8bit
 from qlora_exp.config.compose import compose
 from qlora_exp.config.schema import DeviceChoice
 from qlora_exp.errors import ConfigError
+from qlora_exp.estimate import budget as checked_budget
 from qlora_exp.models import base as base_module
+from qlora_exp.models.adapters import attach_adapters, autocast_casts_inputs
+from qlora_exp.models.base import clone_sharing_weights, load_base
 from qlora_exp.models.base_cache import BaseCache
 from qlora_exp.models.optimizers import bitsandbytes_optimizers
 from qlora_exp.records.types import Device, RunRecord, Status
+from qlora_exp.runs import record_figures
 from qlora_exp.runs.execute import execute
 from qlora_exp.runs.prepare import prepare
 from qlora_exp.system import environment
@@ -149,6 +156,52 @@ def test_managed_memory_that_runs_out_is_raised_and_a_trainings_is_freed(monkeyp
     assert GlobalPageManager.get_instance().paged_tensors == []
 
 
+def test_a_resumed_paged_optimizer_is_still_paged(monkeypatch: Kept) -> None:
+    """bitsandbytes loads the states of a checkpoint as ordinary tensors, which it moves to the GPU."""
+    managed: list[torch.Tensor] = []
+
+    def is_managed(tensor: torch.Tensor) -> bool:
+        return any(tensor is one for one in managed)
+
+    def paged(self: Any, parameter: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        state = torch.zeros_like(parameter, dtype=dtype)
+        if self.is_paged and parameter.numel() >= 1e5:
+            vars(state)["is_paged"] = True
+            managed.append(state)
+        return state
+
+    monkeypatch.setattr(Optimizer8bit, "get_state_buffer", paged)
+    monkeypatch.setattr(bitsandbytes.functional, "prefetch_tensor", lambda tensor, to_cpu=False: None)
+    parameters = [torch.nn.Parameter(torch.zeros(400, 400)), torch.nn.Parameter(torch.zeros(4))]
+    gradients = [torch.full_like(parameter, 0.5) for parameter in parameters]
+
+    def step(optimizer: Any) -> dict[str, Any]:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+        buffer = io.BytesIO()
+        torch.save(optimizer.state_dict(), buffer)
+        buffer.seek(0)
+        loaded: dict[str, Any] = torch.load(buffer, weights_only=True)
+        return loaded
+
+    with bitsandbytes_optimizers():
+        saved = step(bitsandbytes.optim.PagedAdamW32bit(parameters))
+        resumed = bitsandbytes.optim.PagedAdamW32bit(parameters)
+        resumed.load_state_dict(saved)
+        for number, parameter in enumerate(parameters):
+            state = resumed.state[parameter]
+            for name in ("state1", "state2"):
+                assert is_managed(state[name]) == (number == 0)
+                kept = saved["state"][number][Optimizer8bit._FSDP_WRAPPED_QUANT_STATE_KEY][name]
+                assert torch.equal(state[name], kept)
+        again = step(resumed)
+        assert again["state"][0]["step"] == 2
+        plain = bitsandbytes.optim.AdamW32bit(parameters)
+        plain.load_state_dict(saved)
+        assert not is_managed(plain.state[parameters[0]]["state1"])
+
+
 def test_paged_states_belong_to_what_training_needs(gpu: None, tmp_path: Path, monkeypatch: Kept) -> None:
     buffer = Optimizer8bit.get_state_buffer
 
@@ -237,6 +290,102 @@ def test_a_gpus_energy_is_shared_by_its_processes(gpu: None, monkeypatch: Kept) 
         with meter.phase(phase):
             joules += 40.0
         assert meter.of(phase).energy_joules == shared
+
+
+@pytest.mark.parametrize(("budget", "readings"), [((), 0), (("budget.kwh=1",), 4)], ids=["no limit", "budget.kwh"])
+def test_a_step_asks_for_the_gpus_energy_only_if_a_budget_needs_it(
+    budget: tuple[str, ...], readings: int, gpu: None, tmp_path: Path, monkeypatch: Kept
+) -> None:
+    counts: Counter[str] = Counter()
+    in_step = False
+
+    def joules(handle: str) -> int:
+        counts["energy in steps"] += in_step
+        return 1000
+
+    nvml = ModuleType("pynvml")
+    vars(nvml).update(
+        NVMLError=RuntimeError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: counts.update(["handles"]) or uuid,
+        nvmlDeviceGetTotalEnergyConsumption=joules,
+        nvmlDeviceGetComputeRunningProcesses=lambda handle: [],
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid="aaa"))
+    monkeypatch.setattr(checked_budget, "has_energy_counter", lambda: True)
+    monkeypatch.setattr(record_figures, "RECORD_SECONDS", float("inf"))  # the record isn't written within the steps
+    on_step_end = callbacks.Budget.on_step_end
+
+    def step_end(*arguments: Any, **named: Any) -> None:
+        nonlocal in_step
+        in_step = True
+        on_step_end(*arguments, **named)
+        in_step = False
+
+    monkeypatch.setattr(callbacks.Budget, "on_step_end", step_end)
+    assert run(tmp_path, "training.max_steps=4", *budget).speed.energy_joules == 0.0
+    assert (counts["handles"], counts["energy in steps"]) == (1, readings)
+
+
+@pytest.mark.parametrize(
+    ("device", "mode", "optimizer", "used"),
+    [
+        ("cuda", "nf4", "adamw_torch", "adamw_torch_fused"),
+        ("cuda", "fp16", "adamw_torch", "adamw_torch"),
+        ("cuda", "nf4", "adamw_8bit", "adamw_8bit"),
+        ("cpu", "nf4", "adamw_torch", "adamw_torch"),
+    ],
+)
+def test_a_gpu_has_the_fused_optimizer_and_copies_that_it_does_not_wait_for(
+    device: str, mode: str, optimizer: str, used: str, tmp_path: Path, monkeypatch: Kept
+) -> None:
+    """With fp16's loss scaler a fused optimizer hides which steps were skipped."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(trainer, "SFTConfig", lambda **named: given.update(named) or SimpleNamespace(n_gpu=1))
+    machine = environment.probe(DeviceChoice.cpu)
+    config = compose([*QUICK, f"quantization={mode}", f"training.optimizer={optimizer}"])
+    kind = H200 if device == "cuda" else machine.device
+    trainer.trainer_arguments(prepare(config, replace(machine, device=kind)).plan, config, tmp_path)
+    copies = {"non_blocking": True} if device == "cuda" else None
+    assert (given["optim"], given["accelerator_config"]) == (used, copies)
+    assert given["dataloader_pin_memory"] is (device == "cuda")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_adapters_of_a_16_bit_base_read_its_numbers_as_they_are(dropout: float, monkeypatch: Kept) -> None:
+    """Under autocast, PEFT's cast to float32 and autocast's cast back change nothing but the time and memory."""
+    config = compose([*QUICK, "quantization=bf16", "training.device=cpu", f"lora.dropout={dropout}"])
+    ready = prepare(config, environment.probe(DeviceChoice.cpu))
+    base = load_base(config, "cpu")
+    found, saved = [], []
+    for active in (False, True):
+        model = attach_adapters(clone_sharing_weights(base), config, ready.modules).train()
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data = torch.linspace(-0.1, 0.1, parameter.numel()).reshape(parameter.shape)
+        ids = torch.arange(40).reshape(2, 20)
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        torch.manual_seed(0)
+        with (
+            torch.autocast("cpu", dtype=torch.bfloat16),
+            autocast_casts_inputs(model, active),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        saved.append(sum(kept.values()))
+        found.append([loss, *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)])
+    if not dropout:  # with it, the two draw other masks: random numbers depend on the dtype
+        assert len(found[0]) > 2
+        assert all(torch.equal(first, second) for first, second in zip(*found, strict=True))
+    assert saved[1] < saved[0]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,13 @@ import qlora_exp
 PACKAGE = Path(qlora_exp.__file__).resolve().parent
 PROJECT = PACKAGE.parent / "pyproject.toml"
 OURS = {"qlora_exp", "hydra_plugins"}
-DISTRIBUTIONS = {"pynvml": "nvidia-ml-py", "llama_cpp": "llama-cpp-python", "gguf": "gguf", "psycopg": "psycopg"}
+DISTRIBUTIONS = {
+    "pynvml": "nvidia-ml-py",
+    "llama_cpp": "llama-cpp-python",
+    "gguf": "gguf",
+    "liger_kernel": "liger-kernel",
+    "psycopg": "psycopg",
+}
 """Import name → distribution, of packages that need not be installed where this test runs."""
 
 pytestmark = pytest.mark.skipif(not PROJECT.is_file(), reason="a wheel has no pyproject.toml")
@@ -51,7 +57,7 @@ def declared(*extras: str) -> set[str]:
 
 def test_every_import_is_a_declared_dependency() -> None:
     homes = packages_distributions()
-    allowed = declared("gguf", "phone", "postgres")
+    allowed = declared("gguf", "liger", "phone", "postgres")
     undeclared = {
         (name, str(file.relative_to(PACKAGE)))
         for file in sources()

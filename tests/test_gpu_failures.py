@@ -4,7 +4,10 @@ raised, and no trial runs in a process whose CUDA context is broken."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,13 +21,15 @@ from transformers import core_model_loading
 from qlora_exp import run
 from qlora_exp.config.compose import compose
 from qlora_exp.errors import ModelError
+from qlora_exp.estimate.memory_fit import corrections
 from qlora_exp.models import adapters, causality
 from qlora_exp.models.base import Base, load_base
 from qlora_exp.models.quiet_loading import quiet_loading
 from qlora_exp.orchestration.worker import run_worker
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records.files import read_record
-from qlora_exp.records.types import RunRecord, Status
+from qlora_exp.records.types import SCHEMA_VERSION, Device, Fit, Memory, RunRecord, Status
+from qlora_exp.system.environment import probe_without_torch
 from qlora_exp.training.outcome import Diverged, status_of
 from tests.workers.small_study import SmallStudy, outcome_of, paths_of, spec_of, workers_of
 
@@ -34,6 +39,7 @@ QUICK = (
     *("evaluation.cache=false", "evaluation.baselines=false"),
 )
 NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 112.00 MiB. GPU 0 has a total capacity of …")
+GB = 10**9
 BROKEN = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
 
@@ -266,3 +272,93 @@ def test_an_earlier_exit_of_bitsandbytes_is_not_the_reason_of_a_later_death(tmp_
     failure = record_of(study, 1).failure
     assert failure is not None
     assert "bitsandbytes" not in failure.message
+
+
+IN_A_RUN = """
+import ctypes, os, sys
+from qlora_exp.runs import sleep_engine
+
+def ends(config, step):
+    if config.lora.r == 2:
+        ctypes.CDLL(None).exit(1)
+
+sleep_engine._simulate_fault = ends
+if sys.argv[1:]:
+    from qlora_exp.cli import main
+    code = main(sys.argv[1:])
+    assert code == 0, code
+"""
+
+
+@pytest.mark.parametrize("multirun", [False, True])
+def test_a_run_whose_process_a_library_ends_has_a_last_record(
+    multirun: bool, tmp_path: Path, monkeypatch: Kept
+) -> None:
+    """bitsandbytes' kernels call exit(1). The run after it is not affected."""
+    sleep = ("training.engine=sleep", "training.sleep_seconds=0.1", "tracking=off", f"output_root={tmp_path}/outputs")
+    environment = {**os.environ}
+    if multirun:  # each run has a process, which is started by its module's name
+        site = tmp_path / "site"
+        site.mkdir()
+        (site / "sitecustomize.py").write_text(
+            'import sys\nif any("runs.job" in part for part in sys.orig_argv):\n    '
+            + IN_A_RUN.split("if sys.argv")[0].strip().replace("\n", "\n    ")
+        )
+        environment["PYTHONPATH"] = os.pathsep.join([str(site), environment.get("PYTHONPATH", "")])
+        command = [sys.executable, "-m", "qlora_exp.cli", "run", "-m", "hydra/sweeper=basic", *sleep, "lora.r=2,4"]
+        codes = [subprocess.run(command, env=environment, timeout=120, check=False).returncode]
+    else:
+        codes = [
+            subprocess.run(
+                [sys.executable, "-c", IN_A_RUN, "run", *sleep, f"lora.r={r}"],
+                env=environment,
+                timeout=120,
+                check=False,
+            ).returncode
+            for r in (2, 4)
+        ]
+    assert codes == ([1] if multirun else [1, 0])
+    records = [read_record(path) for path in (tmp_path / "outputs" / "runs").glob("*/record.json")]
+    ended = {record.config["lora"]["r"]: record for record in records}
+    assert {r: record.status for r, record in ended.items()} == {2: Status.FAILED, 4: Status.COMPLETED}
+    failure = ended[2].failure
+    assert failure is not None
+    assert failure.kind == "ProcessExit"
+    assert "bitsandbytes" in failure.message
+    assert ended[2].process is None
+
+
+def test_a_neighbour_that_fills_the_gpu_does_not_correct_later_predictions() -> None:
+    """A run that was predicted to need half of the card ran out of memory because another process had the rest."""
+
+    def out_of_memory(outside_allocator_bytes: int | None) -> RunRecord:
+        fit = Fit(10 * GB, 1 * GB, 11 * GB, 24 * GB, 0.5, 0)
+        return dataclasses.replace(
+            failed_record(),
+            fit=fit,
+            memory=Memory(outside_allocator_bytes=outside_allocator_bytes, source="cuda_allocated"),
+        )
+
+    def learnt(outside_allocator_bytes: int | None) -> tuple[float, int | None]:
+        [correction] = corrections([out_of_memory(outside_allocator_bytes)], None)
+        return correction.ratio, correction.ran_out_bytes
+
+    assert learnt(16 * GB) == (1.0, None)
+    assert learnt(1 * GB) == learnt(None) == (2.3, 10 * GB)  # CUDA's context alone; a record of an earlier version
+    assert learnt(2 * GB) == learnt(None)  # a display takes this much
+
+
+def failed_record() -> RunRecord:
+    device = Device("cuda", "NVIDIA A10", 1, 24 * GB, "8.6", "580", bf16=True)
+    config = {"model": {"family": "llama", "variant": "base"}, "quantization": {"mode": "nf4"}}
+    environment = dataclasses.replace(probe_without_torch(), device=device)
+    return RunRecord(
+        schema_version=SCHEMA_VERSION,
+        run_id="run",
+        name="run",
+        status=Status.OUT_OF_MEMORY,
+        started_at="",
+        ended_at=None,
+        config=config,
+        environment=environment,
+    )

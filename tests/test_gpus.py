@@ -66,6 +66,17 @@ def nvml(*machine: dict[str, Any]) -> ModuleType:
     return module
 
 
+def test_a_partitioned_gpu_whose_instances_nvml_cannot_count_is_listed_whole(monkeypatch: Kept) -> None:
+    module = nvml({"uuid": "GPU-aaa", "mig": ()}, {"uuid": "GPU-bbb"})
+
+    def unsupported(handle: dict[str, Any]) -> int:
+        raise NVMLError
+
+    vars(module)["nvmlDeviceGetMaxMigDeviceCount"] = unsupported
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    assert [card.uuid for card in gpus.cards()] == ["GPU-aaa", "GPU-bbb"]
+
+
 @pytest.fixture(autouse=True)
 def bare_machine(monkeypatch: Kept, tmp_path: Path) -> Path:
     """No NVML, no nvidia-smi, no driver; returns the folder of the driver's files."""

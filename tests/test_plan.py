@@ -39,7 +39,13 @@ def planned(*overrides: str, kind: str = "cpu", bf16: bool = False) -> Plan:
     device = replace(environment.device, kind=kind, bf16=bf16)
     modules = [shape.name for shape in LAYER if shape.role == "attention"]
     return run_plan.make_plan(
-        config, replace(environment, device=device), LLAMA_8B, modules, "plain", checkpointing=False
+        config,
+        replace(environment, device=device),
+        LLAMA_8B,
+        modules,
+        "plain",
+        checkpointing=False,
+        padded_because=None,
     )
 
 

@@ -35,3 +35,25 @@ def test_a_learning_rate_that_learns_nothing_is_pruned(
     assert bad.status is Status.PRUNED
     assert bad.training is not None
     assert bad.training.steps < 9
+
+
+def test_a_pilot_whose_learning_rate_learns_nothing_is_stopped_and_not_chosen(
+    tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
+) -> None:
+    places = (f"output_root={tmp_path}/outputs", f"model.path={tiny_models['llama']}", f"task.path={colour_task}")
+    ladder = ("r_start=4", "r_max=4", "seeds=2", "max_seeds=2", "lr_factors=[1e-6,1,2]", "stop_pilots=true")
+    settings = (*(f"sweep.ladder.{text}" for text in ladder), "training.learning_rate=2e-2", "training.logging_steps=1")
+    command = ["-m", "model=local", "task=local", "task.kind=classification", *places, *QUICK, *settings]
+    assert main([*command, "sweep.sampler=ladder", "sweep.name=p"]) == 0
+    records = [read_record(file) for file in OutputPaths.of(tmp_path / "outputs").runs.glob("*/record.json")]
+    pilots = {record.config["training"]["learning_rate"]: record for record in records if record.seed == 1000}
+    stopped = pilots[2e-8]
+    assert stopped.status is Status.PRUNED
+    assert stopped.training is not None
+    assert stopped.training.pilot_loss is not None
+    assert stopped.training.pilot_loss.step <= stopped.training.steps < 9
+    assert stopped.failure is not None
+    assert "sweep.ladder.stop_pilots" in stopped.failure.message
+    deciding = {record.config["training"]["learning_rate"] for record in records if record.seed != 1000}
+    assert len(deciding) == 1
+    assert 2e-8 not in deciding

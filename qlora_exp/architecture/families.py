@@ -47,8 +47,8 @@ def to_table(architecture: Architecture, positions: Mapping[str, int | None]) ->
         "positions": dict(positions),
         **{
             key: getattr(architecture, key)
-            for key in (*SCALARS, "eager_alone")
-            if key != "eager_alone" or architecture.eager_alone
+            for key in (*SCALARS, "eager_alone", "window")
+            if key in SCALARS or getattr(architecture, key)
         },
         "weights": list(_fold_layers(architecture.weights)),
         "others": list(_fold_layers(architecture.others)),
@@ -61,6 +61,7 @@ def from_table(table: Mapping[str, Any], checkpoint: str) -> Architecture:
     return Architecture(
         **{key: table[key] for key in SCALARS},
         eager_alone=table.get("eager_alone", False),
+        window=table.get("window"),
         positions=table["positions"][checkpoint],
         weights=tuple(_unfold_layers(table["weights"], WeightShape)),
         others=tuple(_unfold_layers(table["others"], OtherTensor)),

@@ -69,6 +69,16 @@ def compute_dtype(quantization: QuantizationConfig, device_kind: str, bf16: bool
     return "bfloat16" if bf16 else "float16"
 
 
+def optimizer_on(device_kind: str, compute_dtype: str, optimizer: str) -> str:
+    """Return transformers' name of the implementation that runs ``training.optimizer``.
+
+    On CUDA ``adamw_torch`` is torch's fused AdamW, ``adamw_torch_fused``: one kernel for all adapters, and no
+    temporaries. In float16 it isn't: the loss scaler couldn't tell transformers that it skipped a step.
+    """
+    fused = device_kind == "cuda" and compute_dtype != "float16" and optimizer == "adamw_torch"
+    return "adamw_torch_fused" if fused else optimizer
+
+
 def shape_multiples(compute_dtype: str, device_kind: str, max_length: int, positions: int | None) -> tuple[int, int]:
     """Return the multiples to which a training batch's length and its number of tokens with logits are rounded up.
 
@@ -111,6 +121,11 @@ def config_fingerprint(config: Config) -> str:
         del plain[group]
     for key in ("logging_steps", "save_every_steps", "resume"):
         del plain["training"][key]
+    if plain["training"]["kernels"] == "auto":  # which they are depends on the machine; the plan has them
+        plain["training"]["kernels"] = EARLIER_TRAINING_DEFAULTS["kernels"]
+    for key, value in EARLIER_TRAINING_DEFAULTS.items():
+        if plain["training"][key] == value:
+            del plain["training"][key]
     del plain["evaluation"]["cache"]
     return _digest(plain)
 
@@ -155,6 +170,10 @@ EARLIER_TASK_DEFAULTS: dict[str, Any] = {
 fingerprint changes."""
 
 
+EARLIER_TRAINING_DEFAULTS: dict[str, Any] = {"micro_batch_tokens": None, "padding_free": "off", "kernels": "none"}
+"""What a training did before these keys existed."""
+
+
 def _without_newer_defaults(task: dict[str, Any]) -> dict[str, Any]:
     """Return ``task`` without the keys that earlier versions lacked, if their values ask for the earlier behaviour."""
     kept = {
@@ -173,9 +192,11 @@ def make_plan(
     modules: Sequence[str],
     format: str,
     checkpointing: bool,
+    padded_because: str | None,
 ) -> Plan:
     """Return the plan of one run. ``modules`` are full names of weights in ``architecture``, from resolve_targets.
-    ``checkpointing``: whether it uses gradient checkpointing, from ``Estimator.checkpointing``.
+    ``checkpointing``: whether it uses gradient checkpointing, from ``Estimator.checkpointing``. ``padded_because``: why
+    rows are padded, from ``Estimator.padding_reason``.
 
     With a budget of tokens alone, ``max_steps`` is an upper bound (every sequence has at least one token).
     """
@@ -212,6 +233,8 @@ def make_plan(
         gradient_accumulation_steps=training.batch_size // micro_batch_size,
         gradient_checkpointing=checkpointing,
         format=format,
+        padding_free=padded_because is None,
+        padded_because=padded_because,
         length_multiple=length_multiple,
         logits_multiple=logits_multiple,
         inputs_rounded_in=inputs_rounded_in(config.quantization.mode, device.kind),

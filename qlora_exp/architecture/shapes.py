@@ -75,6 +75,8 @@ class Architecture:
     """Query heads in a layer; ``None`` if the configuration doesn't say."""
     eager_alone: bool = False
     """transformers implements its attention only in Python, without scaled_dot_product_attention."""
+    window: int | None = None
+    """The sliding window of the layers that have one, in tokens; ``None``: all layers see all tokens."""
     others: tuple[OtherTensor, ...] = ()
     experts: tuple[Experts, ...] = ()
 

@@ -152,8 +152,15 @@ def _summary_lines(config: Config, plan: Plan, splits: Splits) -> list[str]:
         f"{data.test_items} test items{dropped}; {plan.format} format",
         *(f"           {line}" for line in rows_report(splits)),
         f"  training {plan.max_steps} steps of {plan.batch_size} items "
-        f"({plan.micro_batch_size} at a time), seed {config.seed}",
+        f"({_micro_batch(plan)} at a time), seed {config.seed}; "
+        f"{'without padding' if plan.padding_free else f'with padding: {plan.padded_because}'}",
     ]
+
+
+def _micro_batch(plan: Any) -> str:
+    if plan.micro_batch_tokens is not None:
+        return f"at most {plan.micro_batch_tokens:,} tokens"
+    return str(plan.micro_batch_size)
 
 
 def _marked_text(tokens: Any) -> Any:

@@ -30,6 +30,9 @@ def add_to(app: typer.Typer) -> None:
             "qlora-exp analyze results.csv --margin 0.02",
             "qlora-exp analyze paper.csv --score-column wikisql --higher-is-better --se 0.5 --margin 0.5",
             "qlora-exp analyze export.parquet --margin 0.02 --json | jq .decision",
+            "qlora-exp analyze r8/results.json r16/results.json --score-column acc,none --margin 0.01",
+            "qlora-exp analyze wandb_export.csv --best-over learning_rate --configuration-column model",
+            "qlora-exp analyze items.jsonl --group-column document --margin 0.02",
         ),
     )(analyze)
     app.command(
@@ -247,7 +250,12 @@ def _log_report(paths: StudyPaths, records: list[RunRecord], outputs: OutputPath
 
 
 def analyze(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="CSV, TSV, JSON, JSON lines or Parquet")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE", help="CSV, TSV, JSON, JSON lines, Parquet or Markdown; several files are one table"
+        ),
+    ],
     margin: Annotated[
         float | None, typer.Option(help="Smallest gain of a step that is worth its cost, in the score's units")
     ] = None,
@@ -260,20 +268,39 @@ def analyze(
     rank_column: Annotated[str | None, typer.Option(metavar="NAME", help="Column with the rank")] = None,
     score_column: Annotated[str | None, typer.Option(metavar="NAME", help="Column with the score")] = None,
     configuration_column: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Column that distinguishes configurations")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Column that distinguishes configurations; can be repeated"),
+    ] = None,
+    group_column: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Column with the group of an item; items of a group count as one"),
+    ] = None,
+    best_over: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Use each rank's best value of this column (optimistic); can be repeated"),
     ] = None,
     se: Annotated[float | None, typer.Option(help="Published standard error of every score")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the answer as one JSON object")] = False,
 ) -> int:
-    """Decide which rank is enough from a table of results of any tool.
+    """Decide which rank is enough from the tables of any tool.
 
-    The table has columns for rank and score, and optionally seed and item. Without seeds or a standard error, the
-    command says what can't be concluded. The exit code is 0 for every answer.
+    A table has a rank and a score, and optionally seed and item: in columns, or with a column for each rank. Without
+    seeds or a standard error, the command says what can't be concluded. The exit code is 0 for every answer.
     """
-    from qlora_exp.analysis.table import Options, analyze_table, table_as_json
+    from qlora_exp.analysis.table import analyze_table, table_as_json
+    from qlora_exp.analysis.table_columns import Options
 
-    options = Options(rank_column, score_column, configuration_column, higher_is_better, margin, se)
-    answers = analyze_table(file, options)
+    options = Options(
+        rank_column=rank_column,
+        score_column=score_column,
+        configuration_columns=tuple(configuration_column or ()),
+        higher_is_better=higher_is_better,
+        margin=margin,
+        se=se,
+        group_column=group_column,
+        best_over=tuple(best_over or ()),
+    )
+    answers = analyze_table(files, options)
     if json:
         from json import dumps
 

@@ -12,9 +12,13 @@ from qlora_exp.errors import ConfigError, nearest
 TARGET_SETS = ("attention", "attention_qv", "mlp", "all_linear")
 ALPHA_POLICIES = ("2r", "r", "fixed")
 ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+MASKED_ATTENTIONS = ("eager", "flex_attention")
+"""They mask all pairs of a batch's tokens, so that they need padded rows."""
 QUANTIZED = (Quantization.int8, Quantization.nf4, Quantization.fp4)
 NATIVE_DTYPES = {Quantization.fp32: "float32", Quantization.bf16: "bfloat16", Quantization.fp16: "float16"}
 FOUR_BIT = (Quantization.nf4, Quantization.fp4)
+AUTO_TOKENS = "auto"
+"""``training.micro_batch_tokens``: the largest that is predicted to fit."""
 
 # Copied here because importing transformers takes seconds; a test checks that both equal transformers' enums.
 SCHEDULERS = (

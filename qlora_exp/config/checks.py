@@ -12,6 +12,8 @@ from typing import Any
 from qlora_exp.config.allowed_values import (
     ALPHA_POLICIES,
     ATTENTIONS,
+    AUTO_TOKENS,
+    MASKED_ATTENTIONS,
     MAX_RANK,
     MAX_THREADS,
     MAX_WORKERS,
@@ -27,7 +29,7 @@ from qlora_exp.config.allowed_values import (
 )
 from qlora_exp.config.checks_lora import lora_problems, model_problems, quantization_problems, targets_problems
 from qlora_exp.config.checks_task import goal_problems, task_problems
-from qlora_exp.config.schema import BudgetConfig, Config, EvaluationConfig, TrainingConfig, WorkersConfig
+from qlora_exp.config.schema import BudgetConfig, Config, EvaluationConfig, PaddingFree, TrainingConfig, WorkersConfig
 from qlora_exp.errors import ConfigError
 
 MINIMUM = {
@@ -82,6 +84,7 @@ def check(config: Config) -> list[ConfigError]:
         task_problems(config.task),
         goal_problems(config),
         _training(config.training),
+        _padding(config),
         _evaluation(config.evaluation),
         _budget(config.budget, config.training.batch_size),
         _workers(config.workers),
@@ -125,6 +128,14 @@ def _training(training: TrainingConfig) -> Iterator[ConfigError]:
         divisors = ", ".join(str(size) for size in range(1, batch + 1) if batch % size == 0)
         what = f"training.batch_size={batch} is not a multiple of training.micro_batch_size={micro_batch}"
         yield config_error(what, "training.micro_batch_size", micro_batch, f"a divisor of {batch}: {divisors}")
+    tokens = training.micro_batch_tokens
+    if tokens is not None and tokens != AUTO_TOKENS and not (type(tokens) is int and tokens >= 1):
+        hint = f"training.micro_batch_tokens={AUTO_TOKENS}, a number of tokens (4096), or null"
+        yield config_error("a micro-batch can't have this many tokens", "training.micro_batch_tokens", tokens, hint)
+    if tokens is not None and micro_batch is not None:
+        what = f"training.micro_batch_size={micro_batch} is set, too: a micro-batch is chosen in rows or in tokens"
+        hint = "training.micro_batch_size=null, or training.micro_batch_tokens=null"
+        yield config_error(what, "training.micro_batch_tokens", tokens, hint)
     if reason := UNSUPPORTED_SCHEDULERS.get(training.scheduler):
         what = f"the scheduler {training.scheduler} can't be set up here: {reason}"
         yield config_error(what, "training.scheduler", training.scheduler, "training.scheduler=cosine")
@@ -141,6 +152,13 @@ def _training(training: TrainingConfig) -> Iterator[ConfigError]:
         what = f"training.keep_best saves at every evaluation, every {evaluates} steps"
         hint = f"training.save_every_steps=null, or {evaluates} for both"
         yield config_error(what, "training.save_every_steps", saves, hint)
+
+
+def _padding(config: Config) -> Iterator[ConfigError]:
+    attention = config.model.attention
+    if config.training.padding_free is PaddingFree.on and attention in MASKED_ATTENTIONS:
+        what = f"model.attention={attention} needs padded rows: it would mask all pairs of a batch's tokens"
+        yield config_error(what, "training.padding_free", "on", "training.padding_free=auto, or model.attention=auto")
 
 
 def _evaluation(evaluation: EvaluationConfig) -> Iterator[ConfigError]:

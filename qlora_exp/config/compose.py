@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import itertools
 import re
 import shlex
@@ -26,6 +28,7 @@ from qlora_exp.config.overrides import (
     SEARCH_PATH,
     has_interpolation,
     is_hydra,
+    is_swept,
     override_key,
     parse,
     search_folders,
@@ -34,10 +37,12 @@ from qlora_exp.config.overrides import (
 )
 from qlora_exp.config.schema import Config, register, typed
 from qlora_exp.errors import ConfigError, QloraExpError, nearest, raise_all
-from qlora_exp.paths import CONF
+from qlora_exp.paths import CONF, SWEEPS
 
 GRID_CHECK_LIMIT = 256
 """Configurations of a multirun that are composed and checked before its first run. The others are checked by axis."""
+KEPT_COMPOSITIONS = 16
+"""Each takes Hydra a tenth of a second, and a copy of it three milliseconds."""
 
 
 def compose(overrides: Sequence[str]) -> Config:
@@ -100,11 +105,10 @@ def check_hydra(overrides: Sequence[str]) -> None:
 
 
 class Composer:
-    """Composes many configurations. Hydra takes a tenth of a second, so it composes each combination of group choices
-    once. The values are set on a copy of it: Hydra sets them last, too."""
+    """Composes many configurations, each combination of group choices once: the files of its first composition count,
+    also if they change later."""
 
     def __init__(self) -> None:
-        self._groups = frozenset(groups())
         self._composed: dict[tuple[str, ...], DictConfig] = {}
 
     def compose(self, overrides: Sequence[str]) -> Config:
@@ -114,21 +118,10 @@ class Composer:
 
     def raw(self, overrides: Sequence[str]) -> DictConfig:
         """Return the unchecked configuration; see :func:`compose_raw`."""
-        values = [
-            text
-            for text in _ours(overrides)
-            if parse(text).type is OverrideType.CHANGE and override_key(text) not in self._groups
-        ]
-        others = tuple(text for text in overrides if text not in values)
+        others, values = _split(overrides)
         if others not in self._composed:
             self._composed[others] = compose_raw(others)
-        config = copy.deepcopy(self._composed[others])
-        try:
-            for text in values:
-                OmegaConf.update(config, override_key(text), parse(text).value(), merge=True)
-        except OmegaConfBaseException:
-            return compose_raw(overrides)  # raises with a message that says what is wrong
-        return config
+        return _with_values(self._composed[others], values) or compose_raw(overrides)
 
 
 def compose_raw(overrides: Sequence[str]) -> DictConfig:
@@ -138,8 +131,16 @@ def compose_raw(overrides: Sequence[str]) -> DictConfig:
         ConfigError: it can't be composed.
     """
     ours = _ours(overrides)
+    folders = search_folders(overrides)
+    others, values = _split(ours)
+    # A user's folder may hold any file of any group, and an environment variable may name a choice.
+    if folders == [SWEEPS.parent] and not has_interpolation(list(others)) and not any(map(is_swept, others)):
+        with contextlib.suppress(HydraException, OmegaConfBaseException):
+            kept = _kept_composition(others, _conf_files())
+            if (config := _with_values(kept, values)) is not None:
+                return config
     try:
-        return _composed_by_hydra([search_path(search_folders(overrides)), *ours])
+        return _composed_by_hydra([search_path(folders), *ours])
     except (HydraException, OmegaConfBaseException) as error:
         refused = re.match(r"Could not override '([\w.]+)'", str(error))
         # The overrides fit the schema (checked before), so Hydra can only refuse a new entry of a mapping.
@@ -149,6 +150,43 @@ def compose_raw(overrides: Sequence[str]) -> DictConfig:
                 raise ConfigError(f"{refused[1]} doesn't exist yet", text, hint) from None
         where = " ".join(ours) or "conf/"
         raise ConfigError(str(error).splitlines()[0], where, "qlora-exp validate …") from None
+
+
+@functools.lru_cache(maxsize=KEPT_COMPOSITIONS)
+def _kept_composition(overrides: tuple[str, ...], _files: Any) -> DictConfig:
+    """Return what Hydra composes from the package's files alone; it must not be changed."""
+    return _composed_by_hydra([search_path([SWEEPS.parent]), *overrides])
+
+
+def _conf_files() -> tuple[tuple[str, int, int], ...]:
+    """Return path, time of change and size of each file that a composition may read."""
+    stats = [(str(path), path.stat()) for folder in (CONF, SWEEPS) for path in folder.rglob("*.yaml")]
+    return tuple(sorted((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats))
+
+
+def _split(overrides: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
+    """Return the overrides that Hydra has to compose, such as group choices, and those that set an existing value:
+    Hydra sets them last, on what it has composed. Those before a ``+key=`` or ``~key`` stay in its order."""
+    ours = list(map(parse, _ours(overrides)))
+    first = max((n + 1 for n, one in enumerate(ours) if one.type is not OverrideType.CHANGE), default=0)
+    names = groups()
+    values = [
+        str(one.input_line)
+        for one in ours[first:]
+        if one.key_or_group not in names and not one.is_sweep_override()  # Hydra refuses several values
+    ]
+    return tuple(text for text in overrides if text not in values), values
+
+
+def _with_values(config: DictConfig, values: Sequence[str]) -> DictConfig | None:
+    """Return a copy of ``config`` with the overrides ``values``; ``None``: only Hydra says what is wrong with them."""
+    copied = copy.deepcopy(config)
+    try:
+        for text in values:
+            OmegaConf.update(copied, override_key(text), parse(text).value(), merge=True)
+    except OmegaConfBaseException:
+        return None
+    return copied
 
 
 def _ours(overrides: Sequence[str]) -> list[str]:

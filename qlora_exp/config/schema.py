@@ -90,6 +90,19 @@ class Checkpointing(Enum):
     off = "off"
 
 
+class PaddingFree(Enum):
+    auto = "auto"
+    """Where the architecture allows it."""
+    on = "on"
+    off = "off"
+
+
+class Kernels(Enum):
+    auto = "auto"
+    none = "none"
+    liger = "liger"
+
+
 class EvaluationSplit(Enum):
     validation = "validation"
     test = "test"
@@ -259,6 +272,8 @@ class TrainingConfig:
     step that reaches it."""
     batch_size: int
     micro_batch_size: int | None
+    micro_batch_tokens: Any
+    """A number, auto (the largest that is predicted to fit) or null. OmegaConf can't merge a union of types."""
     learning_rate: float
     scheduler: str
     warmup_ratio: float
@@ -266,7 +281,11 @@ class TrainingConfig:
     max_grad_norm: float
     optimizer: str
     max_length: int
+    padding_free: PaddingFree
+    """Whether batches are the real tokens of their rows, without padding."""
     gradient_checkpointing: Checkpointing
+    kernels: Kernels
+    """Of norms and gated MLPs, for training and for all scores."""
     logging_steps: int
     evaluate_every_steps: int | None
     """Validation loss during training; null: never."""
@@ -341,26 +360,6 @@ class BudgetConfig:
 
 
 @dataclass
-class ExportConfig:
-    """``qlora-exp export``: conf/export.yaml, which isn't part of a run's configuration."""
-
-    formats: list[str]
-    """adapter, merged, or a GGUF block type."""
-    dtype: ComputeDtype
-    """Of the merged model: bfloat16 or float16."""
-    check_items: int
-    tolerance: float
-    """How much accuracy an exported file may lose against the run, as a share of items."""
-    context_tokens: int
-    generated_tokens: int
-    usd_per_hour: float | None
-    """null: the cost in the run's record."""
-    phone_file_bytes: int
-    phone_memory_bytes: int
-    phone_usd: float
-
-
-@dataclass
 class LadderConfig:
     """Rank doubling (``sweep.sampler=ladder``): r_start, 2·r_start … until the gain is below the margin, or r_max."""
 
@@ -369,8 +368,7 @@ class LadderConfig:
     seeds: int
     """Seeds per rank at the first look, from ``seed`` upwards."""
     max_seeds: int
-    """Maximum seeds per rank, at most 8, after the one sample increase of a doubling; equal to ``seeds``: no
-    increase."""
+    """Maximum seeds per rank, at most 8, after a doubling's one sample increase; equal to ``seeds``: no increase."""
     pilot_seed: int
     """Seed of the pilot runs that choose learning rates; decisions don't use these runs."""
     margin: float | None
@@ -383,8 +381,9 @@ class LadderConfig:
     """Gains within margin ± half_zone may be decided either way; null: margin / 2."""
     lr_policy: LrPolicy
     lr_factors: list[float]
-    """Factors of the centre. The centre is training.learning_rate at r_start; ∝ r^−½ for alpha = 2r and r, constant for
-    other policies."""
+    """Factors of the centre: training.learning_rate at r_start; ∝ r^−½ for alpha = 2r and r, else constant."""
+    stop_pilots: bool
+    """Stop pilot runs whose training loss is clearly behind another pilot's of their rank (docs/statistics.md)."""
     seed_sd: float | None
     """Expected standard deviation, over seeds, of the mean difference between two ranks, in nats per item; null:
     unknown."""

@@ -146,7 +146,8 @@ def parse_json(text: str) -> Any:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    for key, count in Counter(key for key, _ in pairs).items():
-        if count > 1:
-            raise DuplicateKey(f"{key!r} occurs twice in the object")
-    return dict(pairs)
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        key = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise DuplicateKey(f"{key!r} occurs twice in the object")
+    return values

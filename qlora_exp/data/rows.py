@@ -189,22 +189,26 @@ def _read_example(row: RawRow, sources: _Sources, task: TaskConfig) -> Example:
     label, classifies = None, task.kind is TaskKind.classification
     if classifies and sources.label:
         label = _column_text(row, sources.label, whole_numbers=True).strip()
+    extra = {column: value for column, value in row.values.items() if column not in sources.used}
     if sources.messages:
         example = _read_conversation(row, sources.messages, task)
-    else:
-        text = _text(row, sources.completion, is_class=classifies)
-        answer = strip_text(text)
-        if classifies:  # a label is a name: it has no indentation, and white space after it means nothing
-            answer = StrippedText(text[: len(text) - len(text.lstrip())], text.strip(), "")
-        prompt = Message("user", _text(row, sources.prompt))
-        plain = PlainText(answer.before, answer.after, task.separator, task.special_tokens)
-        example = Example(row.file, row.number, (prompt,), False, answer.text, None, {}, plain)
-    messages = example.messages
+        label = example.completion if classifies and label is None else label
+        return replace(example, messages=_with_system(example.messages, task), label=label, extra=extra)
+    text = _text(row, sources.completion, is_class=classifies)
+    answer = strip_text(text)
+    if classifies:  # a label is a name: it has no indentation, and white space after it means nothing
+        answer = StrippedText(text[: len(text) - len(text.lstrip())], text.strip(), "")
+    messages = _with_system((Message("user", _text(row, sources.prompt)),), task)
+    plain = PlainText(answer.before, answer.after, task.separator, task.special_tokens)
+    label = answer.text if classifies and label is None else label
+    return Example(row.file, row.number, messages, False, answer.text, label, extra, plain)
+
+
+def _with_system(messages: tuple[Message, ...], task: TaskConfig) -> tuple[Message, ...]:
+    """Return ``messages`` with the task's system message first, unless they have one."""
     if task.system and messages[0].role not in ("system", "developer"):
-        messages = (Message("system", with_line_breaks(task.system)), *messages)
-    extra = {column: value for column, value in row.values.items() if column not in sources.used}
-    label = example.completion if classifies and label is None else label
-    return replace(example, messages=messages, label=label, extra=extra)
+        return (Message("system", with_line_breaks(task.system)), *messages)
+    return messages
 
 
 def _text(row: RawRow, source: str | RowTemplate | None, is_class: bool = False) -> str:

@@ -242,14 +242,15 @@ def _without_leaks(splits: Mapping[str, list[Example]]) -> tuple[dict[str, list[
     clean: dict[str, list[Example]] = {}
     problems: list[RowProblem] = []
     for split in reversed(SPLIT_NAMES):
-        clean[split] = [example for example in splits[split] if example.prompt_key not in held]
-        for example in splits[split]:
-            if example.prompt_key in held:
-                held_example = held[example.prompt_key]
+        keyed = [(example.prompt_key, example) for example in splits[split]]
+        clean[split] = [example for key, example in keyed if key not in held]
+        for key, example in keyed:
+            if key in held:
+                held_example = held[key]
                 detail = f"the same prompt is in {held_example.file}, row {held_example.row}"
                 hint = "take it out of one of the two, or let task.invalid_rows=drop leave out this one"
                 problems.append(RowProblem(example.file, example.row, None, "leak between splits", detail, hint))
-        held.update({example.prompt_key: example for example in reversed(clean[split])})
+        held = {**dict(reversed(keyed)), **held}
     return clean, problems
 
 
@@ -270,7 +271,8 @@ def _split_by_label(examples: Sequence[Example], options: Mapping[str, str]) -> 
             hint = "give each label one completion, or none: task.completion=null task.columns.completion=null"
             problems.append(RowProblem(example.file, example.row, None, "ambiguous label", detail, hint))
         else:
-            valid.append(replace(example, label=label, completion=options[label]))
+            same = (example.label, example.completion) == (label, options[label])  # a copy of each row takes seconds
+            valid.append(example if same else replace(example, label=label, completion=options[label]))
     return valid, problems
 
 

@@ -6,6 +6,7 @@ line break or a tab, because a shell and Hydra pass it on as two characters.
 
 from __future__ import annotations
 
+import functools
 import re
 import string
 from collections.abc import Collection, Sequence
@@ -22,7 +23,7 @@ class RowTemplate:
     """The configuration key of the template, for error messages."""
     parts: tuple[tuple[str, str | None], ...]
 
-    @property
+    @functools.cached_property
     def columns(self) -> tuple[str, ...]:
         """Return the columns that the template reads, each once."""
         return tuple(dict.fromkeys(column for _, column in self.parts if column is not None))

@@ -115,6 +115,8 @@ def visible(text: str) -> str:
 
 def is_blank(text: str) -> bool:
     """Return whether the text has no visible character."""
+    if text.isascii():  # none of them is invisible, but for white space
+        return not text.strip()
     return all(character.isspace() or _invisible(character) for character in text)
 
 

@@ -196,6 +196,9 @@ class TrainingPass:
     """Forward runs under CUDA's autocast to the compute dtype."""
     quantized: bool = False
     """The base's linear layers are those of bitsandbytes."""
+    laid_out: float | None = None
+    """Without padding: rows times the longest row, divided by the batch's tokens. Attention alone computes so many."""
+    dora: bool = False
 
     @property
     def low_rank_bytes(self) -> int:
@@ -366,6 +369,8 @@ def _norms(layer: Layer, setting: TrainingPass, first: bool) -> float:
 def _attention(layer: Layer, setting: TrainingPass) -> float:
     """Queries, keys, values, output, the log-sum-exp of the scores, and the mask as numbers (one copy per layer).
 
+    Without padding, they are saved twice: as real tokens, and laid out as rows times the longest row for attention.
+
     With a mask, keys and values that several heads share are repeated for each head. The view of the values keeps all
     of a fused projection's output in memory.
     """
@@ -377,9 +382,12 @@ def _attention(layer: Layer, setting: TrainingPass) -> float:
         in_float32 = layer.traits.qk_in_float32 and not setting.autocast
         upcast = 2 * query * (FLOAT32_BYTES - width) if in_float32 else 0
         return 3 * query * width + upcast + normed + _score_bytes(layer, setting) * layer.heads * setting.length
+    laid_out = setting.laid_out or 1.0
+    source = FLOAT32_BYTES if _projections_give_float32(layer, setting) else width
     if not setting.cuda and (layer.traits.attention_dropout or layer.multi_query):
         scores = 3 if layer.traits.attention_dropout else 1
-        return FLOAT32_BYTES * (3 * query + scores * layer.heads * setting.length)
+        copied = 3 * query * source if laid_out > 1 else 0
+        return laid_out * FLOAT32_BYTES * (3 * query + scores * layer.heads * setting.length) + copied
     repeated = setting.padded and 0 < key_value < query
     if repeated:
         qkv = 3 * query
@@ -387,6 +395,9 @@ def _attention(layer: Layer, setting: TrainingPass) -> float:
         qkv = layer.fused + (query + key_value if layer.traits.rotary else 0)
     else:
         qkv = query + 2 * key_value
+    if laid_out > 1:  # torch's ``index_copy`` keeps what it copies
+        copies = (2 * query + 2 * key_value) * width + FLOAT32_BYTES * layer.heads
+        return laid_out * copies + qkv * source + normed
     mask = setting.length * width if setting.padded else 0
     return (qkv + query) * width + normed + mask + FLOAT32_BYTES * layer.heads
 
@@ -432,9 +443,9 @@ def _adapters(layer: Layer, shapes: Sequence[WeightShape], adapted: Sequence[boo
     counted twice. If the adapter's dtype differs, each layer casts its own copy. LLM.int8() holds its input with or
     without an adapter.
 
-    Under autocast, PEFT's layers over bitsandbytes' cast nothing, and their adapters read a 16-bit input as it is. Over
-    other layers PEFT casts the input to the adapter's dtype. Autocast casts what is float32 to the compute dtype, once
-    for each layer: it remembers the copies of weights alone.
+    Under autocast, adapters read a 16-bit input as it is (``autocast_casts_inputs`` in models/adapters.py). With DoRA,
+    PEFT casts the input of layers that aren't bitsandbytes' to the adapter's dtype. Autocast casts what is float32 to
+    the compute dtype, once for each layer: it remembers the copies of weights alone.
     """
     same_dtype = setting.compute_bytes == setting.adapter_bytes
     in_float32 = _float32_inputs(layer, setting)
@@ -446,7 +457,7 @@ def _adapters(layer: Layer, shapes: Sequence[WeightShape], adapted: Sequence[boo
         per_layer += setting.r * setting.low_rank_bytes
         if setting.autocast and setting.lora_dropout:
             per_layer += width * (setting.dropout_mask_bytes + setting.compute_bytes)
-        elif setting.autocast and (source in in_float32 or not (same_dtype or _is_quantized(shape, setting))):
+        elif setting.autocast and (source in in_float32 or _cast_by_peft(shape, setting)):
             per_layer += width * setting.compute_bytes
         elif setting.autocast or same_dtype:
             shared.add((source, width))
@@ -458,6 +469,12 @@ def _adapters(layer: Layer, shapes: Sequence[WeightShape], adapted: Sequence[boo
     if layer.traits.saves_output:
         already_saved.add("down")
     return per_layer + _bytes_of_inputs({read for read in shared if read[0] not in already_saved}, in_float32, setting)
+
+
+def _cast_by_peft(shape: WeightShape, setting: TrainingPass) -> bool:
+    """Return whether PEFT casts the layer's input to the adapter's dtype, though autocast is on."""
+    same_dtype = setting.compute_bytes == setting.adapter_bytes
+    return setting.dora and not (same_dtype or _is_quantized(shape, setting))
 
 
 def _bytes_of_inputs(inputs: set[tuple[str, int]], in_float32: set[str], setting: TrainingPass) -> int:
@@ -485,9 +502,10 @@ def _input_of(layer: Layer, shape: WeightShape) -> str:
 
 
 def _output_is_saved(layer: Layer, setting: TrainingPass) -> bool:
-    """Return whether the output projection reads the same tensor that attention saves. A fused projection's views give
+    """Return whether the output projection reads the same tensor that attention saves. Without padding it reads a copy
+    of the real tokens. A fused projection's views give
     attention's output another memory layout, so it is copied."""
-    if setting.eager:
+    if setting.eager or (setting.laid_out or 1.0) > 1:
         return False
     copied = layer.fused or layer.traits.attention_dropout or layer.multi_query or layer.traits.partial_rope
     return setting.cuda or not copied

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from qlora_exp.config.schema import Quantization
 from qlora_exp.estimate.throughput import Interval, machine_of
+from qlora_exp.paths import user_cache
 from qlora_exp.records.files import write_json
 from qlora_exp.records.types import Environment
 from qlora_exp.system.cards import card_of
@@ -28,10 +28,8 @@ more); assumed for more threads and for GPUs.
 
 
 def rates_file() -> Path:
-    """Return ``qlora-exp/rates-COUNTING.json`` in XDG_CACHE_HOME or ~/.cache: machine → mode → operations per
-    second."""
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "qlora-exp" / f"rates-{COUNT_VERSION}.json"
+    """Return ``rates-COUNTING.json`` in the user's cache: machine → mode → operations per second."""
+    return user_cache() / f"rates-{COUNT_VERSION}.json"
 
 
 def calibrated_rate(environment: Environment, quantization: Quantization) -> Interval | None:

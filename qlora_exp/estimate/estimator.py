@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from qlora_exp.architecture.padding import planned_padding_reason
 from qlora_exp.architecture.shapes import Architecture
+from qlora_exp.config.allowed_values import AUTO_TOKENS
 from qlora_exp.config.schema import Checkpointing, Config, to_plain
 from qlora_exp.data.items import Splits
 from qlora_exp.estimate.calibration import calibrated_rate, lower_bound_seconds
 from qlora_exp.estimate.memory_fit import RELATIVE_ERROR
+from qlora_exp.estimate.micro_batch_tokens import check_holds_longest_row, choose_for_memory, longest_row_tokens
 from qlora_exp.estimate.peak import Peak, predicted_peak
 from qlora_exp.estimate.throughput import Interval, MeasuredThroughput, from_finished_runs, seconds_at
 from qlora_exp.estimate.tokens import lengths_of
@@ -48,6 +51,11 @@ class RunEstimate:
     time: TimeEstimate
     price: Price | None
     checkpointing: bool
+    padded_because: str | None
+    """Why rows are padded; ``None`` if they aren't."""
+    micro_batch_tokens: int | None
+    """The largest micro-batch in tokens; ``None``: micro-batches are chosen in rows."""
+    longest_row_tokens: int
 
     @property
     def train_flops(self) -> float:
@@ -68,7 +76,8 @@ class Estimator:
 
     * ``rows``: configuration → the lengths of its training rows, cut at ``training.max_length``. If they are unknown
       (``None``), each row counts as ``training.max_length`` tokens, an upper bound, and the shortest as one token.
-    * ``rates``: (configuration, steps) → what finished runs predict, and the calibrated rate of the machine.
+    * ``rates``: (configuration, steps, without padding) → what finished runs predict, and the calibrated rate of the
+      machine.
     * ``joined_heap``: whether a CPU process runs with the settings of :mod:`qlora_exp.system.heap`.
     * ``memory_bytes``: what training may take, for ``gradient_checkpointing=auto``; ``None``: unknown.
     * ``prices``: US dollars per hour by device; ``None``: conf/prices.yaml is read for each estimate.
@@ -78,7 +87,7 @@ class Estimator:
     modules: tuple[str, ...]
     device: Device
     rows: Callable[[Config], RowLengths | None]
-    rates: Callable[[Config, int], tuple[MeasuredThroughput, Interval | None]]
+    rates: Callable[[Config, int, bool], tuple[MeasuredThroughput, Interval | None]]
     joined_heap: bool
     memory_bytes: int | None = None
     prices: Mapping[str, float] | None = None
@@ -87,49 +96,92 @@ class Estimator:
         """Return what ``config`` takes.
 
         Raises:
-            ConfigError: the price table can't be read.
+            ConfigError: the price table can't be read, a row is longer than ``training.micro_batch_tokens``, or
+                ``training.padding_free=on`` where rows need padding.
         """
-        rows, recomputed = self.rows(config), self.checkpointing(config)
-        memory = self._peak(config, recomputed)
-        workload = Workload.of(config.training, rows)
+        rows = self.rows(config)
+        longest = longest_row_tokens(config, self.architecture, self.device, rows)
+        if rows is not None:
+            check_holds_longest_row(config, longest)
+        fixed = self._without_auto(config)
+        recomputed = fixed.training.gradient_checkpointing is Checkpointing.on
+        limit = fixed.training.micro_batch_tokens
+        memory, padded_because = self._peak(fixed), self.padding_reason(config)
+        workload = Workload.of(fixed.training, rows, padding_free=padded_because is None)
         adapter_parameters = memory.adapters.trainable_parameters
         flops_per_token = train_flops_per_token(self.architecture, adapter_parameters, workload.row, recomputed)
-        measured, machine_rate = self.rates(config, workload.steps)
+        measured, machine_rate = self.rates(config, workload.steps, padded_because is None)
         calibrated = seconds_at(machine_rate, workload.tokens * flops_per_token)
         seconds = seconds_at(measured.rate, workload.tokens * flops_per_token) or calibrated
         time = TimeEstimate(seconds, lower_bound_seconds(calibrated), measured.other, measured.before)
         price = price_of(config.budget.usd_per_hour, self.device.kind, self.device.name, self.prices)
-        return RunEstimate(self, rows, workload, flops_per_token, memory, time, price, recomputed)
+        return RunEstimate(
+            self,
+            rows,
+            workload,
+            flops_per_token,
+            memory,
+            time,
+            price,
+            checkpointing=recomputed,
+            padded_because=padded_because,
+            micro_batch_tokens=limit if isinstance(limit, int) else None,
+            longest_row_tokens=longest,
+        )
 
-    def checkpointing(self, config: Config) -> bool:
-        """Return whether training ``config`` uses gradient checkpointing.
+    def padding_reason(self, config: Config) -> str | None:
+        """Return why training ``config`` pads its rows; ``None`` if it doesn't.
 
-        On CUDA, ``auto`` does without it if the predicted peak fits even if it is too small by the prediction's error:
-        recomputing costs a quarter to a third of the speed. If the memory is unknown, ``auto`` uses it. On a CPU it
-        never does.
+        Raises:
+            ConfigError: ``training.padding_free=on`` where rows need padding.
         """
-        choice, kind = config.training.gradient_checkpointing, self.device.kind
-        if choice is not Checkpointing.auto or kind == "cpu":
-            return choice is Checkpointing.on
-        if self.memory_bytes is None:
-            return True
-        return self._peak(config, checkpointing=False).needed_bytes * (1 + RELATIVE_ERROR[kind]) > self.memory_bytes
+        rows, longest = self.rows(config), config.training.max_length
+        return planned_padding_reason(
+            self.architecture, config, min(longest, rows.longest_tokens) if rows is not None else longest
+        )
 
     def peak(self, config: Config) -> Peak:
         """Return the predicted peak memory of training ``config``."""
-        return self._peak(config, self.checkpointing(config))
+        return self._peak(self._without_auto(config))
 
-    def _peak(self, config: Config, checkpointing: bool) -> Peak:
+    def _without_auto(self, config: Config) -> Config:
+        """Return ``config`` with values in place of ``auto`` for ``gradient_checkpointing`` and ``micro_batch_tokens``.
+
+        On CUDA there is no checkpointing if the predicted peak fits even if it is too small by the prediction's error:
+        recomputing costs a quarter to a third of the speed. If the memory is unknown, there is. On a CPU there is none.
+        The micro-batch, too, is the largest whose peak fits with that error; if the memory is unknown, the whole batch.
+        """
+        training, kind, memory_bytes = config.training, self.device.kind, self.memory_bytes
+
+        def fits(candidate: Config) -> bool:
+            needed = self._peak(candidate).needed_bytes * (1 + RELATIVE_ERROR[kind])
+            return needed <= memory_bytes if memory_bytes is not None else kind == "cpu"
+
+        if training.micro_batch_tokens == AUTO_TOKENS:
+            rows = self.rows(config)
+            longest = longest_row_tokens(config, self.architecture, self.device, rows)
+            if memory_bytes is None:
+                whole = replace(training, micro_batch_tokens=longest * training.batch_size)
+                return self._without_auto(replace(config, training=whole))
+            step_rows = training.batch_size if rows is None else min(training.batch_size, rows.rows)
+            return choose_for_memory(config, kind == "cuda", longest, step_rows, fits)
+        choice = training.gradient_checkpointing
+        if choice is Checkpointing.auto:
+            without = replace(config, training=replace(training, gradient_checkpointing=Checkpointing.off))
+            choice = Checkpointing.off if kind == "cpu" or fits(without) else Checkpointing.on
+        return replace(config, training=replace(training, gradient_checkpointing=choice))
+
+    def _peak(self, config: Config) -> Peak:
         device, rows = self.device, self.rows(config)
-        choice = Checkpointing.on if checkpointing else Checkpointing.off
         return predicted_peak(
             self.architecture,
             self.modules,
-            replace(config, training=replace(config.training, gradient_checkpointing=choice)),
+            config,
             device.kind,
             bf16=device.bf16,
             rows=rows,
             joined_heap=self.joined_heap,
+            padding_free=self.padding_reason(config) is None,
         )
 
 
@@ -148,8 +200,8 @@ def estimator_of_run(
     ``warm``: the base is loaded already. ``memory_bytes``: what its training may take, if that is known.
     """
 
-    def rates(config: Config, steps: int) -> tuple[MeasuredThroughput, Interval | None]:
-        measured = from_finished_runs(ended, environment, redact(to_plain(config)), steps, warm)
+    def rates(config: Config, steps: int, padding_free: bool) -> tuple[MeasuredThroughput, Interval | None]:
+        measured = from_finished_runs(ended, environment, redact(to_plain(config)), steps, warm, padding_free)
         return measured, calibrated_rate(environment, config.quantization.mode)
 
     return Estimator(
@@ -169,6 +221,8 @@ def with_predictions(plan: Plan, estimate: RunEstimate) -> Plan:
     seconds, usd = time.train, estimate.usd(time.train)
     return replace(
         plan,
+        micro_batch_tokens=estimate.micro_batch_tokens,
+        longest_row_tokens=estimate.longest_row_tokens,
         predicted_peak_train_bytes=memory.peak_bytes,
         predicted_context_bytes=memory.context_bytes,
         predicted_activation_bytes=memory.activation_bytes,

@@ -8,11 +8,12 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from qlora_exp.config.schema import Config
 from qlora_exp.errors import ConfigError
-from qlora_exp.records.types import KILLED_FOR_MEMORY, Device, Fit, RunRecord, SkippedTrial, Status
+from qlora_exp.records.types import KILLED_FOR_MEMORY, Device, Fit, Plan, RunRecord, SkippedTrial, Status
 
 if TYPE_CHECKING:
     from qlora_exp.estimate.peak import Peak
@@ -31,6 +32,9 @@ BORDERLINE_NOTES = {
 MEASURED_PEAKS = (Status.COMPLETED, Status.PRUNED)
 OTHER_PROCESSES_SHARE = 0.5
 """Share of the limit. Predictions err by less than a factor of two."""
+NEIGHBOUR_SHARE = 0.05
+"""Share of a run's limit. A display or an idle process may use this much of a GPU, and the prediction's error is
+larger."""
 CPU_PROCESS_BYTES = 720_000_000
 """What a training process on a CPU holds after its imports (``memory.resident_after_imports_bytes``). Measured in
 fresh ``qlora-exp run`` of the embedded base in fp32 and nf4: 712 and 721 MB, 671 MB without MLflow. It includes library
@@ -159,6 +163,41 @@ def next_smaller_micro_batch(micro_batch_size: int, batch_size: int) -> int:
     return rows
 
 
+@dataclass(frozen=True)
+class SmallerMicroBatch:
+    """The next smaller micro-batch. ``key``: ``micro_batch_size`` (rows) or ``micro_batch_tokens``, a key of
+    ``training``."""
+
+    key: str
+    before: int
+    after: int
+
+    @property
+    def unit(self) -> str:
+        return self.key.removeprefix("micro_batch_").replace("size", "rows")
+
+
+def smaller_micro_batch(training: Mapping[str, Any], plan: Plan | None) -> SmallerMicroBatch | None:
+    """Return about half the micro-batch of a run, with the same batch; ``None`` if it is the smallest.
+
+    ``training``: the section of its configuration. ``plan``: what it ran with; a run without training has none.
+    """
+    if plan is not None and plan.micro_batch_tokens is not None:
+        before, smallest = plan.micro_batch_tokens, plan.longest_row_tokens or 1
+        before = min(before, plan.batch_size * smallest)  # a larger one is as large as the batch
+        after = max(before // 2, smallest)
+        return SmallerMicroBatch("micro_batch_tokens", before, after) if after < before else None
+    rows = plan.micro_batch_size if plan is not None else int(training["micro_batch_size"] or training["batch_size"])
+    if rows <= 1:
+        return None
+    return SmallerMicroBatch("micro_batch_size", rows, next_smaller_micro_batch(rows, training["batch_size"]))
+
+
+def with_micro_batch(config: Config, values: Mapping[str, Any]) -> Config:
+    """Return ``config`` with these values of ``training.micro_batch_size`` and ``training.micro_batch_tokens``."""
+    return replace(config, training=replace(config.training, **values))
+
+
 def fit_into(limit_bytes: int, need: MemoryEstimate, rule: MemoryLimit, key: str, device_kind: str) -> tuple[Fit, bool]:
     """Return the prediction with its limit, and whether the run may start.
 
@@ -237,15 +276,26 @@ def _is_informative(record: RunRecord, limit_bytes: int | None) -> bool:
     """Return whether a run that ran out of memory tells what similar runs need.
 
     It doesn't if the kernel killed it although its corrected prediction was far below the limit: other processes may
-    have used the memory.
+    have used the memory. Nor does it if other processes are known to have used much of its share of a GPU.
     """
     fit, failure = record.fit, record.failure
     if fit is None:
         return True
+    if _taken_by_others(record, fit) > NEIGHBOUR_SHARE * fit.limit_bytes:
+        return False
     was_killed = failure is not None and failure.kind == KILLED_FOR_MEMORY
     if was_killed and fit.corrected_bytes < OTHER_PROCESSES_SHARE * fit.limit_bytes:
         return False
     return limit_bytes is None or fit.limit_bytes >= limit_bytes
+
+
+def _taken_by_others(record: RunRecord, fit: Fit) -> int:
+    """Return how many bytes of the run's limit other processes used when the GPU's memory ran out; 0 if unknown."""
+    outside, total = record.memory.outside_allocator_bytes, record.environment.device.memory_bytes
+    if outside is None or total is None:
+        return 0
+    neighbours = max(0, outside - fit.context_bytes)
+    return max(0, fit.limit_bytes - (total - neighbours))
 
 
 def _min_ratio(record: RunRecord) -> float | None:

@@ -14,7 +14,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qlora_exp.architecture.run_plan import adapter_dtype, compute_dtype, shape_multiples
+from qlora_exp.architecture.padding import FLASH_ATTENTION
+from qlora_exp.architecture.run_plan import adapter_dtype, compute_dtype, optimizer_on, shape_multiples
 from qlora_exp.architecture.shapes import Architecture
 from qlora_exp.config.allowed_values import QUANTIZED
 from qlora_exp.config.schema import Checkpointing, Config, Quantization
@@ -112,6 +113,7 @@ def predicted_peak(
     bf16: bool = True,
     rows: RowLengths | None = None,
     joined_heap: bool = False,
+    padding_free: bool = False,
 ) -> Peak:
     """Return the peak of training ``config`` with adapters on ``modules`` (full names, as resolve_targets gives them).
 
@@ -120,14 +122,16 @@ def predicted_peak(
     * ``rows``: the lengths of the training rows. If unknown, they differ, and each row has ``training.max_length``
       tokens with a loss.
     * ``joined_heap``: whether a CPU process runs with the settings of :mod:`qlora_exp.system.heap`.
+    * ``padding_free``: batches have no padding.
     """
     compute = compute_dtype(config.quantization, device_kind, bf16)
-    batch = _micro_batch(config, architecture, device_kind, compute, rows)
+    batch = _micro_batch(config, architecture, device_kind, compute, rows, padding_free)
     cuda, width = device_kind == "cuda", WIDTHS_OF[compute]
     module_names = set(modules)
     adapted = [weight for weight in architecture.weights if weight.name in module_names]
     adapters = adapter_bytes(adapted, config.lora, config.training.optimizer)
     base = base_bytes(architecture, config.quantization, compute)
+    flash = config.model.attention.startswith(FLASH_ATTENTION)  # it takes the bounds of rows
     autocast = cuda and compute != "float32"  # as in training/trainer.py: bf16 or fp16
     setting = TrainingPass(
         r=config.lora.r,
@@ -141,6 +145,8 @@ def predicted_peak(
         eager=is_eager(config.model.attention, architecture),
         autocast=autocast,
         quantized=config.quantization.mode in QUANTIZED,
+        laid_out=batch.laid_out if padding_free and not flash else None,
+        dora=config.lora.dora,
     )
     activations = saved_bytes_per_token(architecture, module_names, setting)
     choice = config.training.gradient_checkpointing
@@ -151,7 +157,7 @@ def predicted_peak(
     logits = _logits_tile(architecture, batch.loss_tokens, width, cuda) + hidden_gradient
     # Before the first backward pass of a step the gradients of the last step are freed. From the second micro-batch of
     # a batch on, gradients of the earlier ones exist.
-    accumulates = config.training.batch_size > batch.rows
+    accumulates = config.training.batch_size * batch.length > batch.tokens
     # Autocast multiplies by copies of A and B in the compute dtype. Backward needs each of them until it has made the
     # gradient, which is larger. With checkpointing they exist until forward ends, i.e. before the head's gradient; then
     # those of the recomputed layer alone.
@@ -192,39 +198,59 @@ def predicted_peak(
         moment(with_gradients, outer + recomputed + copies_in_layer, dequantized=dequantized, slack=slack),
     ]
     if cuda:
-        moments.append(moment(with_gradients, temporaries_bytes(config.training.optimizer, adapters)))
+        moments.append(
+            moment(
+                with_gradients,
+                temporaries_bytes(optimizer_on(device_kind, compute, config.training.optimizer), adapters),
+            )
+        )
     return max(moments, key=lambda peak: peak.peak_bytes)
 
 
 @dataclass(frozen=True)
 class _MicroBatch:
-    """The largest micro-batch. ``loss_tokens`` get logits. ``padded``: its rows differ in length."""
+    """The largest micro-batch. ``tokens``: with padding, if there is any. ``length``: its longest row. ``laid_out``:
+    rows times the longest row, divided by ``tokens``. ``loss_tokens`` get logits. ``padded``: its rows differ in
+    length, so that attention gets a mask."""
 
-    rows: int
+    tokens: int
     length: int
+    laid_out: float
     loss_tokens: int
     padded: bool
 
-    @property
-    def tokens(self) -> int:
-        return self.rows * self.length
-
 
 def _micro_batch(
-    config: Config, architecture: Architecture, device_kind: str, compute: str, lengths: RowLengths | None
+    config: Config,
+    architecture: Architecture,
+    device_kind: str,
+    compute: str,
+    lengths: RowLengths | None,
+    padding_free: bool,
 ) -> _MicroBatch:
     training = config.training
-    rows = training.micro_batch_size or training.batch_size
-    length, padded, loss_tokens = training.max_length, True, float(rows * (training.max_length - 1))
+    rows, limit = training.micro_batch_size or training.batch_size, training.micro_batch_tokens
+    length, padded = training.max_length, True
     length_multiple, logits_multiple = shape_multiples(compute, device_kind, length, architecture.positions)
+    if isinstance(limit, int):  # as many rows as of the shortest ones: an upper bound
+        shortest = lengths.shortest_tokens if lengths is not None else length
+        rows = min(rows, max(1, limit // (shortest if padding_free else _rounded_up(shortest, length_multiple))))
+    real_tokens, loss_tokens = float(rows * length), float(rows * (length - 1))
     if lengths is not None:
         length = min(lengths.longest_tokens, length)
         padded = lengths.differ or length % length_multiple != 0
         batches = Workload.of(training, lengths).steps * math.ceil(training.batch_size / rows)
         loss_tokens = min(rows * (length - 1), lengths.max_loss_tokens(rows, batches))
-    return _MicroBatch(
-        rows, _rounded_up(length, length_multiple), _rounded_up(round(loss_tokens), logits_multiple), padded
-    )
+        real_tokens = lengths.max_tokens(rows, batches)
+    length = _rounded_up(length, length_multiple)
+    tokens = _rounded_up(round(real_tokens), logits_multiple) if padding_free else rows * length
+    laid_out = rows * length / tokens if padding_free else 1.0
+    if isinstance(limit, int):
+        tokens = min(tokens, limit)
+        if padding_free and lengths is not None:  # rows of a micro-batch are similar in length
+            laid_out = lengths.expected_length_when_cut(training.batch_size, limit, padding_free) / lengths.mean_tokens
+    scored = _rounded_up(round(min(loss_tokens, tokens)), logits_multiple)
+    return _MicroBatch(tokens, length, laid_out, scored, padded and not padding_free)
 
 
 def _rounded_up(number: int, multiple: int) -> int:

@@ -12,7 +12,7 @@ from qlora_exp.architecture.families import known_architecture
 from qlora_exp.architecture.shapes import Architecture, WeightShape
 from qlora_exp.architecture.targets import rank_warning, resolve_targets
 from qlora_exp.config.checks_lora import int8_dora
-from qlora_exp.config.schema import Config, DeviceChoice, Isolation, ModelConfig, TargetsConfig, to_plain
+from qlora_exp.config.schema import Config, DeviceChoice, Isolation, ModelConfig, PaddingFree, TargetsConfig, to_plain
 from qlora_exp.errors import ConfigError, QloraExpError
 from qlora_exp.estimate.budget import Affordable, BudgetTooSmall, affordable_steps, check_covers_a_step, check_energy
 from qlora_exp.estimate.calibration import calibrated_card_rate, calibrated_rate
@@ -20,6 +20,7 @@ from qlora_exp.estimate.candidates import Candidate
 from qlora_exp.estimate.device import PlanDevice, device_notes, device_of
 from qlora_exp.estimate.estimator import Estimator, RunEstimate
 from qlora_exp.estimate.memory_fit import planned_fit
+from qlora_exp.estimate.micro_batch_tokens import micro_batch_note
 from qlora_exp.estimate.throughput import Interval, MeasuredThroughput, from_finished_runs
 from qlora_exp.estimate.tokens import PlannedRows, RowCounter
 from qlora_exp.records.redaction import redact
@@ -186,7 +187,7 @@ class Planner:
             tuple(shape.name for shape in self.adapted(config.model, config.targets)),
             device.hardware,
             rows=lambda _: rows.lengths if rows is not None else None,
-            rates=lambda config, steps: self._rates(config, device, steps),
+            rates=lambda config, steps, padding_free: self._rates(config, device, steps, padding_free),
             joined_heap=heap.merges_free_chunks(heap.tunables_for_training()),
             memory_bytes=next((size for size in limits if size is not None), None),
             prices=self._prices,
@@ -237,7 +238,12 @@ class Planner:
             fits=fit.fits if budget_problem is None else False,
             borderline=fit.borderline and budget_problem is None,
             reason=fit.reason if budget_problem is None else f"{budget_problem.what}; {fit.reason}",
-            notes=(*device_notes(config, device, architecture), *([rank_note] if rank_note else [])),
+            notes=(
+                *device_notes(config, device, architecture),
+                *([rank_note] if rank_note else []),
+                *([f"rows are padded: {estimate.padded_because}"] if _pads_unasked(config, estimate) else []),
+                *([micro_batch_note(config, estimate.micro_batch_tokens)] if estimate.micro_batch_tokens else []),
+            ),
         )
 
     def _budget_problem(self, config: Config, device: PlanDevice, estimate: RunEstimate) -> QloraExpError | None:
@@ -254,7 +260,9 @@ class Planner:
             return error
         return None
 
-    def _rates(self, config: Config, device: PlanDevice, steps: int) -> tuple[MeasuredThroughput, Interval | None]:
+    def _rates(
+        self, config: Config, device: PlanDevice, steps: int, padding_free: bool
+    ) -> tuple[MeasuredThroughput, Interval | None]:
         """Return what ended runs predict, and the calibrated rate: of this machine, or of a card by its name."""
         mode, threads = config.quantization.mode, self._threads(config)
 
@@ -273,10 +281,10 @@ class Planner:
                 return MeasuredThroughput(None, None, None), calibrated
             warm = self._hosts and config.workers is not None and config.workers.isolation is Isolation.warm
             plain = redact(to_plain(config))
-            return from_finished_runs(self._records, environment, plain, steps, warm), calibrated
+            return from_finished_runs(self._records, environment, plain, steps, warm, padding_free), calibrated
 
         sections = (config.model, mode, config.task, config.evaluation)
-        return self._once(("rates", device.name, threads, steps, repr(sections)), look_up)
+        return self._once(("rates", device.name, threads, steps, padding_free, repr(sections)), look_up)
 
     def _threads(self, config: Config) -> int | None:
         """Return the threads of one run. Trial hosts share the cores; a single run takes OMP_NUM_THREADS, or all
@@ -313,6 +321,10 @@ def _describe(model: ModelConfig) -> Architecture:
     if path is not None and path.suffix == ".json":
         return describe_file(path)
     return describe(model, to_load=False)
+
+
+def _pads_unasked(config: Config, estimate: RunEstimate) -> bool:
+    return estimate.padded_because is not None and config.training.padding_free is PaddingFree.auto
 
 
 def _settings(config: Config) -> dict[str, Any]:

@@ -123,9 +123,14 @@ def _error_and_hint(config: Config, estimate: RunEstimate, fit: Fit, from_budget
     changes = list(_smaller_settings(config, estimate, lambda variant: needed(variant) <= fit.limit_bytes))
     if changes:
         return what, "; or ".join(f"{text} ({bytes_text(needed(variant))})" for text, variant in changes)
-    training = replace(config.training, micro_batch_size=1, gradient_checkpointing=Checkpointing.on)
+    training = replace(
+        config.training, micro_batch_size=1, micro_batch_tokens=None, gradient_checkpointing=Checkpointing.on
+    )
     smallest = _in_mode(replace(config, training=training), Quantization.nf4)
-    text = "training.micro_batch_size=1 training.gradient_checkpointing=on quantization=nf4"
+    one_row = "training.micro_batch_size=1"
+    if config.training.micro_batch_tokens is not None:
+        one_row = f"training.micro_batch_tokens={estimate.longest_row_tokens}"
+    text = f"{one_row} training.gradient_checkpointing=on quantization=nf4"
     if needed(smallest) <= fit.limit_bytes:
         return what, f"{text} ({bytes_text(needed(smallest))})"
     return what, f"a smaller model; with {text} {at_least(round(needed(smallest)))}"
@@ -156,11 +161,15 @@ def _smaller_settings(
     def with_training(key: str, value: int | str, setting: Any) -> tuple[str, Config]:
         return f"training.{key}={value}", replace(config, training=replace(training, **{key: setting}))
 
+    in_tokens = estimate.micro_batch_tokens is not None
+    token_counts = _halves(estimate.micro_batch_tokens or 0, estimate.longest_row_tokens)
     # Micro-batches that divide the batch: all of them for a small batch, else only by halving.
     row_counts = range(rows - 1, 0, -1) if rows <= 64 else _halvings(rows, training.batch_size)
     settings: tuple[Iterator[tuple[str, Config]], ...] = (
-        (with_training("micro_batch_size", n, n) for n in row_counts if training.batch_size % n == 0),
-        (with_training("max_length", n, n) for n in _halves(min(training.max_length, longest))),
+        (with_training("micro_batch_tokens", n, n) for n in token_counts)
+        if in_tokens
+        else (with_training("micro_batch_size", n, n) for n in row_counts if training.batch_size % n == 0),
+        (with_training("max_length", n, n) for n in _halves(min(training.max_length, longest), MIN_LENGTH)),
         iter([with_training("gradient_checkpointing", "on", Checkpointing.on)]),
         ((f"quantization={mode.value}", _in_mode(config, mode)) for mode in modes),
     )
@@ -176,9 +185,9 @@ def _halvings(rows: int, batch_size: int) -> Iterator[int]:
         yield rows
 
 
-def _halves(length: int) -> Iterator[int]:
-    while (length := length // 2) >= MIN_LENGTH:
-        yield length
+def _halves(tokens: int, minimum: int) -> Iterator[int]:
+    while (tokens := tokens // 2) >= minimum:
+        yield tokens
 
 
 def _in_mode(config: Config, mode: Quantization) -> Config:

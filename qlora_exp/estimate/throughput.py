@@ -65,10 +65,13 @@ def from_finished_runs(
     config: Mapping[str, Any],
     steps: int | None = None,
     warm: bool = False,
+    padding_free: bool = False,
 ) -> MeasuredThroughput:
     """Return what ``records`` (ended runs) predict for a run in ``environment`` with ``config`` (as a record holds it).
 
-    The rate comes from runs of the same base and variant; if there are none, from the other variant. ``steps``: how
+    The rate comes from runs of the same base and variant; if there are none, from the other variant. Only runs with
+    padding predict one with padding, and only ``padding_free`` ones one without: another share of their seconds isn't
+    counted as operations. ``steps``: how
     many steps the run will train. The other seconds come from runs of the same variant in the same state: with
     ``warm``, runs whose process had made a run before, else the first runs of their process. If there are none, all
     runs of the variant count.
@@ -79,17 +82,18 @@ def from_finished_runs(
     ]
     same_variant = [record for record in same_base if _setting(record.config, "model", "variant") == variant]
     same_warmth = [record for record in same_variant if record.memory.process_reused == warm]
-    rate = _rate(same_variant, steps) or _rate(same_base, steps)
+    rate = _rate(same_variant, padding_free, steps) or _rate(same_base, padding_free, steps)
     other, before = _other_seconds(same_warmth, config) or _other_seconds(same_variant, config) or (None, None)
     return MeasuredThroughput(rate, other, before)
 
 
-def _rate(records: Iterable[RunRecord], steps: int | None) -> Interval | None:
+def _rate(records: Iterable[RunRecord], padding_free: bool, steps: int | None) -> Interval | None:
     """Return the rate that these trainings reached; ``None`` if there are none.
 
     The middle is the harmonic mean, because seconds are proportional to one over a rate.
     """
-    rates = [rate for record in records if (rate := achieved_flops_per_second(record, steps)) is not None]
+    like = (record for record in records if record.plan is not None and bool(record.plan.padding_free) is padding_free)
+    rates = [rate for record in like if (rate := achieved_flops_per_second(record, steps)) is not None]
     if not rates:
         return None
     basis = f"{len(rates)} training{'s' if len(rates) > 1 else ''} of this base on this machine"
@@ -128,7 +132,8 @@ def _before_and_after(record: RunRecord) -> tuple[float, float] | None:
     before = speed.load_seconds + (speed.base_evaluation_seconds or 0.0)
     in_one_part = spent is not None and spent.tokens == speed.train_tokens and not record.earlier_failures
     if in_one_part and speed.total_seconds is not None and speed.train_seconds is not None:
-        before = max(before, speed.total_seconds - speed.train_seconds - speed.evaluation_seconds)
+        other = speed.total_seconds - speed.train_seconds - speed.evaluation_seconds
+        before = max(before, other - (speed.waiting_seconds or 0.0))
     parts = (before, speed.evaluation_seconds)
     return parts if all(map(math.isfinite, parts)) and sum(parts) > 0 else None
 

@@ -1,18 +1,19 @@
 """How much a training computes: lengths of rows, batches, tokens and floating-point operations.
 
-Each batch is padded to its longest row. Even the largest batch has fewer tokens with a loss than its rows times the
-longest row.
+A batch is padded to its longest row, or has no padding (``padding_free``). Even the largest batch has fewer tokens with
+a loss than its rows times the longest row.
 
 Operations follow Kaplan et al. 2020 (*Scaling Laws for Neural Language Models*, section 2.1): 2 per weight and token
 for a forward pass, and 2 more for the activations' gradients. A frozen base needs no gradients of its weights. The
-count covers the tokens that are computed: the layers compute padding, too; the head computes only tokens with a loss.
-Only matrix products are counted.
+count covers the tokens that are computed: the layers compute padding, if there is any; the head computes only tokens
+with a loss. Only matrix products are counted.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import random
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +22,11 @@ from dataclasses import dataclass
 from qlora_exp.architecture.shapes import Architecture
 from qlora_exp.config.schema import TrainingConfig
 from qlora_exp.estimate.activations import layers_of
+from qlora_exp.training.micro_batches import cut_rows, padded_tokens
+
+KEPT_LENGTHS = 500
+SIMULATED_ROWS = 2048
+"""Rows of the simulated steps together: a few hundredths of a second."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,9 @@ class RowLengths:
     loss_tokens_deviation: float
     row_max_loss_tokens: int
     expected_longest_tokens: tuple[float, ...]
+    tokens_deviation: float = 0.0
+    sorted_tokens: tuple[int, ...] = ()
+    """The rows' lengths; of many rows, :data:`KEPT_LENGTHS` evenly spaced ones. Empty: unknown."""
 
     @staticmethod
     def of(tokens: Sequence[int], scored: Sequence[int]) -> RowLengths:
@@ -46,7 +55,9 @@ class RowLengths:
             mean_loss_tokens=statistics.fmean(scored),
             loss_tokens_deviation=statistics.pstdev(scored),
             row_max_loss_tokens=max(scored),
+            tokens_deviation=statistics.pstdev(tokens),
             expected_longest_tokens=_expected_max(tokens),
+            sorted_tokens=_evenly_spaced(sorted(tokens)),
         )
 
     @property
@@ -64,22 +75,50 @@ class RowLengths:
         )
         return lower_length + (doublings - lower) * (upper_length - lower_length)
 
+    def expected_length_when_cut(self, rows: int, limit: int, padding_free: bool) -> float:
+        """Return the mean length of the longest row beside each of ``rows`` rows of a step that are cut into
+        micro-batches of at most ``limit`` tokens (with padding, if there is any), from simulated steps."""
+        if not self.sorted_tokens:
+            return self.expected_padded_length(rows)
+        draw, longest = random.Random(0), padded_tokens()
+        cost = sum if padding_free else longest
+        padded = 0
+        steps = max(1, SIMULATED_ROWS // rows)
+        for _ in range(steps):
+            lengths = draw.choices(self.sorted_tokens, k=rows)
+            padded += sum(longest([lengths[row] for row in group]) for group in cut_rows(lengths, limit, cost))
+        return padded / (steps * rows) * self.mean_tokens / statistics.fmean(self.sorted_tokens)
+
     @property
     def differ(self) -> bool:
         return self.shortest_tokens < self.longest_tokens
 
     def max_loss_tokens(self, rows: int, batches: int) -> float:
-        """Return the expected tokens with a loss in the largest of ``batches`` batches of ``rows`` rows.
+        """Return the expected tokens with a loss in the largest of ``batches`` batches of ``rows`` rows."""
+        largest = self.row_max_loss_tokens
+        return self._max_of_batches(rows, batches, self.mean_loss_tokens, self.loss_tokens_deviation, largest)
+
+    def max_tokens(self, rows: int, batches: int) -> float:
+        """Return the expected tokens of the largest of ``batches`` batches of ``rows`` rows, without padding."""
+        return self._max_of_batches(rows, batches, self.mean_tokens, self.tokens_deviation, self.longest_tokens)
+
+    def _max_of_batches(self, rows: int, batches: int, mean: float, deviation: float, largest: int) -> float:
+        """Return the expected largest sum of ``rows`` rows' values among ``batches`` batches.
 
         Each batch's sum is taken as normal. The expected largest of n normal numbers follows Blom 1958, *Statistical
         Estimates and Transformed Beta-Variables*. If every row is drawn, the result is at least the longest row plus
         mean rows.
         """
         deviations = statistics.NormalDist().inv_cdf((batches - 0.375) / (batches + 0.25)) if batches > 1 else 0.0
-        expected = rows * self.mean_loss_tokens + deviations * math.sqrt(rows) * self.loss_tokens_deviation
+        expected = rows * mean + deviations * math.sqrt(rows) * deviation
         if rows * batches >= self.rows:
-            expected = max(expected, self.row_max_loss_tokens + (rows - 1) * self.mean_loss_tokens)
-        return min(expected, float(rows * self.row_max_loss_tokens))
+            expected = max(expected, largest + (rows - 1) * mean)
+        return min(expected, float(rows * largest))
+
+
+def _evenly_spaced(ordered: Sequence[int]) -> tuple[int, ...]:
+    kept = min(len(ordered), KEPT_LENGTHS)
+    return tuple(ordered[(2 * number + 1) * len(ordered) // (2 * kept)] for number in range(kept))
 
 
 def _expected_max(tokens: Sequence[int]) -> tuple[float, ...]:
@@ -101,17 +140,19 @@ def _expected_max(tokens: Sequence[int]) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class MeanRow:
-    """The mean row of a training, in tokens. ``padded``: the length of its batch. ``scored``: its tokens with a loss;
-    only they get logits."""
+    """The mean row of a training, in tokens. ``padded``: what the layers compute, the length of its batch or, without
+    padding, its own. ``scored``: its tokens with a loss; only they get logits. ``attended``: what attention computes,
+    the length of its batch."""
 
     tokens: float
     padded: float
     scored: float
+    attended: float
 
     @staticmethod
     def whole(tokens: float) -> MeanRow:
         """Return the mean row if every row is this long and each of its tokens has a loss."""
-        return MeanRow(tokens, tokens, tokens)
+        return MeanRow(tokens, tokens, tokens, tokens)
 
 
 def train_flops_per_token(
@@ -122,8 +163,8 @@ def train_flops_per_token(
     * Layers, per padded token: 2N forward and 2N backward. N counts the weights of linear layers, adapters and the
       experts of one token, not the embedding table. 2N more if layers are recomputed, and 2 per adapter parameter for
       its own gradient.
-    * Attention: 4 forward and 8 backward per query width and position, over the half of the positions that a causal
-      mask leaves.
+    * Attention, per attended token: 4 forward and 8 backward per query width and position, over the half of the
+      positions that a causal mask leaves.
     * Head, per token with a loss: 4 per weight, and 2 more if TRL's fused head recomputes its logits.
     """
     width = architecture.hidden_size
@@ -133,11 +174,12 @@ def train_flops_per_token(
         for experts in architecture.experts
     )
     head = architecture.vocabulary_size * width
-    attention = sum(layer.query for layer, _ in layers_of(architecture)) * row.padded / 2
+    attention = sum(layer.query for layer, _ in layers_of(architecture)) * row.attended / 2
     passes = 6.0 if recomputed else 4.0
-    in_layers = passes * layers + (passes + 2.0) * adapter_parameters + (2 * passes + 4.0) * attention
+    in_layers = passes * layers + (passes + 2.0) * adapter_parameters
+    in_attention = (2 * passes + 4.0) * attention
     in_head = (6.0 if fused_head else 4.0) * head
-    return (row.padded * in_layers + row.scored * in_head) / row.tokens
+    return (row.padded * in_layers + row.attended * in_attention + row.scored * in_head) / row.tokens
 
 
 @dataclass(frozen=True)
@@ -151,15 +193,20 @@ class Workload:
     tokens: int
 
     @staticmethod
-    def of(training: TrainingConfig, lengths: RowLengths | None = None) -> Workload:
+    def of(training: TrainingConfig, lengths: RowLengths | None = None, padding_free: bool = False) -> Workload:
         """Return the workload of ``training`` on rows of ``lengths``. If they are unknown, every batch is full, and
-        every row has ``training.max_length`` tokens with a loss: an upper bound."""
+        every row has ``training.max_length`` tokens with a loss: an upper bound. ``padding_free``: batches have no
+        padding."""
         if lengths is None:
             step_rows, row = float(training.batch_size), MeanRow.whole(float(training.max_length))
         else:
             step_rows = lengths.rows / math.ceil(lengths.rows / training.batch_size)
             micro_batch = min(training.micro_batch_size or training.batch_size, lengths.rows)
-            row = MeanRow(lengths.mean_tokens, lengths.expected_padded_length(micro_batch), lengths.mean_loss_tokens)
+            longest, mean = lengths.expected_padded_length(micro_batch), lengths.mean_tokens
+            if isinstance(training.micro_batch_tokens, int):
+                limit = training.micro_batch_tokens
+                longest = lengths.expected_length_when_cut(round(step_rows), limit, padding_free)
+            row = MeanRow(mean, mean if padding_free else longest, lengths.mean_loss_tokens, longest)
         if training.max_tokens is not None:
             steps = math.ceil(training.max_tokens / (step_rows * row.tokens))
             return Workload(steps, step_rows, row, training.max_tokens)

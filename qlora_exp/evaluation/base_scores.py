@@ -5,15 +5,12 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from qlora_exp.config.schema import Config
@@ -22,12 +19,11 @@ from qlora_exp.evaluation.baselines import baselines
 from qlora_exp.evaluation.forgetting import DocumentLoss, answer_losses, forgetting, text_losses
 from qlora_exp.evaluation.per_item import ITEM_COLUMNS
 from qlora_exp.evaluation.scoring import Evaluation, evaluate_splits, limit_items
+from qlora_exp.evaluation.shared_scores import Wait, cached
 from qlora_exp.paths import RunPaths
 from qlora_exp.records.files import write_json
 from qlora_exp.records.schema import from_dict
 from qlora_exp.records.types import Baselines, Forgetting, Plan, Scores
-
-T = TypeVar("T")
 
 CACHE_KEY_PACKAGES = ("qlora-exp", "torch", "transformers", "bitsandbytes", "scikit-learn")
 """Packages in the cache key: an upgrade can change a score."""
@@ -69,14 +65,19 @@ def score_base_model(
     plan: Plan,
     model_fingerprint: str,
     cache: Path,
+    wait: Wait | None = None,
 ) -> BaseScores:
-    """Return the base model's scores, from the cache if an earlier run with the same fingerprints measured them."""
+    """Return the base model's scores, from the cache if another run with the same fingerprints measured them.
+
+    ``wait`` gets the seconds of waiting for a run that measures them now.
+    """
     if not config.evaluation.before:
         return BaseScores(None, None, _general_losses(model, tokenizer, splits, config), {}, cached=False)
     general = "\n".join([*splits.general_text, *(chat.prompt + chat.completion for chat in splits.general_chats)])
     key = cache_key(
         *(plan.base_fingerprint, model_fingerprint, splits.record.fingerprint, plan.compute_dtype, plan.device),
         *(general, item_names(splits)),
+        *([plan.kernels] if plan.kernels != "none" else []),
     )
 
     def compute() -> BaseScores:
@@ -85,7 +86,7 @@ def score_base_model(
         items = {"validation": before.items} | ({"test": test.items} if test else {})
         return BaseScores(before.scores, test.scores if test else None, general_losses, items, cached=False)
 
-    return cached(cache / "base_scores" if config.evaluation.cache else None, key, _load, compute, _save)
+    return cached(cache / "base_scores" if config.evaluation.cache else None, key, _load, compute, _save, wait)
 
 
 def _load(path: Path) -> BaseScores:
@@ -147,7 +148,7 @@ def score_splits(
     )
 
 
-def baselines_of(splits: Splits, config: Config, cache: Path) -> Baselines | None:
+def baselines_of(splits: Splits, config: Config, cache: Path, wait: Wait | None = None) -> Baselines | None:
     """Return both baselines' scores on ``evaluation.split``, cached; ``None`` if the task has no labels."""
     if not config.evaluation.baselines or not splits.labels:
         return None
@@ -162,32 +163,9 @@ def baselines_of(splits: Splits, config: Config, cache: Path) -> Baselines | Non
         lambda path: from_dict(Baselines, json.loads(path.read_text(encoding="utf-8")), str(path)),
         lambda: baselines(scored, split),
         write_json,
+        wait,
     )
     return found
-
-
-def cached(
-    folder: Path | None,
-    key: str,
-    load: Callable[[Path], T],
-    compute: Callable[[], T],
-    save: Callable[[Path, T], None],
-) -> T:
-    """Return the result that ``folder`` holds under ``key``, else compute and save it. Without a folder, compute it.
-
-    One process computes it, the others wait. A result that can't be loaded is computed again; ``None`` isn't saved.
-    """
-    if folder is None:
-        return compute()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{key}.json"
-    with FileLock(str(folder / f"{key}.lock")):
-        with suppress(Exception):  # there is none, or it is damaged
-            return load(path)
-        result = compute()
-        if result is not None:
-            save(path, result)
-    return result
 
 
 def table_path(path: Path, name: str | int) -> Path:

@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from qlora_exp.config.schema import Config, EvaluationSplit
 from qlora_exp.data.few_shot import few_shot_draws
 from qlora_exp.data.items import Splits
-from qlora_exp.evaluation.base_scores import cache_key, cached, item_names, table_path, write_items
+from qlora_exp.evaluation.base_scores import cache_key, item_names, table_path, write_items
 from qlora_exp.evaluation.kv_cache import CausalModel
 from qlora_exp.evaluation.scoring import evaluate_splits, limit_items
+from qlora_exp.evaluation.shared_scores import Wait, cached
 from qlora_exp.paths import RunPaths
 from qlora_exp.records.files import write_json
 from qlora_exp.records.schema import from_dict
@@ -52,10 +53,12 @@ def few_shot_scores(
     plan: Plan,
     model_fingerprint: str,
     cache: Path,
+    wait: Wait | None = None,
 ) -> FewShotScores:
-    """Return the scores of every draw, from the cache if an earlier run with the same fingerprints measured them.
+    """Return the scores of every draw, from the cache if another run with the same fingerprints measured them.
 
-    Without ``evaluation.few_shots`` there are no draws.
+    ``wait`` gets the seconds of waiting for a run that measures them now. Without ``evaluation.few_shots`` there are no
+    draws.
 
     Raises:
         DataError: one example and the longest prompt are longer than the model's context.
@@ -67,6 +70,7 @@ def few_shot_scores(
     key = cache_key(
         *(plan.base_fingerprint, model_fingerprint, splits.record.fingerprint, plan.compute_dtype, plan.device),
         *(f"{shots} × {evaluation.few_shot_draws}", item_names(splits)),
+        *([plan.kernels] if plan.kernels != "none" else []),
     )
 
     def compute() -> FewShotScores:
@@ -91,4 +95,4 @@ def few_shot_scores(
             write_items(table, table_path(path, draw.draw))
         write_json(path, {"draws": scores.draws})
 
-    return cached(cache / "few_shot" if evaluation.cache else None, key, load, compute, save)
+    return cached(cache / "few_shot" if evaluation.cache else None, key, load, compute, save, wait)

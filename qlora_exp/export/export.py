@@ -19,10 +19,11 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 
 from qlora_exp.architecture.targets import resolve_targets
-from qlora_exp.config.schema import ComputeDtype, Config, ExportConfig
+from qlora_exp.config.schema import ComputeDtype, Config
 from qlora_exp.errors import ConfigError, ExportError, ModelError, QloraExpError, nearest
 from qlora_exp.export.card import export_card
 from qlora_exp.export.compatibility import add_end_token, end_of_answers, write_for_version_4
+from qlora_exp.export.export_config import ExportConfig
 from qlora_exp.export.gguf import check_convertible, write_gguf
 from qlora_exp.export.llama_cpp import measure_runtime
 from qlora_exp.export.phone import answer_phone

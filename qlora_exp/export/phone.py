@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from qlora_exp.config.schema import ExportConfig
+from qlora_exp.export.export_config import ExportConfig
 from qlora_exp.export.results import Artefact, Criterion, PhoneAnswer
 from qlora_exp.system.cards import Price
 

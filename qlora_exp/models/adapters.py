@@ -9,11 +9,13 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import peft
 import torch
 from peft import PeftModel
+from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -99,6 +101,18 @@ def recast_adapters(model: nn.Module, lora: LoraConfig) -> None:
         start = start_values.get(name)
         is_at_start = start is not None and torch.equal(start.to(parameter.dtype), parameter.detach())
         parameter.data = (start if start is not None and is_at_start else parameter.data).to(_dtype_of(name, dtype))
+
+
+@contextmanager
+def autocast_casts_inputs(model: nn.Module, active: bool = True) -> Iterator[None]:
+    """Let autocast cast what adapters read, in place of PEFT. For training with LoRA under autocast.
+
+    PEFT casts the input of an unquantized layer's adapter to float32 (the adapter's dtype), and autocast casts it back:
+    both cost a pass over memory in each layer, and each adapter saves a copy for backward. Results are equal, because a
+    16-bit number stays what it is in float32. DoRA computes norms in its input's dtype: there the cast must stay.
+    """
+    with disable_input_dtype_casting(model, active):
+        yield
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -93,19 +94,30 @@ def check_causal(model: PreTrainedModel, where: str, copied: Callable[[PreTraine
 def _probe_inputs(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
     """Return two inputs of one row that differ in their last token, without special tokens if the vocabulary allows
     it."""
-    text = model.config.get_text_config()
-    embeddings: Any = model.get_input_embeddings()
-    size = int(getattr(embeddings, "num_embeddings", 0) or getattr(text, "vocab_size", 0))
-    special = {value for config in (model.config, text) for key, value in vars(config).items() if "token" in key
-               and isinstance(value, int)}  # fmt: skip
-    ids = [number for number in range(min(size, 1000)) if number not in special][: PROBE_TOKENS + 1]
-    ids = ids if len(ids) > 2 else list(range(size))
+    text, ids = model.config.get_text_config(), _ordinary_ids(model, PROBE_TOKENS + 1)
     positions = getattr(text, "max_position_embeddings", None)
     length = min(len(ids) - 1, positions) if isinstance(positions, int) and positions > 1 else len(ids) - 1
     first = torch.tensor([ids[:length]], device=model.device)
     second = first.clone()
     second[0, -1] = ids[length]
     return first, second
+
+
+def _ordinary_ids(model: PreTrainedModel, count: int) -> list[int]:
+    """Return up to ``count`` token ids that aren't special, or all ids of a vocabulary that hardly has any."""
+    text = model.config.get_text_config()
+    embeddings: Any = model.get_input_embeddings()
+    size = int(getattr(embeddings, "num_embeddings", 0) or getattr(text, "vocab_size", 0))
+    special = {value for config in (model.config, text) for key, value in vars(config).items() if "token" in key
+               and isinstance(value, int)}  # fmt: skip
+    ids = [number for number in range(min(size, 1000)) if number not in special][:count]
+    return ids if len(ids) > 2 else list(range(size))
+
+
+def ordinary_tokens(model: PreTrainedModel, count: int) -> torch.Tensor:
+    """Return ``count`` token ids on the model's device, without special tokens if the vocabulary allows it."""
+    ids = itertools.cycle(_ordinary_ids(model, count))
+    return torch.tensor(list(itertools.islice(ids, count)), device=model.device)
 
 
 def _logits(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:

@@ -168,9 +168,17 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
         positions=positions if positions > 0 else None,
         heads=int(getattr(text, "num_attention_heads", 0) or 0) or None,
         eager_alone=not model._supports_sdpa,
+        window=_window(text),
         others=tuple(_others(model)),
         experts=tuple(_experts(model, int(getattr(text, "hidden_size", 0) or 0))),
     )
+
+
+def _window(text: PretrainedConfig) -> int | None:
+    """Return the sliding window of the layers that have one, in tokens; ``None`` if no layer has."""
+    window, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None)
+    unused = getattr(text, "use_sliding_window", True) is False or (kinds and "sliding_attention" not in kinds)
+    return window if isinstance(window, int) and window > 0 and not unused else None
 
 
 def output_head(model: PreTrainedModel) -> str | None:

@@ -31,6 +31,7 @@ from qlora_exp.config.schema import ModelConfig
 from qlora_exp.errors import ModelError, nearest
 from qlora_exp.models.causality import check_configured_causal
 from qlora_exp.models.config_sizes import check_positive_sizes
+from qlora_exp.models.file_digests import model_file_digest
 from qlora_exp.models.gguf_header import gguf_parts, is_tied, read_header
 from qlora_exp.models.gguf_rope import with_llama3_rope
 from qlora_exp.models.prequantized import QUANTIZED_HINT as UNQUANTIZED
@@ -177,8 +178,7 @@ def fingerprint(source: ModelSource) -> str:
     files = gguf_parts(folder / source.gguf_file) if source.gguf_file else sorted(_model_files(folder))
     total = hashlib.sha256()
     for file in files:
-        state = file.stat()
-        total.update(f"{file.name}\0{_sha256(file, state.st_size, state.st_mtime_ns)}\n".encode())
+        total.update(f"{file.name}\0{model_file_digest(file)}\n".encode())
     return f"sha256:{total.hexdigest()}"
 
 
@@ -187,13 +187,6 @@ def _model_files(folder: Path) -> list[Path]:
     suffixes = (".json", ".safetensors", ".jinja", ".model", ".txt")
     files = [path for path in folder.iterdir() if path.is_file() and path.suffix in suffixes]
     return [*files, *folder.glob("additional_chat_templates/*.jinja")]
-
-
-@functools.lru_cache(maxsize=4096)
-def _sha256(file: Path, size: int, modified: int) -> str:
-    """Hash the file. Size and modification time are part of the cache's key: a rewritten file is read again."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _checkpoint_source(checkpoint: str, revision: str | None) -> ModelSource:

@@ -61,6 +61,7 @@ from qlora_exp.study.types import Axis, AxisKind, LadderSpec, StudySpec
 
 STUDY_KEYS = tuple(f"budget.{name}" for name in budget.STUDY_LIMITS)
 """Budget limits that apply to the whole study; no trial has them as its own."""
+STOP_PILOTS = "sweep.ladder.stop_pilots"
 NOT_SWEPT = ("sweep", "sweeps", "workers", "output_root", "tracking", *STUDY_KEYS)
 IGNORED_IN_NAME = (
     *("workers", "tracking", "output_root", "sweeps", "sweep.name", "sweep.join", "sweep.storage"),
@@ -145,6 +146,9 @@ def study_spec(overrides: Sequence[str], params: Mapping[str, str] | None = None
         _check_name(name)
     else:
         name = earlier.name  # as stored: the same characters may be in another Unicode normal form
+        if ladder is not None and earlier.ladder is not None and STOP_PILOTS not in map(override_key, fixed):
+            # The default of the study's version: the same command continues the study.
+            ladder = replace(ladder, stop_pilots=earlier.ladder.stop_pilots)
     study_keys = ("sweep.name", "output_root", "sweep.join", "sweep.storage")
     trial_overrides = [text for text in fixed if override_key(text) not in study_keys]
     storage = settings.storage or os.environ.get(STORAGE_VARIABLE) or f"sqlite:///{output_root.optuna_database}"

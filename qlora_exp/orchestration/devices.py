@@ -13,7 +13,7 @@ from qlora_exp.errors import ConfigError, QloraExpError, raise_all
 from qlora_exp.records.files import write_json
 from qlora_exp.system import heap
 from qlora_exp.system.environment import available_cores
-from qlora_exp.system.gpus import DEVICE_ORDER, DEVICES_VARIABLE, instances
+from qlora_exp.system.gpus import DEVICE_ORDER, DEVICES_VARIABLE, allocator_setting, instances
 from qlora_exp.system.gpus import cards as cards_here
 from qlora_exp.system.gpus import visible_devices as visible_gpus
 
@@ -147,4 +147,6 @@ def threads_per_process(requested: int | None, slots: int, kept: Path) -> int:
 def environment_of(gpu: str | None, threads: int) -> Mapping[str, str]:
     """Return a trial process's environment variables; libraries read them at import."""
     fixed = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    return {**fixed, **heap.environment_for_training()} if gpu is None else {**fixed, DEVICES_VARIABLE: gpu}
+    if gpu is None:
+        return {**fixed, **heap.environment_for_training()}
+    return {**fixed, DEVICES_VARIABLE: gpu, **allocator_setting()}

@@ -24,12 +24,14 @@ class RunTrial:
     resume: bool
     """The run has a record already: continue it."""
     trial: Trial
-    micro_batch_size: int | None
-    """Replaces the configuration's after memory ran out."""
+    micro_batch: dict[str, int]
+    """Keys of ``training`` and their values, which replace the configuration's after memory ran out."""
     per_item: bool
     """Whether a :class:`PruneRequest` must contain the loss of each item."""
     memory: MemoryLimit | None = None
     """What a new run must fit into; ``None``: as its configuration says."""
+    pilot: bool = False
+    """Whether the run is a ladder's pilot that may be stopped: a :class:`PruneRequest` then has its training loss."""
 
 
 @dataclass(frozen=True)

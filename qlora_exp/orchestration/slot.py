@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from qlora_exp.config.schema import BudgetConfig, Isolation, WorkersConfig
 from qlora_exp.errors import QloraExpError, RecordError
-from qlora_exp.estimate.memory_fit import next_smaller_micro_batch
+from qlora_exp.estimate.memory_fit import smaller_micro_batch
 from qlora_exp.orchestration.live_state import SlotState, utc_now
 from qlora_exp.orchestration.messages import (
     DiskFull,
@@ -36,6 +36,7 @@ from qlora_exp.orchestration.trial_process import ProcessDied, TrialProcess
 from qlora_exp.paths import OutputPaths, RunPaths, StudyPaths, slug
 from qlora_exp.records.files import read_record, write_json
 from qlora_exp.records.types import Failure, RunRecord, Status, Trial
+from qlora_exp.study.pilot_pruner import may_stop
 from qlora_exp.study.types import Claim, Outcome, StudySpec
 from qlora_exp.system import memory_limits
 from qlora_exp.system.device_errors import bitsandbytes_error
@@ -176,9 +177,10 @@ class Slot(threading.Thread):
                 run_id=run_id,
                 resume=record is not None,
                 trial=Trial(spec.name, claim.number, claim.attempt, dict(claim.params), spec.id),
-                micro_batch_size=_earlier_micro_batch(record),
+                micro_batch=_earlier_micro_batch(record),
                 per_item=spec.pruner == "wilcoxon",
                 memory=self.worker.memory_limit(claim) if record is None else None,
+                pilot=may_stop(spec.ladder, claim.params),
             )
         )
         try:
@@ -303,15 +305,16 @@ class Slot(threading.Thread):
 
         The record is reopened first, because any worker may claim the trial right after.
         """
-        if claim.out_of_memory_retries >= self.setting.spec.out_of_memory_retries or _micro_batch(record) <= 1:
+        smaller = smaller_micro_batch(record.config["training"], record.plan)
+        if smaller is None or claim.out_of_memory_retries >= self.setting.spec.out_of_memory_retries:
             return False
         if not self.worker.owns_trial(claim):
             return False
-        half = next_smaller_micro_batch(_micro_batch(record), record.config["training"]["batch_size"])
         warning = (
-            f"memory ran out with micro-batches of {_micro_batch(record)}; run again with {half}, the batch unchanged"
+            f"memory ran out with micro-batches of {smaller.before} {smaller.unit}; "
+            f"run again with {smaller.after}, the batch unchanged"
         )
-        training = {**record.config["training"], "micro_batch_size": half}
+        training = {**record.config["training"], smaller.key: smaller.after}
         shutil.rmtree(paths.checkpoints, ignore_errors=True)
         opened = record.replace(
             status=Status.INTERRUPTED,
@@ -422,16 +425,11 @@ def _wait_for_last_owner(paths: RunPaths) -> None:
         time.sleep(LISTEN_SECONDS)
 
 
-def _micro_batch(record: RunRecord) -> int:
-    if record.plan is not None:
-        return record.plan.micro_batch_size
-    training = record.config["training"]
-    return int(training["micro_batch_size"] or training["batch_size"])
-
-
-def _earlier_micro_batch(record: RunRecord | None) -> int | None:
+def _earlier_micro_batch(record: RunRecord | None) -> dict[str, int]:
     """Return the micro-batch of the earlier attempt, which may be smaller than configured after memory ran out."""
-    return None if record is None else record.config["training"]["micro_batch_size"]
+    training = record.config["training"] if record is not None else {}
+    values = {key: training.get(key) for key in ("micro_batch_size", "micro_batch_tokens")}
+    return {key: value for key, value in values.items() if isinstance(value, int)}
 
 
 def _can_write(paths: RunPaths) -> bool:

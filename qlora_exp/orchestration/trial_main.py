@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 
 from qlora_exp.config.schema import Config
 from qlora_exp.errors import QloraExpError
-from qlora_exp.estimate.memory_fit import PredictedOutOfMemory
+from qlora_exp.estimate.memory_fit import PredictedOutOfMemory, with_micro_batch
 from qlora_exp.orchestration.messages import (
     PRELOADED,
     Command,
@@ -127,7 +127,7 @@ class _TrialRunner:
                 resume=command.run_id if command.resume else None,
                 run_id=command.run_id,
                 trial=command.trial,
-                report=PruneCheck(self.ask, command.per_item),
+                report=PruneCheck(self.ask, command.per_item, command.pilot),
                 bases=self.bases,
                 deliver=self.deliveries.submit,
                 memory=command.memory,
@@ -163,9 +163,7 @@ class _TrialRunner:
 def _with_worker_settings(config: Config, command: RunTrial) -> Config:
     """Return the configuration with the values that the worker sets directly, not as Hydra overrides."""
     changed = replace(config, output_root=command.output_root)
-    if command.micro_batch_size is None:
-        return changed
-    return replace(changed, training=replace(changed.training, micro_batch_size=command.micro_batch_size))
+    return with_micro_batch(changed, command.micro_batch)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from qlora_exp.rank_doubling.ladder import (
 )
 from qlora_exp.rank_doubling.settings import SPLIT, is_single_rank, rule_of
 from qlora_exp.records.schema import to_dict
+from qlora_exp.records.types import Status
 from qlora_exp.study.objectives import MODEL_STATE, objective_value
 from qlora_exp.study.types import LadderSettings, LadderSpec, StudySpec, TrialRow
 
@@ -167,12 +168,17 @@ def _costs(runs: Sequence[LadderTrial]) -> dict[str, list[float]]:
 
 
 def _spent(ended: Sequence[LadderTrial]) -> dict[str, Any]:
-    """Return what all runs of the ladder took, pilots and failures included."""
+    """Return what all runs of the ladder took, pilots and failures included.
+
+    ``pilots_stopped``: those of the pilots that were stopped early.
+    """
     speeds = [trial.record.speed for trial in ended if trial.record is not None]
     usd = [speed.cost_usd for speed in speeds if speed.cost_usd is not None]
+    pilots = [trial for trial in ended if trial.params[SPLIT] == "validation"]
     return {
         "runs": len(ended),
-        "pilots": sum(trial.params[SPLIT] == "validation" for trial in ended),
+        "pilots": len(pilots),
+        "pilots_stopped": sum(trial.record is not None and trial.record.status is Status.PRUNED for trial in pilots),
         "seconds": math.fsum(speed.total_seconds for speed in speeds if speed.total_seconds is not None),
         "cost_usd": math.fsum(usd) if usd else None,
     }

@@ -19,6 +19,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from qlora_exp.analysis.pilots import is_behind
 from qlora_exp.analysis.rank import Comparison, answer, decide_doubling
 from qlora_exp.analysis.rank_rule import MAX_SEEDS, StepVerdict
 from qlora_exp.analysis.variance import Array
@@ -37,7 +38,7 @@ from qlora_exp.rank_doubling.settings import (
     round_rate,
     rule_of,
 )
-from qlora_exp.records.files import read_curve, read_record
+from qlora_exp.records.files import read_curve, read_record, training_losses
 from qlora_exp.records.types import RunRecord, Status
 from qlora_exp.study.proposer import PlannedProposer, Proposer, TrialPoint, Trials
 from qlora_exp.study.space import point_overrides
@@ -72,7 +73,12 @@ class Pilot:
 
     learning_rate: float
     validation_loss: float | None
-    """Nats per item; ``None`` if the run left no loss (diverged, failed, or out of memory)."""
+    """Nats per item; ``None`` if the run left no loss (stopped early, diverged, failed, or out of memory)."""
+    training_loss: float | None = None
+    """Nats per token at the step at which pilots are compared; ``None`` unless ``sweep.ladder.stop_pilots``."""
+    behind: bool = False
+    """The training loss is clearly behind another pilot's. The run was stopped early. If the other one ran later, it
+    was completed, but isn't chosen either: the choice depends on the losses, not on the order of the runs."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +173,7 @@ def ended_trial(params: TrialPoint, run_id: str | None, outputs: OutputPaths) ->
             record = read_record(paths.record)
         if record is not None and params.get(SPLIT) == "test":
             losses = _test_losses(paths)
-            curve = {point["step"]: point["loss"] for point in read_curve(paths.curve) if "loss" in point}
+            curve = training_losses(read_curve(paths.curve))
     return LadderTrial(params, ended=True, record=record, losses=losses, curve=curve)
 
 
@@ -294,11 +300,13 @@ class _LadderEvaluation:
         rates = rates_of(self.spec, self.one, rank)
         extended = False
         while True:
-            points = [self._point(rank, self.spec.pilot_seed, rate, "validation") for rate in rates]
-            ended = [trial for point in points if (trial := self._ended(point)) is not None]
+            trials = {}
+            for rate in self._in_order(rates, rank):
+                trials[rate] = self._ended(self._point(rank, self.spec.pilot_seed, rate, "validation"))
+            ended = {rate: trial for rate in rates if (trial := trials[rate]) is not None}
             if len(ended) < len(rates):
                 return None
-            pilots = [Pilot(rate, _validation_loss(trial)) for rate, trial in zip(rates, ended, strict=True)]
+            pilots = _pilots(ended)
             best = self._best(pilots, rank)
             at_edge = best in (rates[0], rates[-1])
             if extended or not at_edge:
@@ -306,8 +314,19 @@ class _LadderEvaluation:
             beyond = rates[0] ** 2 / rates[1] if best == rates[0] else rates[-1] ** 2 / rates[-2]
             rates, extended = sorted([*rates, round_rate(beyond)]), True
 
+    def _in_order(self, rates: Sequence[float], rank: int) -> list[float]:
+        """Return the rates in the order in which their pilots start: if they can be stopped, the centre comes first,
+        because it is the best one most often, and the others are compared with it."""
+        if not self.spec.stop_pilots:
+            return list(rates)
+        centre = self.one.learning_rate * lr_scale(self.spec, self.one, rank)
+        return sorted(rates, key=lambda rate: (abs(math.log(rate / centre)), rate))
+
     def _best(self, pilots: Sequence[Pilot], rank: int) -> float:
-        known = [(pilot.validation_loss, pilot.learning_rate) for pilot in pilots if pilot.validation_loss is not None]
+        kept = [pilot for pilot in pilots if not pilot.behind]
+        known = [(loss, pilot.learning_rate) for pilot in kept if (loss := pilot.validation_loss) is not None]
+        if not known:  # all others failed, among them the one because of which these were stopped
+            known = [(loss, pilot.learning_rate) for pilot in kept if (loss := pilot.training_loss) is not None]
         if not known:
             of_rank = [trial for trial in self.trials.values() if trial.params[RANK] == rank]
             reason = _failure_reasons(of_rank, otherwise="")
@@ -350,6 +369,24 @@ class _LadderEvaluation:
             trial = self.trials.get(_key(self._point(rank, self.spec.first_seed + seed, rate, "test")))
             if trial is not None and trial.ended:
                 yield trial
+
+
+def _pilots(trials: Mapping[float, LadderTrial]) -> list[Pilot]:
+    """Return the ended pilots of a rank, by learning rate. Pilots that failed are compared with none."""
+    losses = {rate: _training_loss(trial) for rate, trial in trials.items()}
+    known = [loss for loss in losses.values() if loss is not None]
+    return [
+        Pilot(rate, _validation_loss(trial), loss := losses[rate], loss is not None and is_behind(loss, known))
+        for rate, trial in trials.items()
+    ]
+
+
+def _training_loss(trial: LadderTrial) -> float | None:
+    """Return a pilot's loss at the step of comparison; ``None`` if it isn't known or the run failed."""
+    training = trial.record.training if trial.record is not None else None
+    if trial.record is None or training is None or training.pilot_loss is None:
+        return None
+    return training.pilot_loss.loss if trial.record.status in (Status.COMPLETED, Status.PRUNED) else None
 
 
 def _validation_loss(trial: LadderTrial) -> float | None:

@@ -111,6 +111,7 @@ def resolve(config: LadderConfig, first_seed: int, ladders: Sequence[LadderSetti
         lr_factors=tuple(factors),
         ladders=tuple(ladders),
         max_seeds=config.max_seeds,
+        stop_pilots=config.stop_pilots,
     )
 
 

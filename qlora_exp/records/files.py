@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -93,3 +93,8 @@ def read_curve(path: Path) -> list[dict[str, Any]]:
         if isinstance(point, dict) and isinstance(point.get("step"), int):
             points[point["step"]] = points.get(point["step"], {}) | point
     return [points[step] for step in sorted(points)]
+
+
+def training_losses(points: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """Return step → training loss of a curve's points that have a finite one."""
+    return {point["step"]: point["loss"] for point in points if point.get("loss") is not None}

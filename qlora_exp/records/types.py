@@ -107,14 +107,27 @@ class Plan:
     max_steps: int
     batch_size: int
     micro_batch_size: int
+    """Sequences per forward pass; with ``micro_batch_tokens``, the batch size, of which each step's rows are cut."""
     gradient_accumulation_steps: int
+    """Micro-batches per step; 1 with ``micro_batch_tokens``, whose number varies from step to step."""
     gradient_checkpointing: bool
     format: str
     """``chat`` or ``plain``."""
+    padding_free: bool | None = None
+    """Whether training's batches have no padding. ``None`` in records of earlier versions, which padded."""
+    padded_because: str | None = None
+    """Why rows are padded; ``None`` if they aren't."""
     length_multiple: int = 1
-    """Training batches are padded to a multiple of this length."""
+    """Training batches are padded to a multiple of this length; without padding, the longest row is."""
     logits_multiple: int = 1
     """The number of tokens with logits per training batch is rounded up to a multiple of this."""
+    micro_batch_tokens: int | None = None
+    """The largest micro-batch in tokens with padding, as configured or as ``auto`` chose it; ``None``: micro-batches
+    are chosen in rows."""
+    longest_row_tokens: int | None = None
+    """The longest training row in tokens, rounded up to ``length_multiple``: the smallest ``micro_batch_tokens``."""
+    kernels: str = "none"
+    """Kernels of norms and gated MLPs, in training and scoring: ``liger``, or ``none`` for transformers' own."""
     inputs_rounded_in: tuple[str, ...] | None = None
     """Phases in which quantized layers' inputs are rounded to 8 bits, too (int8 only): ``training``, ``evaluation``.
     ``None`` in records of earlier versions."""
@@ -127,7 +140,7 @@ class Plan:
     predicted_train_tokens: int | None = None
     """Predicted number of tokens that training processes, without padding."""
     predicted_padded_tokens: int | None = None
-    """The same with padding."""
+    """The same with padding, if there is any."""
     predicted_loss_tokens: int | None = None
     """Tokens of ``predicted_train_tokens`` that carry a loss; only these get logits. ``None`` in records of earlier
     versions, whose ``train_flops_per_token`` counts the head for every token and no padding."""
@@ -244,6 +257,9 @@ class Memory:
     without the growth of mapped files; ``None`` if the process had made a run before.
     """
     checkpoint_bytes: int | None = None
+    outside_allocator_bytes: int | None = None
+    """When the GPU's memory ran out: what was in use there outside this process's torch allocator, i.e. by CUDA's
+    context, paged optimizer states and other processes. ``None`` if memory didn't run out, or on a CPU."""
     process_reused: bool = False
     """Whether the process had made a run before; CPU peaks are then unknown."""
     source: str | None = None
@@ -269,9 +285,11 @@ class Speed:
     train_seconds: float | None = None
     evaluation_seconds: float | None = None
     base_evaluation_seconds: float | None = None
-    """Seconds to score the base model before tuning."""
+    """Seconds to score the base model before tuning, without ``waiting_seconds``."""
     base_scores_cached: bool = False
     """Whether the base model's scores came from the cache."""
+    waiting_seconds: float | None = None
+    """Seconds of waiting for other runs that computed the same base scores or baselines."""
     total_seconds: float | None = None
     steps: int | None = None
     excluded_steps: int | None = None
@@ -400,6 +418,15 @@ class Goal:
 
 
 @dataclass(frozen=True)
+class PilotLoss:
+    """By what a ladder compares its pilots while they train (:mod:`qlora_exp.analysis.pilots`)."""
+
+    step: int
+    loss: float
+    """Mean training loss of the last steps up to ``step``, in nats per token."""
+
+
+@dataclass(frozen=True)
 class Training:
     """What the trainer did."""
 
@@ -413,6 +440,8 @@ class Training:
     micro_batch_size: int | None = None
     ended_by_budget: str | None = None
     """The limit of ``budget`` that ended the training before its last step, e.g. ``seconds``."""
+    pilot_loss: PilotLoss | None = None
+    """Only of a ladder's pilots that may be stopped early; ``None`` before the step at which they are compared."""
 
 
 KILLED_FOR_MEMORY = "OutOfMemory"

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qlora_exp.architecture.run_plan import EARLIER_TASK_DEFAULTS
+from qlora_exp.architecture.run_plan import EARLIER_TASK_DEFAULTS, EARLIER_TRAINING_DEFAULTS
 from qlora_exp.config.compose import as_checked_config
 from qlora_exp.config.overrides import escape_interpolations
 from qlora_exp.config.schema import Config
@@ -73,8 +73,10 @@ def config_from_plain(plain: dict[str, Any]) -> Config:
         plain["task"] = {**EARLIER_TASK_DEFAULTS, **plain.get("task", {})}  # older records lack some keys of both
         plain["task"]["columns"] = {"tools": None, **(plain["task"].get("columns") or {})}
         training = plain.get("training")
-        if isinstance(training, dict) and training.get("max_tokens") is not None:
-            plain["training"] = {**training, "max_steps": None}  # earlier versions allowed both and used max_tokens
+        if isinstance(training, dict):
+            plain["training"] = training = {**EARLIER_TRAINING_DEFAULTS, **training}
+            if training.get("max_tokens") is not None:
+                training["max_steps"] = None  # earlier versions allowed both and used max_tokens
         merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(escape_interpolations(plain)))
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0], "the recorded configuration", "run it again by hand") from None

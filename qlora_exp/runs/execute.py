@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import itertools
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from filelock import FileLock, Timeout, UnixFileLock
 
+from qlora_exp.config.allowed_values import AUTO_TOKENS
 from qlora_exp.config.schema import Config, Engine
 from qlora_exp.errors import DataError, QloraExpError, RecordError
 from qlora_exp.estimate.budget import check_energy, without_limits
-from qlora_exp.estimate.memory_fit import MemoryLimit, PredictedOutOfMemory, next_smaller_micro_batch
+from qlora_exp.estimate.memory_fit import MemoryLimit, PredictedOutOfMemory, smaller_micro_batch, with_micro_batch
 from qlora_exp.paths import OutputPaths, RunPaths
 from qlora_exp.records.files import read_record, write_json
-from qlora_exp.records.types import KILLED_FOR_MEMORY, Environment, Failure, Fit, RunRecord, Status, Trial
+from qlora_exp.records.types import KILLED_FOR_MEMORY, Environment, Failure, Fit, Plan, RunRecord, Status, Trial
 from qlora_exp.runs import sleep_engine
 from qlora_exp.runs.first_record import create_record, current_time, remove_record
 from qlora_exp.runs.process import (
@@ -29,6 +30,7 @@ from qlora_exp.runs.process import (
 )
 from qlora_exp.runs.termination import exit_if_memory_is_short
 from qlora_exp.system import environment, signals
+from qlora_exp.system.c_exit import call_at_c_exit
 from qlora_exp.system.distributed import check_single_rank
 from qlora_exp.system.out_of_memory import SMALLER_HINTS, memory_warning
 from qlora_exp.training.outcome import Observer, PruneCheck, no_pruning
@@ -88,8 +90,9 @@ def execute(
         if alone and config.training.engine is not Engine.sleep:
             import_and_freeze_gc(("qlora_exp.runs.pipeline",))
         if resume is not None:  # its memory was checked when it first started
-            prepared = _prepare(config, bases, memory)
-            _check_same_data(read_record(outputs.run(resume).record), prepared.data_fingerprint)
+            earlier = read_record(outputs.run(resume).record)
+            prepared = _prepare(_with_earlier_micro_batch(config, earlier), bases, memory)
+            _check_same_data(earlier, prepared.data_fingerprint)
             record, paths = create_record(config, outputs, prepared.environment, resume, run_id, trial)
         else:  # wrong input raises here, before a run exists
             config, prepared, fit, warnings = _fit_micro_batch(config, bases, memory)
@@ -137,7 +140,10 @@ def _run_and_deliver(
         low_memory_guard = exit_if_memory_is_short(
             lambda number: _write_interrupted_record(paths, number), EXIT_INTERRUPTED
         )
-    with _sigterm_as_interrupt(), low_memory_guard:
+    exit_guard: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if may_end and deliver is None:  # a worker completes the records of its trial processes
+        exit_guard = call_at_c_exit(lambda: _write_exit_record(paths))
+    with _sigterm_as_interrupt(), low_memory_guard, exit_guard:
         try:
             finished, input_error = prepared.run(record, paths, _EventForwarder(observer, tracker), report)
         except KeyboardInterrupt:  # a second one, while the first was being handled
@@ -175,6 +181,20 @@ def _write_interrupted_record(paths: RunPaths, number: int) -> None:
     print(f"error: {what}\n  do:    {hint}", file=sys.stderr, flush=True)
 
 
+def _write_exit_record(paths: RunPaths) -> None:
+    """Write the last record of a run whose process a library is ending."""
+    record = read_record(paths.record)
+    if record.status is not Status.RUNNING:
+        return
+    what = "a library ended the run's process without an exception, as bitsandbytes does after a CUDA error"
+    hint = f"see its last message on the terminal or in the log; if it says out of memory: {SMALLER_HINTS}"
+    failure = Failure("ProcessExit", what, hint=hint)
+    write_json(
+        paths.record, record.replace(status=Status.FAILED, ended_at=current_time(), process=None, failure=failure)
+    )
+    print(f"error: {what}\n  do:    {hint}", file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
 def _run_lock(paths: RunPaths) -> Iterator[None]:
     """Lock the run's folder for this process; the kernel releases the lock when the process ends in any way."""
@@ -199,6 +219,7 @@ class _Prepared(Protocol):
 
     environment: Environment
     data_fingerprint: str | None
+    plan: Plan | None
 
     def fit(self, memory: MemoryLimit) -> Fit | None: ...
 
@@ -238,27 +259,40 @@ def _fit_micro_batch(
 ) -> tuple[Config, _Prepared, Fit | None, tuple[str, ...]]:
     """Prepare the run; halve its micro-batch until it fits, at most ``memory.halvings`` times.
 
-    Returns the configuration, the prepared run, its predicted fit, and warnings.
+    ``micro_batch_tokens=auto`` is halved as often as needed: peaks of similar runs may show that its prediction is too
+    small. Returns the configuration, the prepared run, its predicted fit, and warnings.
     """
-    batch = config.training.batch_size
-    requested = size = config.training.micro_batch_size or batch
+    prepared = _prepare(config, bases, memory)
     try:
-        prepared = _prepare(config, bases, memory)
         fit = prepared.fit(memory)
         return config, prepared, fit, _warnings(fit)
     except PredictedOutOfMemory as error:
         first_error = error
-    for _ in range(memory.halvings):
-        if size == 1:
+    requested = smaller = smaller_micro_batch(vars(config.training), prepared.plan)
+    halvings = range(memory.halvings) if config.training.micro_batch_tokens != AUTO_TOKENS else itertools.count()
+    for _ in halvings:
+        if requested is None or smaller is None:
             break
-        size = next_smaller_micro_batch(size, batch)
-        smaller = dataclasses.replace(config, training=dataclasses.replace(config.training, micro_batch_size=size))
-        warning = f"predicted not to fit with micro-batches of {requested}; uses {size}, with the same batch size"
+        config = with_micro_batch(config, {smaller.key: smaller.after})
+        warning = (
+            f"predicted not to fit with micro-batches of {requested.before} {requested.unit}; "
+            f"uses {smaller.after}, with the same batch size"
+        )
+        prepared = _prepare(config, bases, memory)
         with contextlib.suppress(PredictedOutOfMemory):
-            prepared = _prepare(smaller, bases, memory)
             fit = prepared.fit(memory)
-            return smaller, prepared, fit, (warning, *_warnings(fit))
+            return config, prepared, fit, (warning, *_warnings(fit))
+        smaller = smaller_micro_batch(vars(config.training), prepared.plan)
     raise first_error
+
+
+def _with_earlier_micro_batch(config: Config, earlier: RunRecord) -> Config:
+    """Return ``config`` with the earlier attempt's number in place of ``micro_batch_tokens=auto``: its memory limit may
+    have been another one, e.g. that of two trials on one GPU."""
+    tokens = earlier.plan.micro_batch_tokens if earlier.plan is not None else None
+    if tokens is None or config.training.micro_batch_tokens != AUTO_TOKENS:
+        return config
+    return with_micro_batch(config, {"micro_batch_tokens": tokens})
 
 
 def _warnings(fit: Fit | None) -> tuple[str, ...]:
@@ -280,6 +314,7 @@ class _TrainingRun:
         self.environment = environment.probe(config.training.device)
         self.prepared = prepare(config, self.environment, self.bases, memory)
         self.data_fingerprint: str | None = self.prepared.splits.record.fingerprint
+        self.plan: Plan | None = self.prepared.plan
 
     def fit(self, memory: MemoryLimit) -> Fit | None:
         from qlora_exp.estimate.preflight import memory_fit
@@ -298,6 +333,7 @@ class _SleepRun:
     """A run without training (``training.engine=sleep``): needs neither torch nor data."""
 
     data_fingerprint: str | None = None
+    plan: Plan | None = None
 
     def __init__(self, config: Config) -> None:
         self.config = config

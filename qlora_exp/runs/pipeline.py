@@ -20,16 +20,18 @@ from qlora_exp.evaluation.base_scores import baselines_of, score_base_model, sco
 from qlora_exp.evaluation.few_shot import few_shot_scores
 from qlora_exp.evaluation.goal import answer_goal
 from qlora_exp.evaluation.scoring import Evaluation, limit_items
+from qlora_exp.evaluation.shared_scores import Wait
 from qlora_exp.models.adapters import attach_adapters, load_adapter, save_adapter
 from qlora_exp.models.base_cache import NoCache
 from qlora_exp.models.base_models import BaseModels
+from qlora_exp.models.kernels import with_kernels
 from qlora_exp.models.weight_bytes import weight_bytes
 from qlora_exp.paths import OutputPaths, RunPaths
 from qlora_exp.records.files import write_json
 from qlora_exp.records.redaction import redact_text
 from qlora_exp.records.schema import from_dict
 from qlora_exp.records.types import Failure, Plan, RunRecord, ScoreTable, Status
-from qlora_exp.runs.prepare import Prepared
+from qlora_exp.runs.prepare import Prepared, plan_for_model
 from qlora_exp.runs.record_figures import RunFigures
 from qlora_exp.system.device_errors import is_cuda_error
 from qlora_exp.training import meter as measurement
@@ -79,15 +81,20 @@ def _run_pipeline(
     progress.enter("load", observer)
     with meter.phase("load"):
         base = bases.get(config, planned.device)
+        planned = plan_for_model(prepared, bases.model(base), config)
     _check_same_model(progress.record, base.fingerprint)
     progress.record = progress.record.replace(model_fingerprint=base.fingerprint)
+    if planned is not prepared.plan:  # a resumed run keeps the predictions of its start
+        progress.record = progress.record.replace(plan=with_first_predictions(planned, progress.record.plan))
 
     progress.enter("evaluate base", observer)
     with meter.phase("base"):
-        model = bases.model(base)
-        base_scores = score_base_model(model, tokenizer, splits, config, planned, base.fingerprint, cache)
-        few_shot = few_shot_scores(model, tokenizer, splits, config, planned, base.fingerprint, cache)
-    baselines = baselines_of(splits, config, cache)
+        model = with_kernels(bases.model(base), planned.kernels)
+        wait = progress.wait = _wait("base scores", observer)
+        base_scores = score_base_model(model, tokenizer, splits, config, planned, base.fingerprint, cache, wait)
+        few_shot = few_shot_scores(model, tokenizer, splits, config, planned, base.fingerprint, cache, wait)
+    progress.baseline_wait = _wait("baselines", observer)
+    baselines = baselines_of(splits, config, cache, progress.baseline_wait)
     base_scores.write_items(paths)
     few_shot.write_items(paths)
     progress.base_scores = base_scores
@@ -99,10 +106,10 @@ def _run_pipeline(
     progress.enter("train", observer)
     progress.trained = _finished_training(paths)
     if progress.trained is not None:  # the run was interrupted after its training
-        model = load_adapter(base, paths.adapter)
+        model = with_kernels(load_adapter(base, paths.adapter), planned.kernels)
         progress.weights = weight_bytes(model)
     else:
-        model = attach_adapters(bases.model(base), config, prepared.modules)
+        model = with_kernels(attach_adapters(bases.model(base), config, prepared.modules), planned.kernels)
         progress.weights = weight_bytes(model)
         model.train()
         validation = limit_items(splits.validation, config)
@@ -140,6 +147,11 @@ def _run_pipeline(
         forgetting_chat=forgotten.chat,
     )
     progress.record = progress.record.replace(scores=table, goal=_goal(config, after, test))
+
+
+def _wait(what: str, observer: Observer) -> Wait:
+    """Return a wait that the observer sees as a phase, so that no worker takes the silent trial for hung."""
+    return Wait(lambda: observer.phase(f"wait for another run's {what}"), lambda: observer.phase("evaluate base"))
 
 
 def _with_warning(record: RunRecord, warning: str | None) -> RunRecord:
@@ -192,7 +204,7 @@ def _check_same_model(record: RunRecord, fingerprint: str) -> None:
 def _useful_flops_per_token(prepared: Prepared) -> float:
     """Return the plan's operations for one unpadded token, without those for padding and recomputation."""
     row = prepared.estimate.workload.row
-    unpadded, trainable = replace(row, padded=row.tokens), prepared.plan.trainable_parameters
+    unpadded, trainable = replace(row, padded=row.tokens, attended=row.tokens), prepared.plan.trainable_parameters
     return train_flops_per_token(prepared.architecture, trainable, unpadded, recomputed=False, fused_head=False)
 
 
@@ -214,6 +226,8 @@ def _goal(config: Config, after: Evaluation, test: Evaluation | None) -> Any:
 
 def _failed_record(progress: RunFigures, error: BaseException) -> RunRecord:
     status = status_of(error)
+    if status is Status.OUT_OF_MEMORY:
+        progress.outside_allocator_bytes = measurement.outside_allocator_bytes(progress.meter.device)
     message = redact_text(str(error) or type(error).__name__)
     trace = redact_text("".join(traceback.format_exception(error))[-8000:]) if status is Status.FAILED else None
     failure = Failure(
@@ -221,13 +235,15 @@ def _failed_record(progress: RunFigures, error: BaseException) -> RunRecord:
         message=message[:4000],
         phase=progress.phase,
         step=getattr(error, "step", None) or (progress.watch.so_far().training.steps if progress.watch else None),
-        hint=error.hint if isinstance(error, QloraExpError) else _hint(status, progress.paths, error),
+        hint=error.hint if isinstance(error, QloraExpError) else _hint(status, progress, error),
         traceback=None if isinstance(error, QloraExpError) else trace,
     )
     return progress.known().replace(status=status, failure=failure)
 
 
-def _hint(status: Status, paths: RunPaths, error: BaseException) -> str | None:
+def _hint(status: Status, progress: RunFigures, error: BaseException) -> str | None:
+    paths, plan = progress.paths, progress.record.plan
+    unit = "tokens" if plan is not None and plan.micro_batch_tokens is not None else "size"
     newest = newest_valid(paths.checkpoints)
     start = f"continues at step {step_of(newest[0])}" if newest else "starts again: no step was saved"
     if paths.trained.exists():
@@ -239,7 +255,7 @@ def _hint(status: Status, paths: RunPaths, error: BaseException) -> str | None:
         )
     return {
         Status.INTERRUPTED: f"qlora-exp run --resume {shlex.quote(str(paths.folder))} {start}",
-        Status.OUT_OF_MEMORY: "halve training.micro_batch_size (accumulation keeps the batch), set "
+        Status.OUT_OF_MEMORY: f"halve training.micro_batch_{unit} (accumulation keeps the batch), set "
         "training.gradient_checkpointing=on, or quantization=nf4",
         Status.DIVERGED: "lower training.learning_rate, or raise training.warmup_ratio",
     }.get(status)

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_exp.architecture import run_plan
+from qlora_exp.architecture.padding import needs_padding
 from qlora_exp.architecture.shapes import Architecture
 from qlora_exp.architecture.targets import rank_warning, resolve_targets
 from qlora_exp.config.checks_lora import int8_dora, scaled_16_bit_adapters
-from qlora_exp.config.schema import Config, EvaluationSplit
+from qlora_exp.config.schema import Config, EvaluationSplit, PaddingFree
 from qlora_exp.data.items import Splits, check_positions, check_vocabulary
 from qlora_exp.data.load import load_data
 from qlora_exp.data.sources import state_of_files
@@ -22,9 +23,11 @@ from qlora_exp.estimate.memory_fit import MemoryLimit, memory_limit_bytes
 from qlora_exp.estimate.tokens import row_lengths
 from qlora_exp.evaluation.generation import check_answers
 from qlora_exp.evaluation.metrics import hub_metric
+from qlora_exp.models.attention import measured_padding_reason
 from qlora_exp.models.base_cache import NoCache, model_key
 from qlora_exp.models.base_models import BaseModels
 from qlora_exp.models.inspect import describe
+from qlora_exp.models.kernels import kernels_of_run
 from qlora_exp.models.tokenizers import load_tokenizer
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records.find import EndedRuns
@@ -64,6 +67,7 @@ def prepare(
     rows = bases.memoize("rows", task_key, lambda: load_rows(config.task))
     model_id = model_key(config.model)
     architecture = bases.memoize("architecture", model_id, lambda: describe(config.model))
+    kernels = kernels_of_run(config.training.kernels, architecture.model_type, device.kind)
     modules = resolve_targets(architecture, config.targets)
     rank_warning(architecture, modules, config.lora)
     tokenizer = load_tokenizer(config.model)
@@ -80,10 +84,31 @@ def prepare(
     memory_bytes = memory_limit_bytes(memory, device)
     estimator = estimator_of_run(environment, architecture, modules, splits, ended.records(), bases.warm, memory_bytes)
     estimate = estimator.estimate(config)
-    planned = run_plan.make_plan(config, environment, architecture, modules, splits.format, estimate.checkpointing)
+    planned = run_plan.make_plan(
+        config, environment, architecture, modules, splits.format, estimate.checkpointing, estimate.padded_because
+    )
     if config.training.max_tokens is not None:
         planned = replace(planned, max_steps=_steps_for_tokens(estimate, splits))
-    return Prepared(with_predictions(planned, estimate), estimate, modules, tokenizer, splits, architecture)
+    planned = replace(with_predictions(planned, estimate), kernels=kernels)
+    return Prepared(planned, estimate, modules, tokenizer, splits, architecture)
+
+
+def plan_for_model(prepared: Prepared, model: Any, config: Config) -> Plan:
+    """Return the plan for the loaded ``model``, a base: with padding, if its logits differ without.
+
+    Raises:
+        ConfigError: the logits differ, and ``training.padding_free=on``.
+    """
+    plan, longest = prepared.plan, min(max(row_lengths(prepared.splits)), config.training.max_length)
+    reason = measured_padding_reason(model, longest) if plan.padding_free else None
+    if reason is None:
+        return plan
+    if config.training.padding_free is PaddingFree.on:
+        raise needs_padding(plan.architecture, reason)
+    padded = replace(config, training=replace(config.training, padding_free=PaddingFree.off))
+    return with_predictions(
+        replace(plan, padding_free=False, padded_because=reason), prepared.estimate.estimator.estimate(padded)
+    )
 
 
 def _check_evaluation(config: Config, splits: Splits) -> None:

@@ -58,8 +58,13 @@ def set_threads(threads: int | None) -> None:
 
 
 def hide_other_gpus(device: DeviceChoice) -> str | None:
-    """Limit this process to one GPU unless ``training.device=cpu``. Call it before torch is imported."""
-    return gpus.use_one_gpu() if device is not DeviceChoice.cpu else None
+    """Limit this process to one GPU unless ``training.device=cpu``, and let torch's memory there grow in place. Call it
+    before torch is imported."""
+    if device is DeviceChoice.cpu:
+        return None
+    if gpus.cards():
+        os.environ.update(gpus.allocator_setting())
+    return gpus.use_one_gpu()
 
 
 def silence_libraries() -> None:
@@ -80,6 +85,8 @@ def silence_libraries() -> None:
         os.environ.setdefault(key, value)
     # bitsandbytes logs a missing optional kernel at import, and a cast to 16 bits at each int8 layer's first forward.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # TRL warns that a micro-batch of one row gains nothing without padding; it loses nothing, either.
+    logging.getLogger("trl.trainer.sft_trainer").addFilter(lambda record: "padding-free" not in record.getMessage())
     # transformers 5.23 warns of argument names that TRL passes; the user can't change them.
     warnings.filterwarnings("ignore", category=FutureWarning)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from qlora_exp.config.schema import BudgetConfig
 from qlora_exp.estimate.budget import RECORD_SECONDS, exhausted, spent_before
 from qlora_exp.evaluation.base_scores import BaseScores
+from qlora_exp.evaluation.shared_scores import Wait
 from qlora_exp.models.weight_bytes import WeightBytes
 from qlora_exp.paths import RunPaths
 from qlora_exp.records.files import write_json
@@ -36,6 +37,11 @@ class RunFigures:
     watch: TrainingState | None = None
     trained: Trained | None = None
     base_scores: BaseScores | None = None
+    wait: Wait = field(default_factory=Wait)
+    """For another run that scores the same base model."""
+    baseline_wait: Wait = field(default_factory=Wait)
+    """For another run that computes the same baselines, which isn't part of a phase."""
+    outside_allocator_bytes: int | None = None
     started: float = field(default_factory=time.perf_counter)
     earlier: Spent = field(init=False)
     started_joules: float | None = field(init=False)
@@ -64,11 +70,12 @@ class RunFigures:
             self.written = clock
             with contextlib.suppress(OSError):  # a full disk; the next write has the same figures
                 write_json(self.paths.record, self.known(), durable=False)
-        return exhausted(budget, self.spent())
+        return exhausted(budget, self.spent(energy=budget.kwh is not None))
 
-    def spent(self) -> Spent:
-        """Return what this run has spent up to now, earlier parts of a resumed run included."""
-        joules, tokens = measurement.energy_joules(self.meter.device), 0
+    def spent(self, energy: bool = True) -> Spent:
+        """Return what this run has spent up to now, earlier parts of a resumed run included. Without ``energy``, the
+        GPU's counter isn't read: that takes too long for each step."""
+        joules, tokens = measurement.energy_joules(self.meter.device) if energy else None, 0
         if self.watch is not None:
             tokens = self.watch.meter.tokens - self.watch.meter.earlier_tokens
         if joules is not None and self.started_joules is not None:
@@ -102,6 +109,7 @@ def _memory(progress: RunFigures, trained: Trained | None) -> Memory:
         peak_train_reserved_bytes=meter.of("train").reserved_bytes,
         train_working_set_bytes=_working_set(progress),
         checkpoint_bytes=trained.checkpoint_bytes if trained else None,
+        outside_allocator_bytes=progress.outside_allocator_bytes,
         process_reused=meter.process_reused,
         source=meter.source,
     )
@@ -126,12 +134,14 @@ def _working_set(progress: RunFigures) -> int | None:
 def _speed(progress: RunFigures, trained: Trained | None) -> Speed:
     record, meter, base_scores = progress.record, progress.meter, progress.base_scores
     total = progress.earlier_seconds + time.perf_counter() - progress.started
+    in_base_phase, waited = meter.of("base").seconds, progress.wait.seconds
     price = record.plan.usd_per_hour if record.plan is not None else None
     speed = Speed(
         load_seconds=meter.of("load").seconds,
         evaluation_seconds=meter.of("evaluate").seconds,
-        base_evaluation_seconds=meter.of("base").seconds,
+        base_evaluation_seconds=None if in_base_phase is None else max(in_base_phase - waited, 0.0),
         base_scores_cached=base_scores.cached if base_scores else False,
+        waiting_seconds=waited + progress.baseline_wait.seconds,
         total_seconds=total,
         cost_usd=total / 3600.0 * price if price is not None else None,
     )

@@ -18,18 +18,20 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
+from qlora_exp.analysis.pilots import comparison_loss, comparison_step
 from qlora_exp.architecture.run_plan import effective_alpha
 from qlora_exp.config.schema import Config, EvaluationSplit, Quantization, SleepFault, to_plain
 from qlora_exp.estimate.budget import RECORD_SECONDS, budget_stop_message, exhausted, spent_before
 from qlora_exp.estimate.memory_fit import MemoryEstimate, MemoryLimit, PredictedOutOfMemory, correction_key, fit_into
 from qlora_exp.paths import RunPaths
-from qlora_exp.records.files import write_json
+from qlora_exp.records.files import training_losses, write_json
 from qlora_exp.records.redaction import redact_text
 from qlora_exp.records.types import (
     Environment,
     Failure,
     Fit,
     Memory,
+    PilotLoss,
     RunRecord,
     Scores,
     ScoreTable,
@@ -90,6 +92,7 @@ def sleep_run(
             final_loss=training.loss,
             epochs=None,
             ended_by_budget=training.ended_by,
+            pilot_loss=training.pilot_loss,
         ),
         scores=_score_table(config, paths) if status is Status.COMPLETED else record.scores,
     )
@@ -126,6 +129,7 @@ class _SimulatedTraining:
     step: int = 0
     loss: float | None = None
     ended_by: str | None = None
+    pilot_loss: PilotLoss | None = None
     started: float = dataclasses.field(default_factory=time.perf_counter)
     written: float = 0.0
 
@@ -145,8 +149,9 @@ class _SimulatedTraining:
             self.step, self.loss = step, loss_at(self.config, step)
             points.append({"step": step, "loss": self.loss})
             self.observer.step(step, STEPS, {"loss": self.loss})
+            self._compare_pilot(points)
             every = training.evaluate_every_steps
-            if every is not None and step % every == 0:
+            if every is not None and step % every == 0 and not self.report.pilot:
                 self.observer.step(step, STEPS, {"validation_loss": self.loss})
                 if self.report.ask(
                     step, self.loss, _item_losses_with_mean(self.loss) if self.report.per_item else None
@@ -157,6 +162,17 @@ class _SimulatedTraining:
                 self.ended_by = name
                 break
         self.paths.curve.write_text("".join(json.dumps(point) + "\n" for point in points), encoding="utf-8")
+
+    def _compare_pilot(self, points: Sequence[dict[str, float]]) -> None:
+        """As :class:`qlora_exp.training.callbacks.PilotCallback`, with a loss logged at every step."""
+        at = comparison_step(STEPS, None)
+        if not self.report.pilot or not at <= self.step < STEPS:
+            return
+        if self.pilot_loss is None:
+            loss = comparison_loss(training_losses(points), at)
+            self.pilot_loss = PilotLoss(at, loss) if loss is not None else None
+        if self.pilot_loss is not None and self.report.ask(at, self.pilot_loss.loss, None):
+            raise Pruned(self.step, self.pilot_loss)
 
     def _exhausted(self) -> str | None:
         spent = self.spent()

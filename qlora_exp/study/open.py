@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from qlora_exp.errors import ConfigError, StudyError, nearest, raise_all
 from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records.files import write_text
-from qlora_exp.records.schema import to_dict
+from qlora_exp.records.schema import from_dict, to_dict
 from qlora_exp.records.types import RunRecord
 from qlora_exp.records.upgrade import stored_settings_of
 from qlora_exp.study.distributions import contains, distribution, encode_value
@@ -38,7 +38,7 @@ from qlora_exp.study.storage import (
     sqlite_file,
 )
 from qlora_exp.study.trials import CLAIM, FAILURE, RUN, SECONDS, STATES, STATUS, violations_of
-from qlora_exp.study.types import Axis, StudySpec
+from qlora_exp.study.types import Axis, LadderSpec, StudySpec
 
 IDENTITY, OUTPUT_ROOT = "identity", "output_root"
 """User attributes of a study in Optuna's storage."""
@@ -136,16 +136,20 @@ def _create_or_load(spec: StudySpec, storage: optuna.storages.BaseStorage, ident
     settings |= spec.settings
     attributes = study.user_attrs
     stored_settings = stored_settings_of(attributes)
+    if stored_settings is not None and stored_settings.get("ladder"):
+        # Fields that its version didn't have get their defaults, which are what that version did.
+        stored_settings["ladder"] = to_dict(from_dict(LadderSpec, stored_settings["ladder"], "ladder"))
     if stored_settings is None:
         study.set_user_attr("settings", settings)
     # A key that only one of them has was added or removed by another version of this package. Earlier versions stored
     # the text of an interpolation instead of its value.
     changes = [
-        f"{key}: {stored_settings[key]} in the study, {value} now"
+        text
         for key, value in settings.items()
         if stored_settings is not None
         and key in stored_settings
         and stored_settings[key] not in (value, spec.interpolated.get(key))
+        for text in _changes(key, stored_settings[key], value)
     ]
     if changes:
         raise StudyError(
@@ -157,6 +161,17 @@ def _create_or_load(spec: StudySpec, storage: optuna.storages.BaseStorage, ident
         if attributes.get(key) != new_value:
             study.set_user_attr(key, new_value)
     return study
+
+
+def _changes(key: str, stored: Any, now: Any) -> list[str]:
+    """Return a text for each changed part of a setting that differs."""
+    if isinstance(stored, dict) and isinstance(now, dict):
+        return [
+            f"{key}.{name}: {stored.get(name)} in the study, {value} now"
+            for name, value in now.items()
+            if stored.get(name) != value
+        ]
+    return [f"{key}: {stored} in the study, {now} now"]
 
 
 # Which study is it?
@@ -312,12 +327,14 @@ def _trial_of(record: RunRecord, params: Mapping[str, Any], attempt: int, spec: 
         attributes |= {STATUS: record.status.value, SECONDS: outcome.seconds}
     if record.failure is not None:
         attributes[FAILURE] = to_dict(record.failure)
+    pilot_loss = record.training.pilot_loss if record.training is not None else None
     return create_trial(
         state=state,
         values=[value for value in outcome.values if value is not None] if state is TrialState.COMPLETE else None,
         params=stored_params,
         distributions=distributions,
         user_attrs=attributes,
+        intermediate_values=None if pilot_loss is None else {pilot_loss.step: pilot_loss.loss},
         constraints=violations_of(spec, outcome) if state.is_finished() else None,
     )
 

@@ -27,6 +27,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from qlora_exp.errors import ConfigError, QloraExpError, nearest, raise_all
 from qlora_exp.study.distributions import check_enqueued, distribution
 from qlora_exp.study.objectives import parse_constraint, parse_objective
+from qlora_exp.study.pilot_pruner import PilotPruner
 from qlora_exp.study.space import grid
 from qlora_exp.study.trials import is_skipped
 from qlora_exp.study.types import StudySpec
@@ -129,6 +130,8 @@ def make_pruner(spec: StudySpec) -> BasePruner:
         raise ConfigError(
             "pruning needs a single objective", f"sweep.pruner: {spec.pruner}", "sweep.pruner=none, or one objective"
         )
+    if spec.ladder is not None and spec.ladder.stop_pilots:
+        return PilotPruner()
     kind = pruners[spec.pruner]
     make = partial(kind, **spec.pruner_options)
     return cast(BasePruner, _checked_construction(make, kind, spec.pruner_options, "sweep.pruner_options"))

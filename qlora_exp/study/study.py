@@ -27,6 +27,7 @@ from qlora_exp.study.distributions import decode_params, encode_value, suggest
 from qlora_exp.study.heartbeats import Heartbeats
 from qlora_exp.study.objectives import importances
 from qlora_exp.study.open import open_study, read_study
+from qlora_exp.study.pilot_pruner import may_stop
 from qlora_exp.study.proposer import PlannedProposer, Proposer, TrialPoint
 from qlora_exp.study.samplers import ITEMS_ATTRIBUTE
 from qlora_exp.study.space import point_overrides
@@ -133,12 +134,16 @@ class Study:
         return mine
 
     def report(self, claim: Claim, step: int, value: float, items: Sequence[float] | None = None) -> bool:
-        """Report the objective at ``step``; return whether the trial should be pruned.
+        """Report the objective at ``step``, or a pilot's training loss; return whether the trial should be pruned.
 
         ``items``: losses per item, always of the same items in the same order. The Wilcoxon pruner compares them with
         the best trial's at the same step. Without a pruner nothing is stored.
         """
-        if self.spec.pruner == "none" or value != value or not self._owned_trial(claim):
+        if value != value or not self._owned_trial(claim):
+            return False
+        if may_stop(self.spec.ladder, claim.params):
+            return self._report_pilot(claim, step, value)
+        if self.spec.pruner == "none":
             return False
         if items is not None and self.spec.pruner == "wilcoxon":
             losses = [float(f"{loss:.6g}") for loss in items]
@@ -148,6 +153,13 @@ class Study:
         if step not in self._storage.get_trial(claim.trial_id).intermediate_values:
             trial.report(value, step)
         return bool(trial.should_prune())  # some pruners return NumPy's bool
+
+    def _report_pilot(self, claim: Claim, step: int, value: float) -> bool:
+        """As Optuna's ``report`` and ``should_prune``, which refuse a study with several objectives. No pilot is
+        stopped by an objective."""
+        if step not in self._storage.get_trial(claim.trial_id).intermediate_values:
+            self._storage.set_trial_intermediate_value(claim.trial_id, step, value)
+        return self._study.pruner.prune(self._study, self._storage.get_trial(claim.trial_id))
 
     def tell(self, claim: Claim, outcome: Outcome) -> None:
         """Record how the trial ended. A trial that has ended or was taken over stays as it is.

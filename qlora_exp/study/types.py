@@ -72,6 +72,8 @@ class LadderSpec:
     ladders: tuple[LadderSettings, ...]
     max_seeds: int = 8
     """Maximum number of seeds per rank. Studies of versions without this field have the rule's maximum."""
+    stop_pilots: bool = False
+    """Stop pilots whose training loss is clearly behind; versions without this field ran all of them to their end."""
 
 
 @dataclass(frozen=True)

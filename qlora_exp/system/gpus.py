@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -20,6 +20,9 @@ from qlora_exp.errors import ConfigError
 
 DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
 DEVICE_ORDER = "CUDA_DEVICE_ORDER"
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Where torch reads its allocator's settings; the second is the older name."""
+GROWING_SEGMENTS = "expandable_segments:True"
 DRIVER_FILES = Path("/proc/driver/nvidia/gpus")
 DEVICE_FILES = Path("/dev")
 NVIDIA_SMI_SECONDS = 10.0
@@ -73,6 +76,17 @@ def use_one_gpu(environment: MutableMapping[str, str] = os.environ) -> str | Non
         return None
     environment[DEVICES_VARIABLE] = max(usable, key=lambda card: card.free_bytes or 0).uuid  # the first of equal ones
     return environment[DEVICES_VARIABLE]
+
+
+def allocator_setting(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the environment variable with which torch's CUDA allocator fragments less; empty if the user has set one.
+
+    Batches differ in length, and a trial process trains with several micro-batches. Segments of fixed size then leave
+    gaps that no later tensor fits into; segments that grow don't. torch reads the variable when it first uses CUDA.
+    """
+    if any(name in environment for name in ALLOCATOR_VARIABLES):
+        return {}
+    return {ALLOCATOR_VARIABLES[0]: GROWING_SEGMENTS}
 
 
 def visible_devices(
@@ -152,8 +166,12 @@ def instances(handle: object) -> list[object]:
 
     if not _is_partitioned(handle):
         return [handle]
-    parts = []
-    for number in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
+    parts: list[object] = []
+    try:
+        most = int(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle))
+    except pynvml.NVMLError:  # a driver that knows the mode, but doesn't list instances
+        most = 0
+    for number in range(most):
         try:
             parts.append(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, number))
         except pynvml.NVMLError:  # no such instance

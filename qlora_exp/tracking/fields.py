@@ -108,6 +108,8 @@ def run_params(record: RunRecord) -> dict[str, str]:
         values["lora.scale"] = record.plan.scale
         values["task.format"] = record.plan.format
         values["training.micro_batch_size"] = record.plan.micro_batch_size
+        values["training.micro_batch_tokens"] = record.plan.micro_batch_tokens
+        values["training.kernels"] = record.plan.kernels if record.plan.kernels != "none" else None
         values["quantization.compute_dtype"] = record.plan.compute_dtype
         values["plan.trainable_parameters"] = record.plan.trainable_parameters
         values["plan.target_modules"] = ",".join(record.plan.target_modules)

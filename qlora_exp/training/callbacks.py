@@ -12,7 +12,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from qlora_exp.records.files import read_curve, write_text
+from qlora_exp.analysis.pilots import comparison_loss, comparison_step
+from qlora_exp.records.files import read_curve, training_losses, write_text
+from qlora_exp.records.types import PilotLoss
 from qlora_exp.system import signals
 from qlora_exp.training.meter import tensor_bytes
 from qlora_exp.training.outcome import Observer, PruneCheck, Pruned
@@ -167,6 +169,28 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]
         loss = metrics.get("eval_loss")
         if loss is not None and self.report.ask(state.global_step, float(loss), metrics.get(ITEM_NATS)):
             raise Pruned(state.global_step)
+
+
+class PilotCallback(TrainerCallback):  # type: ignore[misc]
+    """Reports a pilot's training loss at the step at which pilots are compared; raises :class:`Pruned` if it is behind.
+
+    It asks again at each later logged step: another pilot, that runs at the same time, may reach that step later.
+    """
+
+    def __init__(self, report: PruneCheck, curve: Path, steps_per_epoch: int) -> None:
+        """``curve``: curve.jsonl, so that a resumed run has the losses of its earlier parts."""
+        self.report, self.curve, self.steps_per_epoch = report, curve, steps_per_epoch
+        self.loss: PilotLoss | None = None
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        step = comparison_step(state.max_steps, self.steps_per_epoch)
+        if "loss" not in (logs or {}) or not step <= state.global_step < state.max_steps:
+            return
+        if self.loss is None:
+            loss = comparison_loss(training_losses(read_curve(self.curve)), step)
+            self.loss = PilotLoss(step, loss) if loss is not None else None
+        if self.loss is not None and self.report.ask(step, self.loss.loss, None):
+            raise Pruned(state.global_step, self.loss)
 
 
 class GracefulInterrupt(TrainerCallback):  # type: ignore[misc]

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,19 @@ def _highest(first: int | None, second: int | None) -> int | None:
     return max(known) if known else None
 
 
+def outside_allocator_bytes(device: str) -> int | None:
+    """Return the bytes in use on the current GPU outside torch's allocator of this process; ``None`` if unknown."""
+    if device != "cuda":
+        return None
+    try:
+        import torch
+
+        free, total = torch.cuda.mem_get_info()
+        return max(0, int(total) - int(free) - int(torch.cuda.memory_reserved()))
+    except Exception:  # the context is unusable, or was never made
+        return None
+
+
 def resident_bytes() -> int | None:
     """Return this process's resident memory in bytes; ``None`` if unknown."""
     return _status_bytes("VmRSS")
@@ -153,16 +167,22 @@ def energy_joules(device: str) -> float | None:
         import pynvml
         import torch
 
-        pynvml.nvmlInit()
         processes = 1
         uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+        handle = _gpu_handle(pynvml, uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
         counter = float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000.0
         with suppress(pynvml.NVMLError):  # not for every kind of GPU
             processes = len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle))
         return _energy.add(uuid, counter, processes)
     except Exception:  # NVML fails in many ways where it isn't available; an unknown energy must not stop a run
         return None
+
+
+@cache
+def _gpu_handle(nvml: Any, uuid: str) -> Any:
+    """Return NVML's handle of a GPU. NVML is initialized once, and stays so until the process ends."""
+    nvml.nvmlInit()
+    return nvml.nvmlDeviceGetHandleByUUID(uuid)
 
 
 @dataclass

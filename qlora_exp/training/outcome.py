@@ -10,18 +10,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from qlora_exp.records.types import Status
+from qlora_exp.analysis.pilots import MAX_BEHIND
+from qlora_exp.records.types import PilotLoss, Status
 from qlora_exp.system.device_errors import is_out_of_memory
 
 
 @dataclass(frozen=True)
 class PruneCheck:
-    """Called after each validation; returns True if the pruner stops the trial."""
+    """Called after each validation, or with a ladder's pilot after the step at which pilots are compared; returns True
+    if the pruner stops the trial."""
 
     ask: Callable[[int, float, Sequence[float] | None], bool]
     """``ask(step, validation_loss, items) -> stop?``; ``items``: nats per validation item, in order, or ``None``."""
     per_item: bool = False
     """Whether the pruner uses ``items``; if not, they are ``None``."""
+    pilot: bool = False
+    """The run is a ladder's pilot: instead of validation losses, ``ask`` gets the training loss at the step at which
+    pilots are compared, once then and again whenever a later loss is logged."""
 
 
 no_pruning = PruneCheck(lambda step, loss, items: False)
@@ -61,8 +66,13 @@ class Diverged(Exception):
 class Pruned(Exception):
     """The pruner stopped this run."""
 
-    def __init__(self, step: int) -> None:
-        super().__init__(f"stopped by the pruner at step {step}")
+    def __init__(self, step: int, pilot_loss: PilotLoss | None = None) -> None:
+        """``pilot_loss``: of a ladder's pilot, because of which it was stopped."""
+        why = ""
+        if pilot_loss is not None:
+            why = f": its training loss up to step {pilot_loss.step}, {pilot_loss.loss:.4g} nats per token, is more "
+            why += f"than {MAX_BEHIND:.0%} above another pilot's of this rank (sweep.ladder.stop_pilots)"
+        super().__init__(f"stopped by the pruner at step {step}{why}")
         self.step = step
 
 

@@ -1,39 +1,43 @@
-"""One training with TRL's SFTTrainer. The only module that imports trl."""
+"""One training with TRL's SFTTrainer."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import trl.trainer.utils
-from torch.nn.functional import pad
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
+from qlora_exp.architecture.run_plan import optimizer_on
 from qlora_exp.config.schema import Config
 from qlora_exp.data.items import Item
 from qlora_exp.data.load import to_training_dataset
-from qlora_exp.models.adapters import recast_adapters
+from qlora_exp.models.adapters import autocast_casts_inputs, recast_adapters
+from qlora_exp.models.attention import attention_by_rows
 from qlora_exp.models.optimizers import bitsandbytes_optimizers
 from qlora_exp.paths import RunPaths
 from qlora_exp.records.types import Plan, Training
 from qlora_exp.training import checkpoints
+from qlora_exp.training.batches import REAL_ROWS, RoundedBatches, row_sums
 from qlora_exp.training.callbacks import (
     ITEM_NATS,
     MAX_SCALER_SKIPS,
     Budget,
     GracefulInterrupt,
     LossCurve,
+    PilotCallback,
     PruningCallback,
     StepMeter,
     TokenBudget,
 )
+from qlora_exp.training.light_trainer import LOSS_POSITIONS, TOKENS, CountingCollator, LightTrainer
+from qlora_exp.training.micro_batches import PARTS, MicroBatchCollator, padded_tokens
 from qlora_exp.training.outcome import Diverged, Interrupted, NullObserver, Observer, PruneCheck, no_pruning
 
 
@@ -63,6 +67,8 @@ class TrainingState:
     plan: Plan
     resumed_from_step: int | None = None
     steps: int = 0
+    pilot: PilotCallback | None = None
+    """Only for a ladder's pilot that may be stopped early."""
 
     def so_far(self) -> Trained:
         """Return the figures known now, for a training that still runs or has failed."""
@@ -75,6 +81,7 @@ class TrainingState:
                 epochs=None,
                 resumed_from_step=self.resumed_from_step,
                 micro_batch_size=self.plan.micro_batch_size,
+                pilot_loss=self.pilot.loss if self.pilot is not None else None,
             ),
             seconds=self.meter.seconds(),
             tokens=self.meter.tokens,
@@ -104,7 +111,8 @@ def train(
     """Train ``model`` (a PeftModel; changed in place) on ``train_items``.
 
     Args:
-        report: called after each validation; returns whether the pruner stops the trial.
+        report: called after each validation, or for a pilot at the step of comparison; returns whether the pruner stops
+            the trial.
         watching: gets the training's state before the first step, so that a failed run's record has its figures.
         exhausted: called after each step; returns the limit of ``budget`` that is spent.
 
@@ -126,6 +134,8 @@ def train(
 
     curve = LossCurve(paths.curve, meter, observer or NullObserver(), resumed_step or 0)
     state = TrainingState(meter, curve, plan, resumed_step)
+    if report.pilot:
+        state.pilot = PilotCallback(report, paths.curve, math.ceil(len(train_items) / plan.batch_size))
     watching(state)
     interrupt, token_budget = GracefulInterrupt(), TokenBudget(config.training.max_tokens, meter)
     budget = Budget(exhausted)
@@ -134,7 +144,7 @@ def train(
         token_budget,
         budget,
         curve,
-        PruningCallback(report),
+        state.pilot or PruningCallback(report),
         interrupt,
         checkpoints.ChecksumCallback(current_counters),
     ]
@@ -143,7 +153,10 @@ def train(
     folder = paths.checkpoints
     trainer = _trainer(plan, model, tokenizer, train_items, validation_items, config, folder, callbacks, meter)
     trainer.per_item = report.per_item
-    with interrupt, bitsandbytes_optimizers():
+    autocast = (trainer.args.bf16 or trainer.args.fp16) and not config.lora.dora
+    casts = autocast_casts_inputs(model, active=autocast)
+    attention = attention_by_rows(model) if plan.padding_free else nullcontext()
+    with interrupt, bitsandbytes_optimizers(), casts, attention:
         meter.began = time.perf_counter()
         result = trainer.train(resume_from_checkpoint=str(resumed[0]) if resumed else None)
     state.steps = steps = int(trainer.state.global_step)
@@ -166,85 +179,47 @@ def train(
     )
 
 
-@contextmanager
-def logits_for_loss_tokens(rows_multiple: int = 1) -> Iterator[None]:
-    """Patch TRL's fused head so that it computes logits only for tokens that carry a loss, on a CPU, too.
-
-    With Triton the head (``add_fused_lm_head``) does that already. Elsewhere it computes all logits and masks them, so
-    that a compiler doesn't get new shapes with every batch. On a CPU that is slow: most tokens are the prompt's.
-
-    If shapes are compiled (``rows_multiple`` above 1), the number of tokens is rounded up to that multiple. The loss is
-    equal up to rounding.
-    """
-    head = trl.trainer.utils
-    original_check, original_function = head._use_triton, head._ChunkedLogProbFunction
-    head._use_triton = lambda device: device.type == "cpu" or original_check(device)
-    if rows_multiple > 1:
-        head._ChunkedLogProbFunction = _PaddedLogProbs(original_function, rows_multiple)
-    try:
-        yield
-    finally:
-        head._use_triton, head._ChunkedLogProbFunction = original_check, original_function
-
-
-@dataclass(frozen=True)
-class _PaddedLogProbs:
-    """Wraps TRL's ``ChunkedLogProbFunction``: pads ``hidden`` (tokens, width) with zeros to a multiple of ``multiple``
-    tokens, and drops the results of the padding."""
-
-    function: Any
-    multiple: int
-
-    def apply(self, hidden: torch.Tensor, weight: Any, bias: Any, targets: torch.Tensor, *settings: Any) -> Any:
-        tokens = hidden.shape[0]
-        missing = -tokens % self.multiple
-        results = self.function.apply(
-            pad(hidden, (0, 0, 0, missing)), weight, bias, pad(targets, (0, missing)), *settings
-        )
-        return tuple(None if result is None else result[:tokens] for result in results)
-
-
-class _MeteredTrainer(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer that counts unpadded tokens, and raises :class:`Diverged` before a step on a non-finite gradient."""
+class _MeteredTrainer(LightTrainer):
+    """SFTTrainer that counts unpadded tokens, and raises :class:`Diverged` before a step whose loss or gradient isn't
+    finite."""
 
     meter: StepMeter
     per_item = False
     bad_gradients = 0
-    logits_multiple = 1
+    _step_loss: torch.Tensor | None = None
+    """The sum of the losses of the step's micro-batches so far. It isn't finite if one of them isn't."""
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        tokens = int(inputs["attention_mask"].sum())
-        loss_tokens = int((inputs["labels"][:, 1:] != -100).sum())
-        self.meter.count(tokens, loss_tokens)
+        self.meter.count(inputs[TOKENS], len(inputs[LOSS_POSITIONS]))
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
-        if not torch.isfinite(loss):
-            raise Diverged("the loss", self.state.global_step + 1)
+        self._step_loss = loss if self._step_loss is None else self._step_loss + loss
         return loss
-
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        with logits_for_loss_tokens(self.logits_multiple):
-            return super().compute_loss(*args, **kwargs)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Return the validation loss: nats of all tokens / number of tokens, not a mean of batch means, so that it
-        doesn't depend on the batch size. If ``per_item``, the same pass gives each item's nats.
+        doesn't depend on the batch size. If ``per_item``, the same pass gives each item's nats. The fused head computes
+        no logits of other tokens: under autocast accelerate would copy those of a whole batch to float32.
 
         A data loader draws a seed when it starts. The random state is restored, so that validation doesn't change a
         training with dropout.
         """
         self.model.eval()
-        nats: list[float] = []
-        tokens = 0
+        losses: list[torch.Tensor] = []
+        counts: list[int] = []
         with torch.random.fork_rng(devices=_rng_devices(self.args.device)):
             for batch in self.get_eval_dataloader():
                 inputs = self._prepare_inputs(batch)
-                count = int((inputs["labels"][:, 1:] != -100).sum())
+                rows = inputs.get(REAL_ROWS)
+                counts.append(len(inputs[LOSS_POSITIONS]))
                 with torch.no_grad(), self.compute_loss_context_manager():
                     if self.per_item:
-                        nats += self._item_nats(inputs)
+                        losses.append(row_sums(-self.log_probs(self.model, inputs).float(), inputs)[:rows])
                     else:
-                        nats.append(float(self.compute_loss(self.model, inputs)) * count)
-                tokens += count
+                        losses.append(self.compute_loss(self.model, inputs)[None])
+        nats: list[float] = torch.cat(losses).tolist()  # the host waits for the device here, and not in each batch
+        if not self.per_item:
+            nats = [mean * count for mean, count in zip(nats, counts, strict=True)]
+        tokens = sum(counts)
         metrics = {f"{metric_key_prefix}_loss": sum(nats) / tokens}
         self.log(metrics)
         callback_metrics = {**metrics, ITEM_NATS: nats} if self.per_item else metrics
@@ -255,25 +230,51 @@ class _MeteredTrainer(SFTTrainer):  # type: ignore[misc]
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self.meter.start_step()
 
-    def _item_nats(self, inputs: dict[str, Any]) -> list[float]:
-        """Return each row's nats over the tokens that carry a loss.
-
-        As in training, the fused head computes no other token's logits. Under autocast accelerate would copy the logits
-        of the whole batch to float32.
-        """
-        with logits_for_loss_tokens(self.logits_multiple):
-            log_probs = self.model(**inputs, fused_lm_head=True).log_probs  # 0 for tokens without a loss
-        nats: list[float] = (-log_probs.float().sum(dim=1)).tolist()
-        return nats
-
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        values = [torch.as_tensor(value, device=self.args.device).float() for value in (self._step_loss, norm)]
+        loss, norm = torch.stack(values).tolist()  # here alone the host waits for the device
+        self._step_loss = None
+        if not math.isfinite(loss):
+            raise Diverged("the loss", self.state.global_step + 1)
         # A loss scaler (fp16) causes infinite gradients on purpose while it searches its scale, and skips those steps.
         patience = MAX_SCALER_SKIPS if self.accelerator.scaler is not None else 0
-        self.bad_gradients = 0 if norm is not None and math.isfinite(float(norm)) else self.bad_gradients + 1
+        self.bad_gradients = 0 if math.isfinite(norm) else self.bad_gradients + 1
         if self.bad_gradients > patience:
             raise Diverged("the gradient's norm", self.state.global_step + 1)
         return norm
+
+
+class _TokenTrainer(_MeteredTrainer):
+    """Processes the one batch of each step by micro-batches of at most ``micro_batch_tokens`` tokens.
+
+    The Trainer's own gradient accumulation has the same number of micro-batches in every step; here a step has as many
+    as its rows need. TRL divides a micro-batch's loss by the scored tokens of the whole step, so that losses and
+    gradients add up to those of the batch.
+    """
+
+    micro_batch_tokens: int | None = None
+    """``None``: a batch is not cut."""
+    length_multiple = 1
+    data_collator: Any
+
+    def get_train_dataloader(self) -> Any:
+        collate = self.data_collator
+        if self.micro_batch_tokens is not None:
+            cost = sum if self.args.padding_free else padded_tokens(self.length_multiple)
+            self.data_collator = MicroBatchCollator(collate, self.micro_batch_tokens, cost)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collate  # validation isn't cut: its rows keep their order
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
+        parts = [part for batch in batch_samples for part in batch.get(PARTS, [batch])]
+        return super()._get_num_items_in_batch(parts, device)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        step = super().training_step
+        return torch.stack([step(model, part, *args, **kwargs) for part in inputs.get(PARTS, [inputs])]).sum()
 
 
 def _rng_devices(device: torch.device) -> list[torch.device]:
@@ -293,7 +294,7 @@ def _trainer(
     meter: StepMeter,
 ) -> _MeteredTrainer:
     evaluates = config.training.evaluate_every_steps is not None
-    trainer = _MeteredTrainer(
+    trainer = _TokenTrainer(
         model=model,
         args=trainer_arguments(plan, config, folder),
         train_dataset=to_training_dataset(train_items),
@@ -303,8 +304,12 @@ def _trainer(
     )
     # SFTTrainer casts the adapters of a quantized model to bfloat16. Cast them back before the optimizer exists.
     recast_adapters(model, config.lora)
+    if plan.padding_free and (plan.length_multiple, plan.logits_multiple) != (1, 1):
+        collate = RoundedBatches(trainer.data_collator.collate, plan.logits_multiple, plan.length_multiple)
+        trainer.data_collator = CountingCollator(collate)
     trainer.meter = meter
     trainer.logits_multiple = plan.logits_multiple
+    trainer.micro_batch_tokens, trainer.length_multiple = plan.micro_batch_tokens, plan.length_multiple
     # Remove the Trainer's console output: the observer shows progress.
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
@@ -316,9 +321,13 @@ def trainer_arguments(plan: Plan, config: Config, folder: Path) -> SFTConfig:
     """Return the trainer's settings. These differ from TRL's defaults:
 
     * ``skip_prepare_dataset``: rows are already tokenized, truncated and labelled (loss on the completion only).
-    * ``packing`` off: without FlashAttention, packed rows would attend to each other.
+    * ``packing`` off: the rows of a batch are those of ``training.batch_size``.
+    * ``padding_free``: TRL recommends it for FlashAttention only; ``models/attention.py`` serves SDPA. TRL then takes
+      no ``max_length``: rows come truncated.
     * ``logging_nan_inf_filter`` off: a NaN must be visible.
     * ``report_to`` empty: tracking reads the record.
+    * ``adamw_torch`` runs as torch's fused kernel on a GPU (:func:`optimizer_on`), and batches are copied there without
+      waiting for the copy.
     * ``gradient_checkpointing`` only where memory may need it (``Estimator.checkpointing``): it costs a quarter to
       a third of the speed.
     """
@@ -330,22 +339,23 @@ def trainer_arguments(plan: Plan, config: Config, folder: Path) -> SFTConfig:
         output_dir=str(folder),
         max_steps=plan.max_steps,
         per_device_train_batch_size=plan.micro_batch_size,
-        per_device_eval_batch_size=plan.micro_batch_size,
+        per_device_eval_batch_size=_validation_rows(plan, training.max_length),
         gradient_accumulation_steps=plan.gradient_accumulation_steps,
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.scheduler,
         warmup_steps=warmup_steps(training.warmup_ratio, plan.max_steps),
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
-        optim=training.optimizer,
+        optim=optimizer_on(plan.device, plan.compute_dtype, training.optimizer),
         seed=config.seed,
         data_seed=config.seed,
-        max_length=training.max_length,
+        max_length=None if plan.padding_free else training.max_length,
+        padding_free=bool(plan.padding_free),
         completion_only_loss=True,
         router_aux_loss_coef=0.0,  # TRL adds it to both losses of models with experts; routers are frozen here
         dataset_kwargs={"skip_prepare_dataset": True},
         packing=False,
-        pad_to_multiple_of=plan.length_multiple if plan.length_multiple > 1 else None,
+        pad_to_multiple_of=None if plan.padding_free or plan.length_multiple == 1 else plan.length_multiple,
         bf16=cuda and plan.compute_dtype == "bfloat16",
         fp16=cuda and plan.compute_dtype == "float16",
         use_cpu=not cuda,
@@ -365,12 +375,20 @@ def trainer_arguments(plan: Plan, config: Config, folder: Path) -> SFTConfig:
         report_to=[],
         disable_tqdm=True,
         dataloader_pin_memory=cuda,
+        accelerator_config={"non_blocking": True} if cuda else None,
         remove_unused_columns=True,
         push_to_hub=False,
     )
     # In a notebook, CUDA may be initialized before the limit to one GPU: transformers would then split the batches.
     settings._n_gpu = min(settings.n_gpu, 1)
     return settings
+
+
+def _validation_rows(plan: Plan, max_length: int) -> int:
+    """Return the rows of a validation batch: no more tokens than a micro-batch of training, were all rows long."""
+    if plan.micro_batch_tokens is None:
+        return plan.micro_batch_size
+    return max(1, min(plan.micro_batch_size, plan.micro_batch_tokens // max_length))
 
 
 def warmup_steps(ratio: float, steps: int) -> int:

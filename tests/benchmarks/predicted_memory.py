@@ -267,6 +267,7 @@ def training(case: Case, joined: bool) -> list[str]:
         f"training.max_length={case.length}",
         f"training.max_steps={STEPS[joined]}",
         f"training.gradient_checkpointing={'on' if case.checkpointing else 'off'}",
+        "training.padding_free=off",  # as the measured runs of the tables
     ]
 
 

@@ -34,6 +34,7 @@ ERRORS = {
     "settings that exclude each other": "run lora.init=pissa quantization=nf4",
     "both steps and tokens": "run training.max_steps=10 training.max_tokens=1000",
     "a micro-batch that doesn't divide": "run training.batch_size=32 training.micro_batch_size=5",
+    "attention that needs padding": "run training.padding_free=on model.attention=eager",
     "an unknown optimizer": "run training.optimizer=adamw_8bits",
     "an unknown metric in a goal": "run 'task.goal=\"acuracy >= 0.5\"'",
     "several at once": "run lora.rank=8 quantization=nf5 training.lr=1",

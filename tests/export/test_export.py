@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_exp.cli import main
-from qlora_exp.config.schema import ExportConfig
 from qlora_exp.export.card import export_card
 from qlora_exp.export.export import load_settings
+from qlora_exp.export.export_config import ExportConfig
 from qlora_exp.export.llama_cpp import measure_runtime
 from qlora_exp.export.phone import answer_phone
 from qlora_exp.export.results import Artefact, Export, Runtime, TaskCheck

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import builtins
+import hashlib
 import importlib.util
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -18,8 +22,9 @@ from qlora_exp.config.compose import compose
 from qlora_exp.config.schema import ModelConfig, TargetsConfig
 from qlora_exp.errors import ModelError
 from qlora_exp.models.base import load_base
+from qlora_exp.models.file_digests import MIN_CACHED_BYTES, _known_digest
 from qlora_exp.models.inspect import describe
-from qlora_exp.models.sources import fingerprint, resolve_source
+from qlora_exp.models.sources import ModelSource, fingerprint, resolve_source
 from qlora_exp.models.tokenizers import load_tokenizer
 from tests.conftest import save_tiny_model
 
@@ -233,6 +238,56 @@ def test_the_fingerprint_follows_the_content_and_not_the_place(folder: Path, tmp
     weights[-1] ^= 1
     (folder / "model.safetensors").write_bytes(weights)
     assert fingerprint(resolve_source(local(folder))) != first
+
+
+def test_large_weights_are_hashed_once_until_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call stands for a new process."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.parent.mkdir()
+    hashed: list[str] = []
+    hash_file = hashlib.file_digest
+
+    def digest(stream: BinaryIO, name: str) -> Any:
+        hashed.append(Path(stream.name).name)
+        return hash_file(stream, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", digest)
+
+    def write(last: bytes, seconds_ago: float) -> None:
+        with weights.open("wb") as stream:
+            stream.truncate(MIN_CACHED_BYTES)
+            stream.seek(-1, os.SEEK_END)
+            stream.write(last)
+        written = time.time_ns() - round(seconds_ago * 1e9)
+        os.utime(weights, ns=(written, written))
+
+    def found() -> tuple[str, list[str]]:
+        _known_digest.cache_clear()
+        hashed.clear()
+        return fingerprint(ModelSource("model", str(weights.parent), None, None, True)), list(hashed)
+
+    write(b"a", 0.0)
+    fresh, read = found()
+    assert read == found()[1] == ["model.safetensors"]  # written just now: another write may have the same time
+    monkeypatch.setattr(time, "time", lambda now=time.time: now() + 60.0)
+    assert found() == (fresh, ["model.safetensors"])
+    assert found() == (fresh, [])
+    entry = next((tmp_path / "cache").rglob("*.json"))
+    for damage in (b"", b"[1]", b'{"sha256": 1}', entry.read_bytes()[:40], b"\xff\xfe"):
+        entry.write_bytes(damage)
+        assert found() == (fresh, ["model.safetensors"])
+        assert found() == (fresh, [])
+    times = weights.stat()
+    write(b"b", 0.0)
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))  # as a tool that keeps times does
+    changed, read = found()
+    assert changed != fresh
+    assert read == ["model.safetensors"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(weights))  # no folder: nothing can be kept
+    assert found() == found() == (changed, ["model.safetensors"])
+    (weights.parent / "config.json").write_text("{}")
+    assert found()[1] == ["config.json", "model.safetensors"]
 
 
 def test_the_embedded_pair_is_two_models_of_one_architecture() -> None:

@@ -150,6 +150,7 @@ def saved_bytes(
     autocast: bool = False,
     quantized: bool = False,
     dropout: float = 0.0,
+    padding_free: bool = False,
 ) -> tuple[int, Any]:
     """Bytes of distinct tensors, other than weights, that a forward pass in training mode saves.
 
@@ -159,6 +160,8 @@ def saved_bytes(
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from qlora_exp.models.adapters import autocast_casts_inputs
+    from qlora_exp.models.attention import attention_by_rows
     from qlora_exp.models.inspect import architecture_of
 
     count: dict[str, Any] = {LAYERS.get(architecture, "num_hidden_layers"): layers}
@@ -198,8 +201,17 @@ def saved_bytes(
     mask[0, length // 2 :] = 0 if padded else 1
     ids = torch.arange(ROWS * length).reshape(ROWS, length) % 128
     context = cuda_autocast() if autocast else contextlib.nullcontext()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), context:
-        output = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    attention_of_rows = contextlib.nullcontext()
+    if padding_free:
+        rows = [torch.arange(length // 2), torch.arange(length)]
+        bounds = torch.tensor([0, length // 2, length // 2 + length], dtype=torch.int32)
+        inputs = {"input_ids": torch.cat(rows)[None] % 128, "position_ids": torch.cat(rows)[None]}
+        inputs |= {"cu_seq_lens_q": bounds, "max_length_q": length}
+        attention_of_rows = attention_by_rows(model)
+    casts = autocast_casts_inputs(model, active=autocast)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), context, casts, attention_of_rows:
+        output = model.base_model(**inputs, use_cache=False)
     total = sum(storage.nbytes() for storage in kept.values())
     del output
     return total, (described, names if adapted else [])
@@ -215,12 +227,14 @@ def check_a_layer(
     autocast: bool = False,
     quantized: bool = False,
     dropout: float = 0.0,
+    padding_free: bool = False,
 ) -> None:
     """What a third layer adds to two. Small vectors (norms' deviations, a number a head) are left out of the count."""
     saved, counted = [], []
+    tokens = length // 2 + length if padding_free else ROWS * length
     for layers in (2, 3):
         total, (described, names) = saved_bytes(
-            architecture, layers, dtype, padded, adapted, eager, length, autocast, quantized, dropout
+            architecture, layers, dtype, padded, adapted, eager, length, autocast, quantized, dropout, padding_free
         )
         setting = TrainingPass(
             r=4,
@@ -233,13 +247,14 @@ def check_a_layer(
             lora_dropout=dropout > 0,
             autocast=autocast,
             quantized=quantized,
+            laid_out=ROWS * length / tokens if padding_free else None,
         )
         kept = saved_bytes_per_token(described, names, setting)
         saved.append(total)
         adapters = sum(
             4 * (shape.in_features + shape.out_features) for shape in described.weights if shape.name in names
         )
-        counted.append(kept.layers * ROWS * length + (2 * adapters if autocast else 0))
+        counted.append(kept.layers * tokens + (2 * adapters if autocast else 0))
     assert counted[1] - counted[0] == pytest.approx(saved[1] - saved[0], rel=0.03)
 
 
@@ -258,6 +273,13 @@ def test_kept_bytes_of_a_layer_are_what_autograd_saves(
 @pytest.mark.parametrize(("dtype", "padded"), [("float32", False), ("bfloat16", True)])
 def test_kept_bytes_of_a_layer_of_other_architectures(architecture: str, dtype: str, padded: bool) -> None:
     check_a_layer(architecture, dtype, padded, adapted=True, length=LONG)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2", "phi3", "opt", "mixtral", "cohere", "phi"])
+@pytest.mark.parametrize(("dtype", "quantized"), [("float32", False), ("bfloat16", True)])
+def test_kept_bytes_of_a_layer_without_padding(architecture: str, dtype: str, quantized: bool) -> None:
+    autocast = dtype == "bfloat16"
+    check_a_layer(architecture, dtype, False, True, False, LONG, autocast, quantized, padding_free=True)
 
 
 @pytest.mark.parametrize("architecture", EAGER)

@@ -63,7 +63,7 @@ def test_of_experts_those_count_that_a_token_passes_through(family: str, per_tok
     }
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=torch.arange(40)[None], use_cache=False)
-    row = MeanRow(tokens=40, padded=40, scored=40)
+    row = MeanRow(tokens=40, padded=40, scored=40, attended=40)
     forward = 40 * train_flops_per_token(described, 0, row, False, fused_head=False) / 2
     assert forward == pytest.approx(counter.get_total_flops(), rel=0.05)
 
@@ -71,13 +71,23 @@ def test_of_experts_those_count_that_a_token_passes_through(family: str, per_tok
 def test_padding_is_counted_in_the_layers_and_in_the_head_the_tokens_with_a_loss_alone() -> None:
     attention = (4 + 8) * WIDTH * 100 / 2
     of_a_row = 100 * (4 * LAYERS + 60 + attention) + 5 * 6 * HEAD
-    assert train_flops_per_token(ONE_LAYER, 10, MeanRow(80, 100, 5), False) == pytest.approx(of_a_row / 80)
+    assert train_flops_per_token(ONE_LAYER, 10, MeanRow(80, 100, 5, 100), False) == pytest.approx(of_a_row / 80)
     lengths = RowLengths.of([60, 100], [4, 6])
     training = compose(["training.max_steps=10", "training.batch_size=8"]).training
-    assert Workload.of(training, lengths).row == MeanRow(80, 90, 5)
-    assert Workload.of(replace(training, micro_batch_size=1), lengths).row == MeanRow(80, 80, 5)
+    assert Workload.of(training, lengths).row == MeanRow(80, 90, 5, 90)
+    assert Workload.of(replace(training, micro_batch_size=1), lengths).row == MeanRow(80, 80, 5, 80)
     found = Workload.of(training, lengths)
     assert (found.tokens, found.padded_tokens, found.scored_tokens) == (1600, 1800, 100)
+
+
+def test_without_padding_attention_alone_computes_the_longest_row() -> None:
+    attention = (4 + 8) * WIDTH * 100 / 2
+    of_a_row = 80 * (4 * LAYERS + 60) + 100 * attention + 5 * 6 * HEAD
+    assert train_flops_per_token(ONE_LAYER, 10, MeanRow(80, 80, 5, 100), False) == pytest.approx(of_a_row / 80)
+    training = compose(["training.max_steps=10", "training.batch_size=8"]).training
+    found = Workload.of(training, RowLengths.of([60, 100], [4, 6]), padding_free=True)
+    assert found.row == MeanRow(80, 80, 5, 90)
+    assert (found.tokens, found.padded_tokens, found.scored_tokens) == (1600, 1600, 100)
 
 
 def test_seconds_and_dollars_are_operations_over_the_rate() -> None:
@@ -142,6 +152,16 @@ def finished(
 def seen(*records: RunRecord, of: RunRecord | None = None) -> MeasuredThroughput:
     """What ``records`` say of one more like ``of``."""
     return from_finished_runs(records, probe_without_torch(), (of or finished()).config)
+
+
+def test_padded_trainings_say_nothing_of_one_without_padding() -> None:
+    padded, of_an_earlier_version = finished(7.0), finished(8.0)
+    without = replace(padded, plan=replace(padded.plan, padding_free=True))
+    padded = replace(padded, plan=replace(padded.plan, padding_free=False))
+    records, here = [padded, of_an_earlier_version, without], probe_without_torch()
+    rates = [from_finished_runs(records, here, padded.config, padding_free=free).rate for free in (False, True)]
+    assert [rate.basis.partition(" ")[0] for rate in rates if rate is not None] == ["2", "1"]
+    assert from_finished_runs([padded], here, padded.config, padding_free=True).rate is None
 
 
 def test_trainings_of_the_same_base_tell_the_rate() -> None:

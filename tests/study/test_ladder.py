@@ -47,6 +47,7 @@ CONFIG = LadderConfig(
     half_zone=None,
     lr_policy=LrPolicy.fixed,
     lr_factors=[0.5, 1.0, 2.0],
+    stop_pilots=False,
     seed_sd=None,
     item_sd=None,
 )

@@ -74,10 +74,12 @@ def test_a_studys_threads_are_fixed_by_its_first_worker(tmp_path: Path) -> None:
     assert threads_per_process(None, 1, kept) == first
 
 
-def test_a_host_is_pinned_by_its_environment() -> None:
-    assert environment_of("GPU-bbb", 2) == {
-        "OMP_NUM_THREADS": "2",
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "CUDA_VISIBLE_DEVICES": "GPU-bbb",
-    }
-    assert "CUDA_VISIBLE_DEVICES" not in environment_of(None, 2)
+def test_a_host_is_pinned_by_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": "GPU-bbb"}
+    allocator = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert environment_of("GPU-bbb", 2) == pinned | allocator
+    assert not {"CUDA_VISIBLE_DEVICES", "PYTORCH_ALLOC_CONF"} & set(environment_of(None, 2))
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        with monkeypatch.context() as chosen:
+            chosen.setenv(name, "max_split_size_mb:64")
+            assert environment_of("GPU-bbb", 2) == pinned

@@ -139,7 +139,7 @@ def test_where_nothing_can_be_forked_a_new_interpreter_gets_what_was_sent(
     for _ in range(2):  # the second process doesn't start a server again
         process = trial_process(tmp_path)
         trial = Trial("study", 0, 1, {}, "id")
-        process.send(RunTrial(("lora.rank=" + "x" * 300_000,), str(tmp_path), "run", False, trial, None, False))
+        process.send(RunTrial(("lora.rank=" + "x" * 300_000,), str(tmp_path), "run", False, trial, {}, False))
         assert isinstance(message_of(process, lambda message: message != Ready()), UserError)
         assert process.pid is not None
         assert parent_of(process.pid) == os.getpid()
@@ -151,7 +151,7 @@ def test_one_that_is_ended_before_it_was_forked_runs_nothing(tmp_path: Path, mon
     monkeypatch.setenv("HF_HOME", str(tmp_path))  # another server than those of other tests: it still imports
     process = trial_process(tmp_path)
     trial = Trial("study", 0, 1, {}, "id")
-    process.send(RunTrial(("training.engine=sleep", "tracking=off"), str(tmp_path), "run", False, trial, None, False))
+    process.send(RunTrial(("training.engine=sleep", "tracking=off"), str(tmp_path), "run", False, trial, {}, False))
     assert process.pid is None
     process.terminate()
     with pytest.raises(ProcessDied) as died:
@@ -269,7 +269,7 @@ def test_a_forked_trial_has_the_results_and_the_memory_of_a_new_interpreters(
         root = tmp_path / name
         process = TrialProcess(root / "log", environment_of(None, 1), ("training",))
         trial = Trial("study", 0, 1, {}, "id")
-        process.send(RunTrial(tuple(overrides), str(root), "run", False, trial, None, False))
+        process.send(RunTrial(tuple(overrides), str(root), "run", False, trial, {}, False))
         assert message_of(process, lambda message: isinstance(message, TrialEnded | UserError)) == TrialEnded()
         assert process.pid is not None
         assert (parent_of(process.pid) == os.getpid()) == (name == "fresh")

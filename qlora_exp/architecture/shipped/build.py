@@ -2,8 +2,8 @@
 
 python -m qlora_exp.architecture.shipped.build
 
-The sizes are those of each checkpoint's config.json; its other settings change no tensor. Parameter counts are checked
-against the totals on the Hub.
+The sizes are those of each checkpoint's config.json, and so is the sliding window, which decides where rows need
+padding. Its other settings change no tensor. Parameter counts are checked against the totals on the Hub.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ CONFIGS: dict[str, tuple[int, dict[str, Any]]] = {
     "mistral_7b": (
         7_248_023_552,
         {"model_type": "mistral", "vocab_size": 32768, "num_key_value_heads": 8, "max_position_embeddings": 32768}
-        | sized(4096, 14336, 32, 32, tie_word_embeddings=False),
+        | sized(4096, 14336, 32, 32, tie_word_embeddings=False, sliding_window=None),
     ),
     "qwen3_0_6b": (596_049_920, QWEN3 | sized(1024, 3072, 28, 16, tie_word_embeddings=True)),
     "qwen3_1_7b": (1_720_574_976, QWEN3 | sized(2048, 6144, 28, 16, tie_word_embeddings=True)),
@@ -72,15 +72,16 @@ CONFIGS: dict[str, tuple[int, dict[str, Any]]] = {
     "smollm2_135m": (134_515_008, SMOLLM2 | sized(576, 1536, 30, 9, num_key_value_heads=3)),
     "smollm2_360m": (361_821_120, SMOLLM2 | sized(960, 2560, 32, 15, num_key_value_heads=5)),
     "smollm2_1_7b": (1_711_376_384, SMOLLM2 | sized(2048, 8192, 24, 32, num_key_value_heads=32)),
-    "gemma3_270m": (268_098_176, GEMMA3 | sized(640, 2048, 18, 4)),
-    "gemma3_1b": (999_885_952, GEMMA3 | sized(1152, 6912, 26, 4)),
+    "gemma3_270m": (268_098_176, GEMMA3 | sized(640, 2048, 18, 4, sliding_window=512)),
+    "gemma3_1b": (999_885_952, GEMMA3 | sized(1152, 6912, 26, 4, sliding_window=512)),
     "gemma3_4b": (
         4_300_079_472,
         {
             "model_type": "gemma3",
             "mm_tokens_per_image": 256,
             "text_config": GEMMA3
-            | sized(2560, 10240, 34, 8, num_key_value_heads=4, vocab_size=262208, max_position_embeddings=131072),
+            | sized(2560, 10240, 34, 8, num_key_value_heads=4, vocab_size=262208, max_position_embeddings=131072)
+            | {"sliding_window": 1024},
             "vision_config": sized(1152, 4304, 27, 16, model_type="siglip_vision_model", image_size=896, patch_size=14)
             | {"vision_use_head": False},
         },

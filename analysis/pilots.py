@@ -1,0 +1,48 @@
+"""Which pilots of a rank are stopped early: those whose training loss is clearly behind the best pilot's at one step.
+
+A ladder's pilots share seed, data and schedule, and differ in their learning rate only. So at equal steps they have
+seen the same batches, and a difference of their training losses is paired. ALTO (Zuo et al. 2026, arXiv 2604.05426)
+stops trainings that are behind by their loss curves; docs/statistics.md has this rule's savings and errors.
+
+There is one step of comparison, not several: who is behind then follows from the losses at that step alone, in whatever
+order the pilots run, one after the other or at the same time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+SHARE_OF_STEPS = 0.5
+"""The comparison comes after this share of a pilot's steps, but not after its first epoch: later, a training loss is
+one of rows seen before, and falls with over-fitting."""
+SHARE_OF_WINDOW = 0.5
+"""The losses of this last part of the steps so far are averaged: single batches vary too much."""
+MAX_BEHIND = 0.05
+"""A pilot is behind if its loss is above the best one by more than this share of the best one."""
+
+
+def comparison_step(max_steps: int, steps_per_epoch: int | None, share: float = SHARE_OF_STEPS) -> int:
+    """Return the step at which pilots are compared. ``steps_per_epoch``: ``None`` if unknown."""
+    step = math.ceil(max_steps * share)
+    return max(1, step if steps_per_epoch is None else min(step, steps_per_epoch))
+
+
+def comparison_loss(curve: Mapping[int, float], step: int) -> float | None:
+    """Return the mean of the losses logged in the last part of the first ``step`` steps.
+
+    Args:
+        curve: step → training loss, each the mean since the last logged step; ``training.logging_steps`` apart.
+
+    Returns:
+        ``None`` if nothing was logged in that part: pilots are then not compared.
+    """
+    window = [loss for at, loss in sorted(curve.items()) if step * (1 - SHARE_OF_WINDOW) < at <= step]
+    mean = math.fsum(window) / len(window) if window else math.nan
+    return mean if math.isfinite(mean) else None
+
+
+def is_behind(loss: float, losses: Sequence[float], max_behind: float = MAX_BEHIND) -> bool:
+    """Return whether ``loss`` is clearly above the lowest of ``losses``, all of them at the step of comparison."""
+    best = min(losses, default=math.inf)
+    return loss > best * (1 + max_behind)

@@ -1,0 +1,180 @@
+"""SFTTrainer with little work on the host between two steps.
+
+On a GPU the host queues work and runs ahead of it. To read a value from the GPU (``.item()``, ``bool(tensor)``, a
+boolean index), the host waits until the queue is empty, and then the GPU waits for the host. TRL's SFTTrainer and
+transformers read a dozen values of each micro-batch. Here the host counts a batch's tokens while the batch is in the
+host's memory, and reads the GPU once a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import trl.trainer.utils
+from torch import nn
+from torch.nn.functional import pad
+from transformers import masking_utils
+from trl import SFTTrainer
+
+from qlora_exp.training.batches import REAL_ROWS, token_count
+
+TOKENS = "unpadded_tokens"
+"""Key of a batch: the number of its tokens that aren't padding (an int, which stays with the host)."""
+LOSS_POSITIONS = "loss_positions"
+"""Key of a batch: which predictions carry a loss, as indices into rows × (length - 1) predictions (int64)."""
+FOR_THE_HOST = (TOKENS, LOSS_POSITIONS, REAL_ROWS)
+"""Keys of a batch that the model doesn't take."""
+
+
+@dataclass(frozen=True)
+class CountingCollator:
+    """Adds :data:`TOKENS` and :data:`LOSS_POSITIONS` to each batch that ``collate`` makes."""
+
+    collate: Callable[[Any], Any]
+
+    def __call__(self, rows: Any) -> Any:
+        batch = self.collate(rows)
+        batch[TOKENS] = token_count(batch)
+        batch[LOSS_POSITIONS] = (batch["labels"][:, 1:] != -100).flatten().nonzero().squeeze(1)
+        return batch
+
+
+class LightTrainer(SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer whose micro-batches read nothing from the device, and whose steps don't walk over all modules.
+
+    Loss and gradients are SFTTrainer's, bit by bit on a CPU. Left out is what no record has: the entropy and the
+    accuracy of tokens in the trainer's log, and its count of floating-point operations (an estimate for which it visits
+    every parameter in every micro-batch).
+    """
+
+    logits_multiple = 1
+    """The number of tokens that get logits is rounded up to a multiple of this, if shapes are compiled."""
+    _trainable: tuple[nn.Parameter, ...] = ()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.data_collator: Any = CountingCollator(vars(self)["data_collator"])
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._trainable = tuple(parameter for parameter in self.model.parameters() if parameter.requires_grad)
+        with few_module_walks(self.model, self._trainable):
+            return super().train(*args, **kwargs)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the mean loss in nats of the tokens that carry one: of the micro-batch's, or of
+        ``num_items_in_batch``, the whole batch's."""
+        tokens = len(inputs[LOSS_POSITIONS]) if num_items_in_batch is None else num_items_in_batch
+        return (-self.log_probs(model, inputs)).sum() / torch.as_tensor(tokens).clamp(min=1)
+
+    def log_probs(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """Return the log-probability of each next token, rows × (length - 1); 0 for tokens without a loss."""
+        positions, mask = inputs[LOSS_POSITIONS], inputs.get("attention_mask")
+        batch = {name: value for name, value in inputs.items() if name not in FOR_THE_HOST}
+        with known_padding(mask, inputs[TOKENS]), logits_for_loss_tokens(positions, self.logits_multiple):
+            result: torch.Tensor = model(**batch, use_cache=False, fused_lm_head=True).log_probs
+        return result
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        return self.accelerator.clip_grad_norm_(self._trainable, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if grad_norm is not None:
+            return grad_norm
+        return self.accelerator.clip_grad_norm_(self._trainable, float("inf"))
+
+
+@contextmanager
+def few_module_walks(model: nn.Module, trainable: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Make ``model.train()`` and ``model.zero_grad()`` cheap in the ``with`` block.
+
+    The trainer calls the one in every micro-batch and the other in every step. Both visit all modules: more than 2,000
+    in a model of 8B. The first does nothing if the model is training already; the second visits ``trainable`` only.
+    """
+    walk = model.train
+
+    def train(mode: bool = True) -> nn.Module:
+        return model if mode and model.training else walk(mode)
+
+    def zero_grad(set_to_none: bool = True) -> None:
+        for parameter in trainable:
+            parameter.grad = None
+
+    attributes = {"train": train, "zero_grad": zero_grad}
+    vars(model).update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            del vars(model)[name]
+
+
+@contextmanager
+def known_padding(mask: torch.Tensor | None, tokens: int) -> Iterator[None]:
+    """Tell transformers what it would read from the device to make attention masks.
+
+    That is twice whether ``mask`` (rows × length) has padding, and, without a mask, whether positions begin anew. The
+    attention of batches without padding takes ``cu_seq_lens`` and makes no mask, so the answer doesn't matter there.
+
+    ``tokens``: how many tokens of the mask aren't padding.
+    """
+    read, search = masking_utils.fast_all, masking_utils.find_packed_sequence_indices
+    if mask is None:
+        masking_utils.find_packed_sequence_indices = lambda positions: None
+    else:
+        shape, full = mask.shape, tokens == mask.numel()
+        masking_utils.fast_all = lambda tensor: full if tensor.shape == shape else read(tensor)
+    try:
+        yield
+    finally:
+        masking_utils.fast_all, masking_utils.find_packed_sequence_indices = read, search
+
+
+@contextmanager
+def logits_for_loss_tokens(positions: torch.Tensor, rows_multiple: int = 1) -> Iterator[None]:
+    """Patch TRL's fused head so that it computes logits only for tokens that carry a loss, on every device.
+
+    With Triton the head (``add_fused_lm_head``) does that already, by boolean masks: for each, the host waits for its
+    number of tokens, in forward and in backward. Elsewhere it computes all logits and masks them, so that a compiler
+    doesn't get new shapes with every batch. On a CPU that is slow: most tokens are the prompt's.
+    """
+    head = trl.trainer.utils
+    original_check, original_function = head._use_triton, head._ChunkedLogProbFunction
+    head._use_triton = lambda device: False  # the head then passes all tokens
+    head._ChunkedLogProbFunction = LossTokenLogProbs(original_function, positions, rows_multiple)
+    try:
+        yield
+    finally:
+        head._use_triton, head._ChunkedLogProbFunction = original_check, original_function
+
+
+@dataclass(frozen=True)
+class LossTokenLogProbs:
+    """Wraps TRL's ``ChunkedLogProbFunction``: passes on the rows ``positions`` of ``hidden`` (tokens, width), and gives
+    all other tokens a log-probability of 0.
+
+    If ``multiple`` is above 1, the rows are padded with zeros to that multiple; the loss is equal up to rounding.
+    """
+
+    function: Any
+    positions: torch.Tensor
+    multiple: int = 1
+
+    def apply(self, hidden: torch.Tensor, weight: Any, bias: Any, targets: torch.Tensor, *settings: Any) -> Any:
+        scored, missing = len(self.positions), -len(self.positions) % self.multiple
+        rows, words = hidden.index_select(0, self.positions), targets.index_select(0, self.positions)
+        if missing:
+            rows, words = pad(rows, (0, 0, 0, missing)), pad(words, (0, missing))
+        temperature, chunk_size, softcapping, logit_scale, _ = settings
+        only_log_probs = (temperature, chunk_size, softcapping, logit_scale, ("log_probs",))
+        values = self.function.apply(rows, weight, bias, words, *only_log_probs)[0][:scored]
+        log_probs = values.new_zeros(len(hidden)).index_copy(0, self.positions, values)
+        return log_probs, None, None, None, None
