@@ -200,6 +200,7 @@ def test_the_bound_is_the_studys_and_no_axis(capsys: pytest.CaptureFixture[str])
 
 
 SMALL = [
+    "training.padding_free=off",
     *("training.device=cpu", "quantization=fp32", "training.max_steps=1", "training.batch_size=16", "tracking=off"),
     *("evaluation.before=false", "evaluation.max_items=4", "evaluation.forgetting=false"),
     *("evaluation.baselines=false", "evaluation.generate=false"),
@@ -282,7 +283,7 @@ def test_runs_that_have_ended_here_say_beforehand_what_a_budget_will_buy(monkeyp
     assert record.plan is not None
     record = record.replace(
         environment=replace(probe_without_torch(), torch_threads=1),
-        plan=replace(record.plan, train_flops_per_token=1e7, predicted_loss_tokens=1),
+        plan=replace(record.plan, padding_free=True, train_flops_per_token=1e7, predicted_loss_tokens=1),
         config=to_plain(compose(["quantization=fp32"])),
         speed=replace(record.speed, train_tokens=100_000, train_seconds=100.0),
         synthetic=False,

@@ -88,10 +88,11 @@ def test_rows_are_cut_by_length_into_few_micro_batches_within_the_limit(cost: Ca
     assert cut_rows([5, 9, 2, 4], 20, sum) == [[1, 0, 3, 2]]
 
 
+@pytest.mark.parametrize("padded", [True, False])
 def test_a_training_in_micro_batches_of_tokens_equals_that_of_whole_batches(
-    tiny_models: dict[str, Path], uneven_task: Path, tmp_path: Path
+    tiny_models: dict[str, Path], uneven_task: Path, tmp_path: Path, padded: bool
 ) -> None:
-    overrides = ("training.evaluate_every_steps=3",)
+    overrides = ("training.evaluate_every_steps=3", f"training.padding_free={'off' if padded else 'on'}")
     whole = configured(tiny_models["llama"], uneven_task, *overrides)
     cut = configured(tiny_models["llama"], uneven_task, *overrides, "training.micro_batch_tokens=64")
     first, expected, whole_shapes = train_once(whole, tmp_path / "whole")
@@ -106,9 +107,12 @@ def test_a_training_in_micro_batches_of_tokens_equals_that_of_whole_batches(
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)
     assert (second.tokens, second.loss_tokens) == (first.tokens, first.loss_tokens)
     assert max(rows * length for rows, length in shapes) <= 64 < max(rows * length for rows, length in whole_shapes)
-    padded = [sum(rows * length for rows, length in each) for each in (shapes, whole_shapes)]
-    assert padded[0] < 0.8 * padded[1]
-    assert len({rows for rows, _ in shapes}) > 2
+    computed = [sum(rows * length for rows, length in each) for each in (shapes, whole_shapes)]
+    if padded:
+        assert computed[0] < 0.8 * computed[1]
+        assert len({rows for rows, _ in shapes}) > 2
+    else:
+        assert computed[0] == computed[1]
 
 
 def test_a_resumed_training_in_micro_batches_of_tokens_is_bit_equal(
@@ -140,6 +144,9 @@ def test_a_micro_batch_below_the_longest_row_is_refused_before_the_model_is_load
     assert f"training.micro_batch_tokens={longest}" in str(error.value.hint)
 
 
+PADDED = "training.padding_free=off"
+
+
 def estimated(memory_bytes: int | None, *overrides: str, cuda: bool = True) -> tuple[Config, Estimator, RunEstimate]:
     from qlora_exp.architecture.families import known_architecture
     from qlora_exp.architecture.targets import resolve_targets
@@ -169,17 +176,22 @@ def estimated(memory_bytes: int | None, *overrides: str, cuda: bool = True) -> t
 
 def test_auto_is_the_largest_micro_batch_that_is_predicted_to_fit() -> None:
     auto = "training.micro_batch_tokens=auto"
-    for choice in ("on", "off"):
-        checkpointing = f"training.gradient_checkpointing={choice}"
-        limit = 60_000_000_000
-        config, estimator, estimate = estimated(limit, auto, checkpointing)
+    for choice, padding, limit in (
+        *(("on", "off", 60 * 10**9), ("off", "off", 60 * 10**9)),
+        *(("on", "on", 30 * 10**9), ("off", "on", 60 * 10**9)),
+    ):
+        checkpointing, padded = f"training.gradient_checkpointing={choice}", f"training.padding_free={padding}"
+        config, estimator, estimate = estimated(limit, auto, checkpointing, padded)
         tokens = estimate.micro_batch_tokens
         assert tokens is not None
         assert 1024 <= tokens < 64 * 1024
         assert estimate.memory.needed_bytes * 1.5 <= limit
         training = dataclasses.replace(config.training, micro_batch_tokens=round(tokens * 1.05))
         assert estimator.peak(dataclasses.replace(config, training=training)).needed_bytes * 1.5 > limit
-        assert estimate.memory == estimated(limit, f"training.micro_batch_tokens={tokens}", checkpointing)[2].memory
+        assert (
+            estimate.memory
+            == estimated(limit, f"training.micro_batch_tokens={tokens}", checkpointing, padded)[2].memory
+        )
     assert estimated(10**15, auto)[2].micro_batch_tokens == 64 * 1024
     assert estimated(None, auto)[2].micro_batch_tokens == 64 * 1024
     assert estimated(1, auto)[2].micro_batch_tokens == 1024  # the memory limit refuses it with its parts
@@ -200,9 +212,12 @@ def test_auto_checkpoints_only_where_micro_batches_would_be_small_without_it() -
 
 
 def test_a_plan_counts_the_largest_micro_batch_and_the_padding_that_is_left() -> None:
-    whole = estimated(None, "training.gradient_checkpointing=off")[2]
-    cut = estimated(None, "training.gradient_checkpointing=off", "training.micro_batch_tokens=8192")[2]
-    rows = estimated(None, "training.gradient_checkpointing=off", "training.micro_batch_size=8")[2]
+    off = "training.gradient_checkpointing=off"
+    whole = estimated(None, off, PADDED)[2]
+    cut, without_padding = (estimated(None, off, each, "training.micro_batch_tokens=8192")[2] for each in (PADDED, off))
+    rows = estimated(None, off, PADDED, "training.micro_batch_size=8")[2]
+    # As many tokens, and what attention lays out for rows of similar length.
+    assert cut.memory.activation_bytes < without_padding.memory.activation_bytes < 1.3 * cut.memory.activation_bytes
     assert cut.memory.activation_bytes == pytest.approx(rows.memory.activation_bytes, rel=0.01)  # 8 × 1024 tokens
     assert cut.memory.peak_bytes < whole.memory.peak_bytes
     rng = random.Random(0)

@@ -327,7 +327,7 @@ def test_finished_runs_here_tell_the_seconds_before_a_calibration_does(
     here = replace(probe_without_torch(), torch_threads=1)
     plan = Plan(
         "", "", "llama", 1, 1, 1, (), 1, 1.0, 1.0, "cpu", "nf4", "float32", "float32", 1, 1, 1, 1, False, "plain",
-        train_flops_per_token=1e7, predicted_loss_tokens=1,
+        train_flops_per_token=1e7, predicted_loss_tokens=1, padding_free=True,
     )  # fmt: skip
     record = RunRecord(
         SCHEMA_VERSION, "a-run", "a-run", Status.COMPLETED, "2026-01-01T00:00:00Z", None,

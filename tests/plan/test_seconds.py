@@ -149,6 +149,11 @@ def finished(
     )
 
 
+def without_padding(record: RunRecord) -> RunRecord:
+    assert record.plan is not None
+    return record.replace(plan=replace(record.plan, padding_free=True))
+
+
 def seen(*records: RunRecord, of: RunRecord | None = None) -> MeasuredThroughput:
     """What ``records`` say of one more like ``of``."""
     return from_finished_runs(records, probe_without_torch(), (of or finished()).config)
@@ -156,7 +161,7 @@ def seen(*records: RunRecord, of: RunRecord | None = None) -> MeasuredThroughput
 
 def test_padded_trainings_say_nothing_of_one_without_padding() -> None:
     padded, of_an_earlier_version = finished(7.0), finished(8.0)
-    without = replace(padded, plan=replace(padded.plan, padding_free=True))
+    without = without_padding(padded)
     padded = replace(padded, plan=replace(padded.plan, padding_free=False))
     records, here = [padded, of_an_earlier_version, without], probe_without_torch()
     rates = [from_finished_runs(records, here, padded.config, padding_free=free).rate for free in (False, True)]
@@ -297,7 +302,9 @@ def test_one_look_tells_each_configuration_what_it_would_be_told_alone() -> None
     both = [
         compose(["quantization=nf4", f"training.max_steps={n}", f"training.threads={here.cpu_cores}"]) for n in (20, 21)
     ]
-    short = finished(1.0).replace(config=to_plain(both[0]), environment=replace(here, torch_threads=here.cpu_cores))
+    short = without_padding(finished(1.0)).replace(
+        config=to_plain(both[0]), environment=replace(here, torch_threads=here.cpu_cores)
+    )
     short = short.replace(speed=replace(short.speed, steps=2, excluded_steps=1, train_tokens_per_second=50.0))
 
     def seconds(planner: Planner, config: Config) -> float | None:
@@ -330,7 +337,7 @@ def test_a_card_is_told_by_the_runs_where_the_last_one_on_such_a_card_was_made(
     card = replace(here.device, kind="cuda", name="NVIDIA GeForce RTX 4090")
     there, upgraded = replace(here, device=card, packages={"torch": "2"}), replace(here, device=card)
     config = compose(["model=embedded", "quantization=nf4", "training.gradient_checkpointing=off"])
-    of_config = finished(10.0).replace(config=to_plain(config))
+    of_config = without_padding(finished(10.0)).replace(config=to_plain(config))
     records = [of_config.replace(environment=one) for one in (here, upgraded, there, there)]
 
     def seconds(card: str | None, *given: RunRecord) -> Interval | None:
