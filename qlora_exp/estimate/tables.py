@@ -72,6 +72,8 @@ def plan_as_json(runs: Sequence[PlannedRun]) -> list[dict[str, Any]]:
                 plain |= {key: value and value.middle, f"{key}_interval": value and [value.low, value.high]}
             elif key != "params":
                 plain[key] = to_dict(value)
+        if plain["rows"] is not None:
+            del plain["rows"]["lengths"]["sorted_tokens"]  # hundreds of numbers that nobody reads
         objects.append(plain)
     return objects
 
