@@ -14,8 +14,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 SHARE_OF_STEPS = 0.5
-"""The comparison comes after this share of a pilot's steps, but not after its first epoch: later, a training loss is
-one of rows seen before, and falls with over-fitting."""
+"""The comparison comes after this share of a pilot's steps. If its first epoch has ended by then, there is none: a
+later training loss is one of rows seen before, and an earlier comparison is wrong too often (docs/statistics.md)."""
 SHARE_OF_WINDOW = 0.5
 """The losses of this last part of the steps so far are averaged: single batches vary too much."""
 MAX_BEHIND = 0.05
@@ -23,9 +23,12 @@ MAX_BEHIND = 0.05
 
 
 def comparison_step(max_steps: int, steps_per_epoch: int | None, share: float = SHARE_OF_STEPS) -> int:
-    """Return the step at which pilots are compared. ``steps_per_epoch``: ``None`` if unknown."""
-    step = math.ceil(max_steps * share)
-    return max(1, step if steps_per_epoch is None else min(step, steps_per_epoch))
+    """Return the step at which pilots are compared; ``max_steps``, after which nothing is left to save: they aren't.
+
+    ``steps_per_epoch``: ``None`` if unknown.
+    """
+    step = max(1, math.ceil(max_steps * share))
+    return step if steps_per_epoch is None or step <= steps_per_epoch else max_steps
 
 
 def comparison_loss(curve: Mapping[int, float], step: int) -> float | None:

@@ -310,7 +310,7 @@ def _find_errors_of(score: str, names: Sequence[str], named: dict[str, str]) -> 
                 rest = re.sub(rf"(^|_){ending}(_|$)", "_", words, count=1).strip("_")
                 if rest != words and rest and rest == "_".join(measure) and name != score:
                     named[meaning] = name
-    return "se" in named and "count" not in named and "stderr" in name_words(bare_name(named["se"]))[1:]
+    return "se" in named and "stderr" in name_words(bare_name(named["se"]))[1:]
 
 
 def direction(name: str) -> bool | None:

@@ -26,6 +26,7 @@ UNFINISHED = frozenset(
     (
         *("crashed", "failed", "fail", "killed", "running", "pending", "preempting", "preempted", "scheduled", "error"),
         *("oom", "out_of_memory", "diverged", "interrupted", "pruned", "cancelled", "canceled", "aborted", "waiting"),
+        *("timeout", "timed_out", "node_fail"),
     )
 )
 """Statuses of W&B, MLflow, Optuna, PEFT and this package. A score of such a run is that of a training not finished."""
@@ -137,7 +138,10 @@ def best_of(results: Sequence[Result], columns: Columns, notes: list[str]) -> li
         by_value: dict[tuple[str, ...], list[Result]] = defaultdict(list)
         for result in results:
             if result.rank == rank:
-                by_value[tuple(result.others.get(name, "") for name in columns.best_over)].append(result)
+                texts = [result.others.get(name, "") for name in columns.best_over]
+                numbers = [read_number(text) for text in texts]  # 1e-4 is 0.0001
+                same = (text if n is None else f"{n.value:.12g}" for text, n in zip(texts, numbers, strict=True))
+                by_value[tuple(same)].append(result)
         full = max(len(group) for group in by_value.values())
         means = {
             value: sign * sum(one.score for one in group) / full
@@ -146,8 +150,9 @@ def best_of(results: Sequence[Result], columns: Columns, notes: list[str]) -> li
         }
         best = max(means, key=lambda value: means[value])
         kept += by_value[best]
-        most = max(most, len(means))
-        chosen.append(f"r = {rank}: {', '.join(best)} (of {len(means)})")
+        most, fewer = max(most, len(by_value)), len(by_value) - len(means)
+        ignored = f"; {fewer} with fewer runs ignored" if fewer else ""
+        chosen.append(f"r = {rank}: {', '.join(best)} (of {len(means)}{ignored})")
     names = " and ".join(columns.best_over)
     if most > 1:
         notes.append(
@@ -251,6 +256,8 @@ class _Reading:
         se, std, count = number("se"), number("std"), number("count")
         if options.se is not None:
             se = options.se
+        elif se is None and std is not None and count == 1:
+            raise AnalysisError("one run has no standard deviation", row.where, "leave the deviation out")
         elif se is None and std is not None:
             se = std / math.sqrt(count) if count is not None and count >= 1 else std
         elif se is None:

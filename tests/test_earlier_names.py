@@ -261,3 +261,21 @@ def test_an_old_key_is_answered_with_its_new_name(words: tuple[str, ...], capsys
     assert "most_seeds" in shown
     assert "max_seeds" in shown.split("most_seeds", 1)[1]
     assert not Path("outputs").exists()
+
+
+def test_an_earlier_versions_run_is_repeated_as_it_was_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its record lacks the keys of later versions. Their defaults would train it without padding."""
+    assert main(["run", *SLEEP]) == 0
+    [path] = Path("outputs/runs").glob("*/record.json")
+    record = json.loads(path.read_text())
+    for key in ("padding_free", "micro_batch_tokens", "kernels"):
+        del record["config"]["training"][key]
+    path.write_text(json.dumps(record))
+    assert main(["rerun", "last"]) == 0
+    assert "training.padding_free=off" in capsys.readouterr().out
+    again = [read_record(file) for file in Path("outputs/runs").glob("*/record.json") if file != path]
+    assert [(one.config["training"]["padding_free"], one.config["training"]["kernels"]) for one in again] == [
+        ("off", "none")
+    ]

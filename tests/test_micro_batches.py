@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from qlora_exp.architecture.run_plan import config_fingerprint
 from qlora_exp.config.compose import compose
@@ -88,10 +89,17 @@ def test_rows_are_cut_by_length_into_few_micro_batches_within_the_limit(cost: Ca
     assert cut_rows([5, 9, 2, 4], 20, sum) == [[1, 0, 3, 2]]
 
 
-@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize(("padded", "takes_number"), [(True, True), (False, True), (False, False)])
 def test_a_training_in_micro_batches_of_tokens_equals_that_of_whole_batches(
-    tiny_models: dict[str, Path], uneven_task: Path, tmp_path: Path, padded: bool
+    tiny_models: dict[str, Path],
+    uneven_task: Path,
+    tmp_path: Path,
+    padded: bool,
+    takes_number: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """``takes_number``: whether the model's class says that its loss takes the number of tokens; Gemma 4's doesn't."""
+    monkeypatch.setattr(LlamaForCausalLM, "accepts_loss_kwargs", takes_number, raising=False)
     overrides = ("training.evaluate_every_steps=3", f"training.padding_free={'off' if padded else 'on'}")
     whole = configured(tiny_models["llama"], uneven_task, *overrides)
     cut = configured(tiny_models["llama"], uneven_task, *overrides, "training.micro_batch_tokens=64")
@@ -232,6 +240,25 @@ def test_a_plan_counts_the_largest_micro_batch_and_the_padding_that_is_left() ->
             seen.append(sum(len(group) * max(step[row] for row in group) for group in groups) / 64)
         predicted = Workload.of(dataclasses.replace(training, micro_batch_tokens=limit), table).row.padded
         assert predicted == pytest.approx(sum(seen) / len(seen), rel=0.05)
+
+
+def test_without_padding_a_cut_that_cuts_nothing_changes_no_prediction() -> None:
+    on, free = "training.gradient_checkpointing=on", "training.padding_free=on"
+    whole, uncut = (estimated(None, on, free, *given)[2] for given in ((), ("training.micro_batch_tokens=65536",)))
+    assert uncut.memory == whole.memory
+
+
+def test_attention_lays_out_no_more_than_is_predicted_for_the_largest_micro_batch() -> None:
+    rng = random.Random(1)
+    lengths = [min(4000, max(8, round(rng.lognormvariate(4.5, 1.1)))) for _ in range(4000)]
+    table = RowLengths.of(lengths, lengths)
+    for limit in (4000, 8000, 16000):
+        largest = 0
+        for _ in range(60):  # an epoch
+            step = rng.sample(lengths, 64)
+            largest = max(largest, *(len(g) * max(step[row] for row in g) for g in cut_rows(step, limit, sum)))
+        assert largest <= table.largest_layout(64, limit) * 1.25
+        assert table.largest_layout(64, limit) < 1.6 * largest
 
 
 def test_a_run_without_the_key_keeps_its_fingerprint() -> None:

@@ -81,6 +81,7 @@ def run(
 
 def rerun(run: Run, overrides: Overrides = None, output_root: OutputRoot = None, force: Force = False) -> int:
     """Run the configuration of a recorded run again."""
+    from qlora_exp.architecture.run_plan import EARLIER_TRAINING_DEFAULTS
     from qlora_exp.config.from_record import recorded_overrides
     from qlora_exp.config.overrides import hydra_value
     from qlora_exp.records.files import read_record
@@ -91,7 +92,9 @@ def rerun(run: Run, overrides: Overrides = None, output_root: OutputRoot = None,
     changes = [*(overrides or []), *forced(force)]
     if not any(change.startswith("output_root=") for change in changes):
         changes.append(f"output_root={hydra_value(str(paths.folder.parent.parent))}")
-    recorded = recorded_overrides(read_record(paths.record), changes)
+    record = read_record(paths.record)
+    training = {**EARLIER_TRAINING_DEFAULTS, **(record.config.get("training") or {})}
+    recorded = recorded_overrides(record.replace(config={**record.config, "training": training}), changes)
     print(f"qlora-exp run {shlex.join(recorded)}", flush=True)
     return _run(recorded)
 

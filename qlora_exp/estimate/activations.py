@@ -396,6 +396,8 @@ def _attention(layer: Layer, setting: TrainingPass) -> float:
     else:
         qkv = query + 2 * key_value
     if laid_out > 1:  # torch's ``index_copy`` keeps what it copies
+        if setting.cuda and width == FLOAT32_BYTES and 0 < key_value < query:  # models/attention.py repeats them then
+            key_value, qkv = query, 3 * query
         copies = (2 * query + 2 * key_value) * width + FLOAT32_BYTES * layer.heads
         return laid_out * copies + qkv * source + normed
     mask = setting.length * width if setting.padded else 0

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from qlora_exp.architecture.padding import planned_padding_reason
 from qlora_exp.architecture.shapes import Architecture
 from qlora_exp.config.allowed_values import AUTO_TOKENS
-from qlora_exp.config.schema import Checkpointing, Config, to_plain
+from qlora_exp.config.schema import Checkpointing, Config, PaddingFree, to_plain
 from qlora_exp.data.items import Splits
 from qlora_exp.estimate.calibration import calibrated_rate, lower_bound_seconds
 from qlora_exp.estimate.memory_fit import RELATIVE_ERROR
@@ -136,9 +136,11 @@ class Estimator:
             ConfigError: ``training.padding_free=on`` where rows need padding.
         """
         rows, longest = self.rows(config), config.training.max_length
-        return planned_padding_reason(
-            self.architecture, config, min(longest, rows.longest_tokens) if rows is not None else longest
-        )
+        if rows is not None:
+            longest = min(longest, rows.longest_tokens)
+        elif config.training.padding_free is PaddingFree.on:
+            longest = 0  # unknown: the run compares its rows with a layer's window
+        return planned_padding_reason(self.architecture, config, longest)
 
     def peak(self, config: Config) -> Peak:
         """Return the predicted peak memory of training ``config``."""

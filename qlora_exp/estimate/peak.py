@@ -233,7 +233,7 @@ def _micro_batch(
     length, padded = training.max_length, True
     length_multiple, logits_multiple = shape_multiples(compute, device_kind, length, architecture.positions)
     if isinstance(limit, int):  # as many rows as of the shortest ones: an upper bound
-        shortest = lengths.shortest_tokens if lengths is not None else length
+        shortest = lengths.shortest_tokens if lengths is not None else 1
         rows = min(rows, max(1, limit // (shortest if padding_free else _rounded_up(shortest, length_multiple))))
     real_tokens, loss_tokens = float(rows * length), float(rows * (length - 1))
     if lengths is not None:
@@ -248,7 +248,7 @@ def _micro_batch(
     if isinstance(limit, int):
         tokens = min(tokens, limit)
         if padding_free and lengths is not None:  # rows of a micro-batch are similar in length
-            laid_out = lengths.expected_length_when_cut(training.batch_size, limit, padding_free) / lengths.mean_tokens
+            laid_out = max(1.0, min(laid_out, lengths.largest_layout(training.batch_size, limit) / tokens))
     scored = _rounded_up(round(min(loss_tokens, tokens)), logits_multiple)
     return _MicroBatch(tokens, length, laid_out, scored, padded and not padding_free)
 

@@ -89,6 +89,18 @@ class RowLengths:
             padded += sum(longest([lengths[row] for row in group]) for group in cut_rows(lengths, limit, cost))
         return padded / (steps * rows) * self.mean_tokens / statistics.fmean(self.sorted_tokens)
 
+    def largest_layout(self, rows: int, limit: int) -> int:
+        """Return rows times the longest row of the largest micro-batch, if ``rows`` rows of a step are cut into
+        micro-batches of at most ``limit`` tokens without padding; from simulated steps that hold the longest row."""
+        if not self.sorted_tokens:
+            return rows * self.longest_tokens
+        draw, largest = random.Random(0), 0
+        for _ in range(max(1, SIMULATED_ROWS // rows)):
+            lengths = [*draw.choices(self.sorted_tokens, k=rows - 1), self.longest_tokens]
+            groups = cut_rows(lengths, limit, sum)
+            largest = max(largest, *(len(group) * max(lengths[row] for row in group) for group in groups))
+        return largest
+
     @property
     def differ(self) -> bool:
         return self.shortest_tokens < self.longest_tokens

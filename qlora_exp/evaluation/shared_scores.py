@@ -69,7 +69,7 @@ def _lock(file: Path, wait: Wait) -> Iterator[None]:
         lock.acquire(blocking=False)
     except Timeout:
         _acquire_later(lock, wait)
-    except OSError:  # no locks on this file system, or its lock server doesn't answer
+    except (OSError, NotImplementedError):  # no locks on this file system, or its lock server doesn't answer
         yield
         return
     try:

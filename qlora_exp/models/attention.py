@@ -66,6 +66,9 @@ def rows_attention(
     """
     _check_layer(attention_mask, cu_seq_lens_q, longest_row or max_length_q, kwargs)
     assert cu_seq_lens_q is not None
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and not _takes_groups(query):
+        key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
     rows, tokens = len(cu_seq_lens_q) - 1, query.shape[2]
     full = rows * max_length_q == tokens  # one row, or rows of equal length: nothing to lay out
     place = None if full else _place(cu_seq_lens_q, tokens, max_length_q)
@@ -87,6 +90,18 @@ def rows_attention(
     )
     by_token = attended.transpose(1, 2).flatten(0, 1)
     return (by_token if place is None else by_token.index_select(0, place))[None], None
+
+
+def _takes_groups(query: torch.Tensor) -> bool:
+    """Return whether one of torch's kernels without a matrix of scores takes fewer heads of keys than of queries.
+
+    On CUDA those are FlashAttention and cuDNN: 16 bits, Ampere or newer. The memory-efficient kernel takes equal
+    numbers only (``aten/src/ATen/native/transformers/sdp_utils_cpp.h``).
+    """
+    if query.device.type != "cuda":
+        return True
+    narrow = query.dtype != torch.float32 or torch.is_autocast_enabled("cuda")
+    return narrow and query.shape[-1] <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def _check_layer(
@@ -134,6 +149,8 @@ def attention_by_rows(model: Any) -> Iterator[None]:
         yield
         return
     base.set_attn_implementation(ROWS)
+    if base.config._attn_implementation != ROWS:  # transformers only warns
+        raise UnsupportedLayer("its attention can't be replaced")
     try:
         yield
     finally:

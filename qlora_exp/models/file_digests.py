@@ -41,7 +41,7 @@ def _known_digest(file: Path, identity: tuple[int, ...]) -> str:
         return cached
     digest = _hash(file)
     # Without a home, or where it can't be written, the file is hashed in each process.
-    with contextlib.suppress(OSError, RuntimeError):
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
         _write(file, identity, digest)
     return digest
 

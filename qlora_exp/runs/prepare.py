@@ -99,16 +99,19 @@ def plan_for_model(prepared: Prepared, model: Any, config: Config) -> Plan:
     Raises:
         ConfigError: the logits differ, and ``training.padding_free=on``.
     """
-    plan, longest = prepared.plan, min(max(row_lengths(prepared.splits)), config.training.max_length)
+    plan, splits = prepared.plan, prepared.splits
+    validated = splits.validation if config.training.evaluate_every_steps is not None else ()
+    lengths = (len(item.prompt_ids) + len(item.completion_ids) + len(item.end_ids) for item in validated)
+    longest = min(max(*row_lengths(splits), *lengths), config.training.max_length)
     reason = measured_padding_reason(model, longest) if plan.padding_free else None
     if reason is None:
         return plan
     if config.training.padding_free is PaddingFree.on:
         raise needs_padding(plan.architecture, reason)
     padded = replace(config, training=replace(config.training, padding_free=PaddingFree.off))
-    return with_predictions(
-        replace(plan, padding_free=False, padded_because=reason), prepared.estimate.estimator.estimate(padded)
-    )
+    estimate = prepared.estimate.estimator.estimate(padded)
+    plan = replace(plan, padding_free=False, padded_because=reason, gradient_checkpointing=estimate.checkpointing)
+    return with_predictions(plan, estimate)
 
 
 def _check_evaluation(config: Config, splits: Splits) -> None:

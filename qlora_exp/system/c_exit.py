@@ -32,8 +32,8 @@ def call_at_c_exit(callback: Callable[[], None]) -> Iterator[None]:
 
     function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(at_exit)
     owner = ctypes.c_char(b"\0")  # its address identifies the registration
-    register(function, None, ctypes.byref(owner))
     try:
+        register(function, None, ctypes.byref(owner))
         yield
     finally:
         running = False

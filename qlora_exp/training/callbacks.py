@@ -182,15 +182,22 @@ class PilotCallback(TrainerCallback):  # type: ignore[misc]
         self.report, self.curve, self.steps_per_epoch = report, curve, steps_per_epoch
         self.loss: PilotLoss | None = None
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._measure(state)  # a training that is resumed after the comparison may log no loss before its end
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         step = comparison_step(state.max_steps, self.steps_per_epoch)
         if "loss" not in (logs or {}) or not step <= state.global_step < state.max_steps:
             return
-        if self.loss is None:
-            loss = comparison_loss(training_losses(read_curve(self.curve)), step)
-            self.loss = PilotLoss(step, loss) if loss is not None else None
+        self._measure(state)
         if self.loss is not None and self.report.ask(step, self.loss.loss, None):
             raise Pruned(state.global_step, self.loss)
+
+    def _measure(self, state: Any) -> None:
+        step = comparison_step(state.max_steps, self.steps_per_epoch)
+        if self.loss is None and step <= state.global_step and step < state.max_steps:
+            loss = comparison_loss(training_losses(read_curve(self.curve)), step)
+            self.loss = PilotLoss(step, loss) if loss is not None else None
 
 
 class GracefulInterrupt(TrainerCallback):  # type: ignore[misc]

@@ -3,7 +3,8 @@
 On a GPU the host queues work and runs ahead of it. To read a value from the GPU (``.item()``, ``bool(tensor)``, a
 boolean index), the host waits until the queue is empty, and then the GPU waits for the host. TRL's SFTTrainer and
 transformers read a dozen values of each micro-batch. Here the host counts a batch's tokens while the batch is in the
-host's memory, and reads the GPU once a step.
+host's memory, and reads the GPU once a step. (Logging and float16's loss scaler read it once more, and some models'
+layers do, e.g. experts.)
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ class LightTrainer(SFTTrainer):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # compute_loss divides by the step's tokens itself, also for models that don't take their number (Gemma 4).
+        self.model_accepts_loss_kwargs = True
         self.data_collator: Any = CountingCollator(vars(self)["data_collator"])
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

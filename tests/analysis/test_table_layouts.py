@@ -479,7 +479,31 @@ def test_the_best_value_is_not_one_that_only_a_lucky_seed_has(
     rows = [*rates_grid(), {"rank": 8, "learning_rate": 0.1, "seed": 1, "loss": 0.0}]
     file = written(tmp_path, "grid.json", json.dumps(rows))
     found = answered(capsys, file, "--margin", "0.1", "--best-over", "learning_rate")
-    assert noted(found, "r = 8: 0.004")
+    assert noted(found, "r = 8: 0.004 (of 3; 1 with fewer runs ignored)")
+
+
+def test_a_value_that_is_written_in_two_ways_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scores = {("1e-4", 8): 1.3, ("2e-4", 8): 1.4, ("1e-4", 16): 1.2, ("2e-4", 16): 1.3}
+    rows = [[r, seed, rate, score] for (rate, r), score in scores.items() for seed in (1, 2)]
+    rows[0][2], rows[4][2] = "0.0001", "0.00010"
+    file = written(tmp_path, "rates.csv", comma(["rank", "seed", "learning_rate", "loss"], rows))
+    found = answered(capsys, file, "--margin", "0.05", "--best-over", "learning_rate")
+    assert found["comparisons"][0]["gain"] == pytest.approx(0.1)
+    assert noted(found, "r = 8: 0.0001 (of 2)")
+
+
+def test_the_error_of_test_items_decides_nothing_beside_their_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = comma(["rank", "acc", "acc_stderr", "n"], [[8, 0.50, 0.005, 1319], [16, 0.60, 0.005, 1319]])
+    found = answered(capsys, written(tmp_path, "t.csv", text), "--margin", "0.02")
+    assert found["decision"] == "inconclusive"
+    assert noted(found, "not that of the training seed")
+
+
+def test_one_run_has_no_standard_deviation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = comma(["rank", "loss", "std", "n"], [[8, 1.0, 0.0, 1], [16, 0.5, 0.0, 1]])
+    assert "one run has no standard deviation" in refused(capsys, written(tmp_path, "t.csv", text), "--margin", "0.1")
 
 
 def test_two_columns_can_distinguish_configurations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

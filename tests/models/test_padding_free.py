@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from qlora_exp.architecture import padding
 from qlora_exp.config.compose import compose
 from qlora_exp.config.schema import Config
 from qlora_exp.errors import ConfigError
+from qlora_exp.models import attention as rows_of_attention
 from qlora_exp.models.adapters import attach_adapters
 from qlora_exp.models.attention import attention_by_rows, measured_padding_reason
 from qlora_exp.models.base import load_base
@@ -21,7 +23,7 @@ from qlora_exp.models.inspect import describe
 from qlora_exp.paths import EMBEDDED, RunPaths
 from qlora_exp.records.files import read_curve
 from qlora_exp.records.types import Plan, RunRecord, Status
-from qlora_exp.runs.prepare import prepare
+from qlora_exp.runs.prepare import plan_for_model, prepare
 from qlora_exp.system import environment
 from qlora_exp.training.outcome import PruneCheck
 from qlora_exp.training.trainer import train
@@ -102,6 +104,36 @@ def assert_equal_losses(model: Path, rows: Path, folder: Path, *overrides: str) 
         found.append(losses)
     assert len(found[0]) == 5
     assert found[1] == pytest.approx(found[0], abs=5e-6)
+
+
+def test_a_validation_row_that_is_longer_than_a_window_counts_if_it_is_read(rows: Path, tmp_path: Path) -> None:
+    model = save_model("gemma3_text", tmp_path / "model", sliding_window=30)
+    for overrides, padded in (((), False), (("training.evaluate_every_steps=2",), True)):
+        config = configured(model, rows, "quantization=fp32", *overrides)
+        ready = prepare(config, environment.probe(config.training.device))
+        assert ready.plan.padding_free
+        long = replace(ready.splits.validation[0], prompt_ids=ready.splits.validation[0].prompt_ids * 4)
+        ready = replace(ready, splits=replace(ready.splits, validation=[*ready.splits.validation, long]))
+        plan = plan_for_model(ready, load_base(config, "cpu").model, config)
+        assert plan.padding_free is not padded
+        assert ("window" in (plan.padded_because or "")) is padded
+
+
+def test_keys_are_repeated_where_no_kernel_takes_fewer_of_them(
+    tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(save_model("qwen3_moe", tmp_path / "model"), rows, "quantization=fp32")
+    model = load_base(config, "cpu").model
+    assert model.config.num_key_value_heads < model.config.num_attention_heads
+    asked: list[tuple[int, ...]] = []
+
+    def takes_groups(query: torch.Tensor) -> bool:
+        asked.append(tuple(query.shape))
+        return False
+
+    monkeypatch.setattr(rows_of_attention, "_takes_groups", takes_groups)
+    assert measured_padding_reason(model, longest_row=30) is None
+    assert asked
 
 
 @pytest.mark.parametrize("family", FAST)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,6 +36,8 @@ from qlora_exp.records.types import (
 )
 from qlora_exp.study.proposer import TrialPoint
 from qlora_exp.study.types import LadderSettings, LadderSpec
+from qlora_exp.training.callbacks import PilotCallback
+from qlora_exp.training.outcome import no_pruning
 from tests import processes
 
 CENTRE, RATE = 1e-3, "training.learning_rate"
@@ -131,9 +134,23 @@ def test_a_better_pilot_that_diverges_later_leaves_a_choice() -> None:
 
 def test_pilots_are_compared_after_half_of_their_steps_and_in_their_first_epoch() -> None:
     assert comparison_step(60, None) == comparison_step(60, 100) == 30
-    assert comparison_step(60, 20) == 20
+    assert comparison_step(60, 30) == 30
+    assert comparison_step(60, 20) == 60  # later than its first epoch: not compared
     assert comparison_loss({5: 9.0, 15: 2.0, 20: 1.0, 25: 0.1}, 20) == 1.5
     assert comparison_loss({30: 1.0}, 20) is None
+
+
+def test_a_pilot_that_is_resumed_after_the_comparison_keeps_its_loss(tmp_path: Path) -> None:
+    curve = tmp_path / "curve.jsonl"
+    losses = {5: 3.0, 10: 2.5, 15: 2.0, 20: 1.5, 25: 1.0, 30: 0.9, 35: 0.8, 40: 0.7}
+    curve.write_text("".join(json.dumps({"step": step, "loss": loss}) + "\n" for step, loss in losses.items()))
+    for resumed_from in (20, 34, 36, 40):
+        pilot = PilotCallback(no_pruning, curve, steps_per_epoch=100)
+        pilot.on_train_begin(None, SimpleNamespace(max_steps=40, global_step=resumed_from), None)
+        assert pilot.loss == PilotLoss(20, 1.75)
+    early = PilotCallback(no_pruning, curve, steps_per_epoch=100)
+    early.on_train_begin(None, SimpleNamespace(max_steps=40, global_step=10), None)
+    assert early.loss is None
 
 
 def test_the_documented_savings_and_risk_are_those_of_the_stored_pilots() -> None:
