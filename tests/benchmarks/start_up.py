@@ -5,8 +5,9 @@
 first step  from the command to the end of the first step, which is logged: ``qlora-exp run`` and ``train_plain.py``, in
             turn; beside them the imports that any such process makes. What a run does before: plan, record, load, and
             with ``evaluation.before=false`` no scores.
-next trial  ``workers.isolation=fresh``, one worker, six trials of one step: from a trial's end to the next one's start,
-            where a new trial process is forked from the server; beside it, the same imports in a new interpreter.
+next trial  ``workers.isolation=fresh``, one worker, six trials of one step: from a trial's end to the next one's first
+            record. A new trial process is forked from the server, reads the rows and plans; beside it, the imports of a
+            new interpreter.
 """
 
 from __future__ import annotations
