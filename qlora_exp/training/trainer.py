@@ -153,7 +153,7 @@ def train(
     folder = paths.checkpoints
     trainer = _trainer(plan, model, tokenizer, train_items, validation_items, config, folder, callbacks, meter)
     trainer.per_item = report.per_item
-    autocast = (trainer.args.bf16 or trainer.args.fp16) and not config.lora.dora
+    autocast = trainer.accelerator.native_amp and not config.lora.dora
     casts = autocast_casts_inputs(model, active=autocast)
     attention = attention_by_rows(model) if plan.padding_free else nullcontext()
     with interrupt, bitsandbytes_optimizers(), casts, attention:
