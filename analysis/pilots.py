@@ -4,8 +4,8 @@ A ladder's pilots share seed, data and schedule, and differ in their learning ra
 seen the same batches, and a difference of their training losses is paired. ALTO (Zuo et al. 2026, arXiv 2604.05426)
 stops trainings that are behind by their loss curves; docs/statistics.md has this rule's savings and errors.
 
-There is one step of comparison, not several: who is behind then follows from the losses at that step alone, in whatever
-order the pilots run, one after the other or at the same time.
+There is one step of comparison, not several: who is behind then follows from the losses at that step alone, in any
+order in which the pilots run, one after the other or at the same time.
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ class _Table:
         return (text for row in self.rows if not is_missing(text := row.cells.get(name, "")))
 
     def chosen(self, name: str, option: str) -> str:
-        """Return the column that an option names, in whatever case."""
+        """Return the column that an option names; case doesn't matter."""
         by_lower = {column.lower(): column for column in reversed(self.names)}
         if name in self.names or name.lower() in by_lower:
             return name if name in self.names else by_lower[name.lower()]

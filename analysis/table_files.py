@@ -22,7 +22,7 @@ FILE_COLUMN = "file"
 RANK_FROM_PATH, SEED_FROM_PATH = "rank in the path", "seed in the path"
 """Columns of what a path names. They are used if no file has a column for it."""
 SAMPLE_FIELDS = frozenset(("doc", "arguments", "resps", "filtered_resps", "target", "doc_hash", "prompt_hash"))
-"""What lm-eval logs of a sample beside its scores."""
+"""What lm-eval logs of a sample next to its scores."""
 MAX_CELL_CHARACTERS = 100_000
 """A longer cell is not parsed as an object."""
 

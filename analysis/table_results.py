@@ -282,7 +282,7 @@ class _Reading:
 
 
 def _has_pilots(rows: Sequence[TableRow], columns: Columns) -> bool:
-    """Return whether rows of the validation split are beside test scores of at least two ranks."""
+    """Return whether rows of the validation split stand next to test scores of at least two ranks."""
     split = columns.named.get("split")
     if split is None or split in columns.configuration:
         return False

@@ -38,7 +38,7 @@ with (out / "started").open("a") as stream:
     stream.write(name + "\\n")
 
 def child():
-    "A process in a session of its own, which outlives this one."
+    "A process with its own session, which outlives this one."
     command = [sys.executable, "-c", "import time; time.sleep(600)"]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     process = subprocess.Popen(command, start_new_session=True, **pipes)

@@ -70,7 +70,7 @@ def _reason(architecture: Architecture, attention: str, longest_row: int, tries:
         return "transformers implements its attention only in Python, which would mask all pairs of a batch's tokens"
     if architecture.model_type not in PADDING_FREE_TYPES and not tries:
         return f"{architecture.model_type} is not tested without padding (training.padding_free=on tries it)"
-    if attention.startswith(FLASH_ATTENTION):  # it has windows of its own
+    if attention.startswith(FLASH_ATTENTION):  # it implements windows itself
         return None
     window = architecture.window
     return window_reason(window, longest_row) if window is not None and window < longest_row else None

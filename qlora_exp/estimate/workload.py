@@ -76,8 +76,11 @@ class RowLengths:
         return lower_length + (doublings - lower) * (upper_length - lower_length)
 
     def expected_length_when_cut(self, rows: int, limit: int, padding_free: bool) -> float:
-        """Return the mean length of the longest row beside each of ``rows`` rows of a step that are cut into
-        micro-batches of at most ``limit`` tokens (with padding, if there is any), from simulated steps."""
+        """Return the length of the longest row in a row's micro-batch, in the mean of ``rows`` rows of a step.
+
+        The step is cut into micro-batches of at most ``limit`` tokens, with padding if there is any. Steps are
+        simulated.
+        """
         if not self.sorted_tokens:
             return self.expected_padded_length(rows)
         draw, longest = random.Random(0), padded_tokens()

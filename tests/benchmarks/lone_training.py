@@ -1,4 +1,4 @@
-"""How fast one training is beside plain SFTTrainer's with the same settings, padded and padding-free.
+"""How fast one training is, compared with plain SFTTrainer's with the same settings, padded and padding-free.
 
     OMP_WAIT_POLICY=PASSIVE python tests/benchmarks/lone_training.py [--rows 4 16 32] [--rounds 3] [--steps 30]
 

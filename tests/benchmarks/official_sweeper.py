@@ -1,4 +1,4 @@
-"""The twelve trials of orchestration.py as a Hydra application with hydra-optuna-sweeper, beside ``qlora-exp sweep``.
+"""The twelve trials of orchestration.py as a Hydra application with hydra-optuna-sweeper, against ``qlora-exp sweep``.
 
     python -m pip install --target SITE --no-deps hydra-optuna-sweeper==1.4.0rc3 hydra-core==1.4.0rc3 \
         omegaconf==2.4.1rc1

@@ -3,11 +3,11 @@
     OMP_WAIT_POLICY=PASSIVE python tests/benchmarks/start_up.py [--rounds 3]
 
 first step  from the command to the end of the first step, which is logged: ``qlora-exp run`` and ``train_plain.py``, in
-            turn; beside them the imports that any such process makes. What a run does before: plan, record, load, and
-            with ``evaluation.before=false`` no scores.
+            turn; for comparison, the imports that any such process makes. Before its first step a run plans, writes its
+            first record and loads the model; with ``evaluation.before=false`` it scores nothing.
 next trial  ``workers.isolation=fresh``, one worker, six trials of one step: from a trial's end to the next one's first
-            record. A new trial process is forked from the server, reads the rows and plans; beside it, the imports of a
-            new interpreter.
+            record. A new trial process is forked from the server, reads the rows and plans; for comparison, the imports
+            of a new interpreter.
 """
 
 from __future__ import annotations

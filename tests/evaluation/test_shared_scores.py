@@ -1,4 +1,4 @@
-"""Scores that several runs share are computed by one process, whatever happens to it; the others wait for them."""
+"""Scores that several runs share are computed by one process, even if it is killed; the others wait for them."""
 
 from __future__ import annotations
 

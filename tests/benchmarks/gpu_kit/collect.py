@@ -112,7 +112,7 @@ def page(state: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterato
     ]
     yield from _section("Failed checks", ("stage", "check", "got", "wanted"), failed)
     yield from _section(
-        "Memory: measured beside predicted, GB (10^9 bytes)",
+        "Memory: measured and predicted, GB (10^9 bytes)",
         ("cell", "predicted peak", "measured peak", "ratio", "reserved", "context"),
         [
             (
@@ -130,7 +130,7 @@ def page(state: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterato
         ("cell", "counted steps", "all of training", "step p50, s", "host CPU a step, s", "utilisation", "J a token"),
         [
             (row["cell"], *(row.get(name) for name in (*speed, "joules_per_token")))
-            for row in (*table_of(rows, "cells"), *table_of(rows, "product beside TRL"))
+            for row in (*table_of(rows, "cells"), *table_of(rows, "product and TRL"))
         ],
     )
     for title, table, columns in SIMPLE_TABLES:
@@ -158,7 +158,7 @@ SIMPLE_TABLES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ),
     ("Trial processes on one card", "processes on one card", ("processes", "tokens_per_second", "joules")),
     ("Scoring, seconds", "scoring", ("part", "seconds", "items")),
-    ("Energy of a phase beside power × time, J", "energy", ("joules", "joules_by_power")),
+    ("Energy of a phase, and power × time, J", "energy", ("joules", "joules_by_power")),
 )
 
 

@@ -87,7 +87,7 @@ def _work(kit: Kit) -> list[float]:
 
 
 def kinds(kit: Kit) -> None:
-    """Six steps of each kind of training that takes code of its own, and a run that is ended and continued."""
+    """Six steps of each kind of training with separate code, and a run that is ended and continued."""
     from qlora_exp.models.base_cache import BaseCache
 
     trainings: dict[str, list[str]] = {

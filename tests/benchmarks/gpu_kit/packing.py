@@ -20,7 +20,7 @@ SETS = {
     "C": "transformers huggingface_hub tokenizers",
     "L": "liger-kernel",
 }
-"""A: what training needs beside torch, transformers and accelerate. B: MLflow, in its small form. C: the transformers
+"""A: what training needs besides torch, transformers and accelerate. B: MLflow, in its small form. C: the transformers
 that pyproject.toml asks for. L: Liger's kernels."""
 PINNED_HERE = {"opentelemetry-semantic-conventions": "0.66b2", "pyasn1_modules": "0.4.2", "liger-kernel": "0.8.5"}
 """Versions of what constraints.txt lacks."""

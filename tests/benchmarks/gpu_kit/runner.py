@@ -1,4 +1,4 @@
-"""Runs the stages one after the other: each in a process of its own, within its time, with a state that a later call
+"""Runs the stages one after the other: each in its own process, within its time, with a state that a later call
 continues. Imports neither torch nor the product's training."""
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def _is_done(result: Mapping[str, Any] | None, again: bool) -> bool:
 
 
 def run_stage(call: Call, stage: Stage) -> dict[str, Any]:
-    """Run one stage in a session of its own; a crash, an exit or a hang costs its time and nothing else.
+    """Run one stage in its own session; a crash, an exit or a hang costs its time and nothing else.
 
     A process of it that is left afterwards is a failed check, and is killed.
     """

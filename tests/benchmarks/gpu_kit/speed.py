@@ -1,4 +1,4 @@
-"""Stages that measure: memory and speed beside the plan and beside plain TRL, the anatomy of a step, seconds of a step
+"""Stages that measure: memory and speed against the plan and plain TRL, the anatomy of a step, seconds of a step
 by its tokens, predicted seconds, and scoring."""
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def measure_cell(kit: Kit, cell: Cell, bases: Any, table: str = "cells") -> dict
 
 
 def _context_bytes() -> int:
-    """Return what is used on the card beside torch's allocator, if this is the only process on it."""
+    """Return what is used on the card outside torch's allocator, if this is the only process on it."""
     import torch
 
     free, total = torch.cuda.mem_get_info()
@@ -180,18 +180,18 @@ def _share(part: int | None, whole: int | None) -> float | None:
 
 
 def plain_trl(kit: Kit) -> None:
-    """Product, plain TRL, product again, on the same rows and card; each in a process of its own or with its own base.
+    """Product, plain TRL, product again, on the same rows and card; each in its own process or with its own base.
     The two figures of the product show the noise: a smaller difference is none."""
     from qlora_exp.models.base_cache import BaseCache
 
     for number, cell in enumerate(CELLS[: 1 if kit.rehearse else 2]):
         shown, bases = kit.shown(cell), BaseCache()
-        first = measure_cell(kit, cell, bases, "product beside TRL")
+        first = measure_cell(kit, cell, bases, "product and TRL")
         del bases
         release()  # TRL's process needs the card's memory
         kinds = ("documented",) if kit.rehearse else ("documented", "tuned", *(("bf16",) if number == 1 else ()))
         peers = {kind: _peer(kit, shown, kind) for kind in kinds}
-        second = measure_cell(kit, cell, BaseCache(), "product beside TRL")
+        second = measure_cell(kit, cell, BaseCache(), "product and TRL")
         rates = [row["tokens_per_second"] for row in (first, second) if row.get("tokens_per_second")]
         documented = peers["documented"].get("tokens_per_second")
         kit.findings.check(f"{shown.name}: both were trained", bool(rates and documented), (rates, documented), "rates")
