@@ -76,7 +76,7 @@ class World:
         effective = self.item_sd**2 * (self.icc + (1 - self.icc) / self.cluster if self.grouped else 1.0)
         seed_sd = self.seed_sd * (1 - self.neighbours) ** 0.5
         noise = Noise(float(np.sqrt(2 * (seed_sd**2 + REST_SD**2 / ITEMS))), float(np.sqrt(2 * effective)))
-        return half_width(noise, PLAN, units, RULE)
+        return half_width(noise, PLAN, units)
 
 
 @dataclass(frozen=True)
