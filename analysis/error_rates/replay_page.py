@@ -127,9 +127,11 @@ def _summary(rows: Sequence[Row]) -> Iterator[str]:
         yield f"  (a) in {_reached(known, COMPATIBLE)} of the rows that can be judged."
         yield f"  In halves, {halves[0]} of {halves[1]} ladders are compatible."
     cheap = sum(row.flops[0] <= FLOPS_MEDIAN for row in rows)
-    raw = [row.regret for row in rows if row.regret is not None]
-    yield f"* (d) is reached in {sum(within_regret(row, row.priced_regret) for row in rows)} of {len(rows)} rows. Without"
-    yield f"  the price of a doubling the same goal is reached in {sum(within_regret(row, row.regret) for row in rows)} of"
+    raw = [row for row in rows if row.regret is not None]
+    priced = sum(within_regret(row, row.priced_regret) for row in rows)
+    unpriced = sum(within_regret(row, row.regret) for row in rows)
+    yield f"* (d) is reached in {priced} of {len(rows)} rows. Without"
+    yield f"  the price of a doubling the same goal is reached in {unpriced} of"
     yield f"  {len(raw)}: slow gains of many doublings add up. The bound holds in"
     holds = [row.bound_holds for row in rows]
     yield f"  {_percent(min(holds))} to {_percent(max(holds))} of the ladders of a row."
