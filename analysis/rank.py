@@ -42,16 +42,14 @@ class Look:
     plan: SeedPlan
     seeds: int
     """Seeds requested at both ranks. A run before this number that is missing at one rank only was lost."""
-    last: bool = False
-    """The last look, even if the plan has more seeds: nothing is added after it."""
 
     @property
     def share(self) -> float:
-        return self.plan.share(self.plan.most if self.last else self.seeds)
+        return self.plan.share(self.seeds)
 
     @property
     def may_add(self) -> bool:
-        return not self.last and self.seeds < self.plan.most
+        return self.seeds < self.plan.most
 
 
 @dataclass(frozen=True)
@@ -256,12 +254,12 @@ def regret_of(
 
     Args:
         ladder: rank → losses as :func:`decide` takes them, of every rank that was run.
-        plan, requested: the looks of the ladder, and rank → seeds requested; the bounds hold at the last look.
+        plan, requested: the looks of the ladder, and rank → seeds requested.
     """
     runs = list(ladder.values())
     worst: Regret | None = None
     for rank in sorted(ladder.keys() - {use}):
-        look = Look(plan, min(requested[use], requested[rank]), last=True) if plan and requested else None
+        look = Look(plan, min(requested[use], requested[rank])) if plan and requested else None
         try:
             high = decide(ladder[use], ladder[rank], runs, rule, look).high
         except AnalysisError:

@@ -104,7 +104,7 @@ class MarginBounds:
         return (self.high - self.low) / 2
 
 
-def t_quantiles(df: Array, share: float = ONE_LOOK) -> tuple[Array, Array]:
+def t_quantiles(df: Array, share: float | Array = ONE_LOOK) -> tuple[Array, Array]:
     """Return (t of *continue*, t of *stop*) of a look with this share of the error rates.
 
     A wrong *continue* needs a first false step that is rejected (a fixed sequence of tests), so its rate needs no
@@ -115,7 +115,7 @@ def t_quantiles(df: Array, share: float = ONE_LOOK) -> tuple[Array, Array]:
     return -special.stdtrit(df, WRONG_CONTINUE * share), -special.stdtrit(df, WRONG_STOP * share)
 
 
-def bounds(for_low: VarianceSplit, for_high: VarianceSplit, share: float = ONE_LOOK) -> MarginBounds:
+def bounds(for_low: VarianceSplit, for_high: VarianceSplit, share: float | Array = ONE_LOOK) -> MarginBounds:
     """Return the bounds of one look. The two splits differ if runs were lost: each counts them against its claim."""
     low_t, high_t = t_quantiles(for_low.df, share)[0], t_quantiles(for_high.df, share)[1]
     low, high = for_low.gain - low_t * np.sqrt(for_low.variance), for_high.gain + high_t * np.sqrt(for_high.variance)

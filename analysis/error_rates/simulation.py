@@ -76,7 +76,7 @@ class World:
         effective = self.item_sd**2 * (self.icc + (1 - self.icc) / self.cluster if self.grouped else 1.0)
         seed_sd = self.seed_sd * (1 - self.neighbours) ** 0.5
         noise = Noise(float(np.sqrt(2 * (seed_sd**2 + REST_SD**2 / ITEMS))), float(np.sqrt(2 * effective)))
-        return half_width(noise, PLAN, units, RULE)
+        return half_width(noise, PLAN, units)
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class _Walks:
         return results
 
     def look(
-        self, ladders: NDArray[np.int_], smaller: int, larger: int, rule: Rule, share: float
+        self, ladders: NDArray[np.int_], smaller: int, larger: int, rule: Rule, share: float | Array
     ) -> tuple[VarianceSplit, MarginBounds]:
         made = self.run[ladders]
         mean_square, df = rank_seed_mean_square(np.where(made, self.means[ladders], np.nan))
@@ -222,11 +222,13 @@ class _Walks:
     def regret_bounds(self, use: NDArray[np.int_]) -> Array:
         """Return the largest upper bound of what any rank that was run gains over the rank to use."""
         worst = np.zeros(len(use))
-        share = self.plan.share(self.plan.most)
+        made = self.run.sum(axis=2)
+        shares = np.array([self.plan.share(max(seeds, self.plan.first)) for seeds in range(self.plan.most + 1)])
         for position in range(self.losses.shape[1]):
             for other in range(self.losses.shape[1]):
                 which = np.flatnonzero((use == position) & self.run[:, other].any(axis=1))
                 if other != position and which.size:
+                    share = shares[np.minimum(made[which, position], made[which, other])]
                     high = self.look(which, position, other, self.rule, share)[1].high
                     worst[which] = np.maximum(worst[which], np.where(np.isnan(high), np.inf, high))
         return worst
