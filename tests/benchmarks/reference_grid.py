@@ -25,7 +25,7 @@ import numpy as np
 
 from qlora_exp.analysis.error_rates.replay import ReferenceGrid, save
 from qlora_exp.paths import OutputPaths
-from qlora_exp.rank_doubling.ladder import LadderTrial, ladder_trials
+from qlora_exp.rank_doubling.ladder_trials import LadderTrial, ladder_trials
 from qlora_exp.rank_doubling.settings import RANK, RATE, SEED, SPLIT, round_rate
 from qlora_exp.records.files import read_record
 from qlora_exp.records.types import RunRecord
