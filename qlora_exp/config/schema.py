@@ -376,14 +376,16 @@ class LadderConfig:
     """First seed of the pilot runs that choose learning rates; decisions don't use these runs."""
     pilot_seeds: int
     """Seeds per pilot, from ``pilot_seed`` upwards. The rate with the lowest mean validation loss is chosen."""
-    margin: float | None
-    """The smallest gain of a doubling that is worth its cost, in nats per test item; required.
+    margin: Any
+    """The smallest gain of a doubling that is worth its cost: ``0.25%`` (of the loss at r_start),
+    ``0.1 nats_per_item`` (or 0.1), ``0.002 nats_per_token`` or ``1% of the tuning gain``.
 
     If r_max is r_start, nothing is doubled and no margin is needed: each point of the other axes gets its learning rate
     and its seeds.
     """
     half_zone: float | None
-    """Gains within margin ± half_zone may be decided either way; null: margin / 2."""
+    """Gains within margin ± half_zone may be decided either way, in the margin's unit (0.1 is 0.1 % beside 0.25%);
+    null: margin / 2."""
     lr_policy: LrPolicy
     lr_factors: list[float]
     """Factors of training.learning_rate that pilots try at r_start; of the carried rate at other ranks. The law that
