@@ -375,11 +375,13 @@ class LadderConfig:
     pilot_seeds: int
     """Pilot runs that choose learning rates have the seeds pilot_seed, pilot_seed + 1 …; decisions don't use them."""
     margin: Any
-    """The smallest gain of a doubling that is worth its cost: ``0.25%`` (of the loss at r_start), ``0.1 nats_per_item``
-    (or 0.1), ``0.002 nats_per_token`` or ``1% of the tuning gain``. If r_max is r_start, nothing is decided, and each
-    point of the other axes gets its learning rate and its seeds."""
+    """The smallest gain of a doubling that is worth its cost: ``0.25%`` (of the loss at r_start),
+    ``0.1 nats_per_item`` (or 0.1), ``0.002 nats_per_token`` or ``1% of the tuning gain``.
+
+    Not needed if r_max is r_start: each point of the other axes gets its learning rate and its seeds.
+    """
     half_zone: float | None
-    """Gains within margin ± half_zone may be decided either way; in the margin's unit; null: margin / 2."""
+    """Gains within margin ± half_zone may be decided either way; in the margin's unit. null: margin / 2."""
     lr_policy: LrPolicy
     lr_factors: list[float]
     """Factors of training.learning_rate (r_start) or the carried rate: ∝ r^−½ for alpha = 2r and r, else constant."""
