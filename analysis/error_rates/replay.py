@@ -189,6 +189,9 @@ class Row:
     regret: tuple[float, float] | None
     """Nats per item of the decided ladders' rank above the best rank from ``r_start`` on, by the grid's means: median
     and 90th percentile."""
+    priced_regret: tuple[float, float]
+    """The same of all ladders' rank to use, if each doubling costs one margin: nats per item by which loss plus margins
+    is above its minimum over the ranks; median and 90th percentile."""
     bound_holds: float
     """Share of all draws in which the rank to use costs at most ``regret_bound`` against the ranks that were run."""
     flops: tuple[float, float]
@@ -212,6 +215,7 @@ def replay(reference_grid: ReferenceGrid, margin: float, r_start: int, draws: in
     noise = noise_of(all_seeds(reference)[:2])
     shares = np.array([_flops(reference, ladder) for ladder in ladders])
     levels = np.nanmean(reference.grid, axis=(1, 2))
+    priced = levels + margin * np.arange(len(levels))
     at = {rank: position for position, rank in enumerate(reference.ranks)}
     regrets = [float(levels[at[ladder.found.use_rank]] - levels.min()) for ladder in decided]
     return Row(
@@ -226,6 +230,7 @@ def replay(reference_grid: ReferenceGrid, margin: float, r_start: int, draws: in
         grids_agree=grids_agree,
         in_halves=in_halves,
         regret=_middle_and_high(regrets) if regrets else None,
+        priced_regret=_middle_and_high([float(priced[at[ladder.found.use_rank]] - priced.min()) for ladder in ladders]),
         bound_holds=float(np.mean([_bound_holds(ladder, levels, at) for ladder in ladders])),
         flops=_middle_and_high(shares / _grid_flops(reference_grid, reference_grid.grid.shape[1])),
         flops_of_own=float(np.median(shares) / _grid_flops(reference, PLAN.first)),
