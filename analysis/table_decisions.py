@@ -50,7 +50,8 @@ def decide_results(
     if one_run_a_rank and not items and len(with_se) == len(results):
         published, notes = _published_steps(losses, columns)
         steps = _steps(published, ranks, rule)
-        regret = _regret(published, steps, ranks, rule)
+        # Intervals that lack the seeds' noise don't bound what a rank may cost.
+        regret = None if columns.items_only else _regret(published, steps, ranks, rule)
         return answer(steps, rule, unit, regret), [*notes, *_near_resolution(rule, step)]
     notes = []
     if one_run_a_rank:

@@ -372,6 +372,7 @@ def test_lm_evals_standard_errors_are_of_items_and_do_not_stand_in_for_seeds(
     assert 0.1 - step["low"] == pytest.approx(1.834 * 0.01 * 2**0.5, rel=1e-3)
     assert (easy["decision"], easy["recommended_rank"]) == ("inconclusive", None)
     assert "noise of the test items only" in easy["sentence"]
+    assert (easy["use_rank"], easy["regret_bound"]) == (8, None), "the bound would lack the seeds' noise"
     assert noted(easy, "acc_stderr,none", "not that of the training seed")
     assert noted(easy, "No column has the rank: it is read from the paths")
     assert not noted(easy, "One run per rank")
