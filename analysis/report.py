@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
@@ -19,10 +19,20 @@ from qlora_exp.analysis.comparable import (
 )
 from qlora_exp.analysis.configurations import Configuration, Measure, best_on_validation, configurations, measure_of
 from qlora_exp.analysis.contrasts import ItemScores
-from qlora_exp.analysis.instruct_base import InstructBase, compare_variants
-from qlora_exp.analysis.instruct_base_words import baseline_note, instruct_section, primary_lead, primary_sentence
+from qlora_exp.analysis.goals import GoalAnswer, goal_answer, goal_recommendation
+from qlora_exp.analysis.instruct_base import InstructBase, compare_variants, ladder_ranks
+from qlora_exp.analysis.instruct_base_words import (
+    baseline_note,
+    instruct_section,
+    primary_sentence,
+    variant_recommendation,
+)
+from qlora_exp.analysis.margin import Margin
+from qlora_exp.analysis.quantization import LevelComparison, compare_quantizations
+from qlora_exp.analysis.quantization_words import quantization_recommendation
+from qlora_exp.analysis.recommendation import Recommendation, study_margin
 from qlora_exp.analysis.report_content import ReportContent, Section, StudyInfo
-from qlora_exp.analysis.tradeoffs import goal_answer
+from qlora_exp.analysis.searches import search_recommendation
 from qlora_exp.errors import AnalysisError, nearest
 from qlora_exp.records.types import RunRecord, Status
 
@@ -53,13 +63,15 @@ class _Compared:
     measure: Measure | None
     candidates: list[Configuration]
     comparison: InstructBase | None
+    quantizations: LevelComparison | None
+    goal: GoalAnswer | None
 
 
 def build(
     records: Sequence[RunRecord],
     studies: Sequence[StudyInfo],
     items: ItemScores | None = None,
-    margin: float | None = None,
+    margin: Margin | None = None,
     unreadable: int = 0,
 ) -> ReportContent:
     """Return the report of these runs.
@@ -67,8 +79,9 @@ def build(
     Args:
         records: all runs of the studies, including failed ones.
         studies: one entry per study.
-        items: per-item values for the instruct-or-base intervals; without them, those intervals are over seeds alone.
-        margin: bits per byte within which instruct and base count as equivalent.
+        items: per-item values for the intervals of comparisons; without them, those intervals are over seeds alone.
+        margin: within which two sides count as equivalent; ``None``: that of the studies' ladder, else 0.25 % of the
+            loss. A number without a unit is in bits per byte.
         unreadable: number of records that could not be read.
 
     Raises:
@@ -87,17 +100,22 @@ def build(
         raise AnalysisError(
             f"no run has finished: {len(records)} are {states}", where, "wait for one, or qlora-exp resume"
         )
+    margin, ranks = margin or study_margin(studies), ladder_ranks(studies)
     shown = []
     for group in groups[:MAX_GROUPS]:
         measure = measure_of(group.records)
         candidates = configurations(group.records, measure or Measure("loss_per_item", False))
         of_first = budgeted if group is groups[0] else ()
-        comparison = compare_variants(candidates, items, margin, runs.pilots, of_first)
-        shown.append(_Compared(group, measure, candidates, comparison))
+        comparison = compare_variants(candidates, items, margin, runs.pilots, of_first, ranks)
+        quantizations = goal = None
+        if measure is not None:
+            quantizations = compare_quantizations(candidates, measure, items, margin)
+            goal = goal_answer(candidates, _at_recommended_rank(candidates, measure, ranks), items)
+        shown.append(_Compared(group, measure, candidates, comparison, quantizations, goal))
     why_none = _why_no_headline(groups, studies, shown[0].measure)
     headline = _ladder_sentences(studies)
     if why_none is None:
-        headline += _headline(shown[0], with_best=not headline)
+        headline += _headline(shown[0], studies, margin, with_best=not headline)
         why_none = None if headline else "No headline: no configuration has a finite score."
     completed = [record for record in records if record.status is Status.COMPLETED]
     parts = [
@@ -140,12 +158,14 @@ def _group_sections(compared: _Compared, groups: Sequence[Group], studies: Seque
     group, measure, candidates = compared.group, compared.measure, compared.candidates
     parts: list[Section | None] = []
     if measure is not None:
-        goal = goal_answer(candidates)
+        goal = compared.goal
         parts = [
             sections.rank_section(candidates, measure, any(study.ladders for study in studies)),
             sections.tradeoff_section(candidates, measure),
-            sections.equal_everything_section(candidates, measure),
-            Section("goal", "The cheapest that is good enough", (goal.sentence,)) if goal else None,
+            sections.equal_everything_section(candidates, measure, compared.quantizations),
+            _answered(Section("goal", "The cheapest that is good enough"), goal_recommendation(goal, studies))
+            if goal
+            else None,
             instruct_section(compared.comparison) if compared.comparison else None,
         ]
     parts += [sections.memory_section(candidates, group.records), sections.speed_section(group.records)]
@@ -192,22 +212,42 @@ def _ladder_sentences(studies: Sequence[StudyInfo]) -> list[str]:
     return [*sentences, *dict.fromkeys(rate for rate in error_rates if rate is not None)]
 
 
-def _headline(compared: _Compared, with_best: bool) -> list[str]:
-    """Return instruct or base, the best configuration (unless a ladder has chosen one), and the goal's answer."""
-    measure, comparison = compared.measure, compared.comparison
-    sentences = [f"{primary_lead(comparison)} {primary_sentence(comparison)}"] if comparison is not None else []
+def _headline(compared: _Compared, studies: Sequence[StudyInfo], margin: Margin, with_best: bool) -> list[str]:
+    """Return instruct or base, the quantization, the best configuration (unless a ladder has chosen one), and the
+    goal's answer."""
+    measure, comparison, quantizations = compared.measure, compared.comparison, compared.quantizations
+    sentences = []
+    if comparison is not None:
+        sentences.append(f"{variant_recommendation(comparison, studies).sentence} {primary_sentence(comparison)}")
+    if quantizations is not None:
+        sentences.append(quantization_recommendation(quantizations, studies).sentence)
     best = best_on_validation(compared.candidates, measure) if measure is not None and with_best else None
     if best is not None and measure is not None:
-        sentences.append(_best_sentence(best, compared.candidates, measure))
+        search = search_recommendation(compared.candidates, measure, margin, studies)
+        sentences.append(search.sentence if search is not None else _only_sentence(best, measure))
         sentences += [note] if (note := baseline_note(best)) else []
-    goal = goal_answer(compared.candidates)
+    goal = compared.goal
     if goal is not None and goal.split == compared.group.protocol.split:
-        sentences.append(goal.sentence)
+        sentences.append(goal_recommendation(goal, studies).sentence)
     return sentences
 
 
-def _best_sentence(best: Configuration, candidates: Sequence[Configuration], measure: Measure) -> str:
-    """Return the test score of the configuration that validation chose, and whether it is shown to be the best."""
+def _at_recommended_rank(
+    candidates: Sequence[Configuration], measure: Measure, rank_of: Callable[[RunRecord], int | None]
+) -> Configuration | None:
+    """Return the best configuration on validation among those that ladders recommend; ``None`` without a ladder."""
+    recommended = [c for c in candidates if c.rank == rank_of(c.first)]
+    return best_on_validation(recommended, measure)
+
+
+def _answered(section: Section, answer: Recommendation) -> Section:
+    """Return the section with the answer's sentence first, then what would settle it."""
+    points = (*answer.notes, *([f"To run: {answer.settle_command}"] if answer.settle_command else []))
+    return replace(section, paragraphs=(answer.sentence, *section.paragraphs), points=(*points, *section.points))
+
+
+def _only_sentence(best: Configuration, measure: Measure) -> str:
+    """Return the test score of the only configuration."""
     estimate = best.quality
     assert estimate is not None
     score = f"{measure.words} {estimate.mean:.4g}"
@@ -216,16 +256,7 @@ def _best_sentence(best: Configuration, candidates: Sequence[Configuration], mea
         score += f" (95 % CI {estimate.low:.4g} to {estimate.high:.4g}, {seeds})"
     else:
         score += " (one seed: no interval)"
-    if len(candidates) < 2:
-        return f"The only configuration is {best.label}; on test it has {score}."
-    sentence = f"Of {len(candidates)} configurations, {best.label} is best on validation; on test it has {score}"
-    if estimate.se is None:
-        return f"{sentence}."
-    others = [other for other in candidates if other is not best]
-    ties = sum(not measure.shows_better(estimate, other.quality) for other in others)
-    if ties:
-        return f"{sentence}. It isn't shown to be better than {ties} of the others."
-    return f"{sentence}. It is shown to be better than all others."
+    return f"The only configuration is {best.label}; on test it has {score}."
 
 
 def _limits_section(

@@ -17,6 +17,8 @@ from qlora_exp.analysis.configurations import (
     mode_of,
     targets_of,
 )
+from qlora_exp.analysis.quantization import LevelComparison
+from qlora_exp.analysis.quantization_words import quantization_recommendation, quantization_table
 from qlora_exp.analysis.report_content import DisplayedValue, Section, StudyInfo, Table, formatted_value, value_table
 from qlora_exp.formatting import bytes_text
 from qlora_exp.records.types import RunRecord, Status
@@ -179,12 +181,13 @@ def _front_sentence(front: tradeoffs.Front) -> str:
     )
 
 
-def equal_everything_section(configurations: Sequence[Configuration], measure: Measure) -> Section:
+def equal_everything_section(
+    configurations: Sequence[Configuration], measure: Measure, quantizations: LevelComparison | None
+) -> Section:
     """Compare quantization modes and target sets between runs that agree in everything else."""
     at_equal_size = tradeoffs.targets_at_equal_parameters(configurations, measure)
     hint = None if at_equal_size else tradeoffs.equal_parameters_hint(configurations)
     comparisons = {
-        "Quantizations, everything else equal": tradeoffs.quantization_contrasts(configurations, measure),
         "Target modules at equal rank": tradeoffs.target_contrasts(configurations, measure),
         "Target modules at equally many parameters": at_equal_size,
     }
@@ -192,7 +195,7 @@ def equal_everything_section(configurations: Sequence[Configuration], measure: M
         *("against", ("pairs", "integer"), ("gain", "figure"), ("low", "figure"), ("high", "figure")),
         *(("memory", "percent"), ("speed", "percent"), ("parameters", "percent")),
     )
-    tables = []
+    tables = [] if quantizations is None else [quantization_table(quantizations)]
     for caption, contrasts in comparisons.items():
         rows = [
             (
@@ -203,12 +206,15 @@ def equal_everything_section(configurations: Sequence[Configuration], measure: M
         ]
         tables += [value_table(columns, rows, caption)] if rows else []
     note = (
-        f"Gain in {measure.label}: above 0, the one named first is better. Runs are paired by configuration and seed;"
-        " the 95 % interval is over these pairs, on these items."
+        f"Gain in {measure.label}: above 0, the one named first is better. Target modules are paired by configuration"
+        " and seed; the 95 % interval is over these pairs, on these items."
     )
+    paragraphs: tuple[str, ...] = (note,)
+    if quantizations is not None:
+        paragraphs = (quantization_recommendation(quantizations).sentence, note)
     if not tables:
-        note = "No two runs differ only in their quantization or target modules: there is nothing to compare."
-    return Section("equal", "At equal everything else", (note,), tuple(tables), points=(hint,) if hint else ())
+        paragraphs = ("No two runs differ only in their quantization or target modules: there is nothing to compare.",)
+    return Section("equal", "At equal everything else", paragraphs, tuple(tables), points=(hint,) if hint else ())
 
 
 def memory_section(configurations: Sequence[Configuration], records: Sequence[RunRecord]) -> Section:
