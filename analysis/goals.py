@@ -154,7 +154,7 @@ def goal_recommendation(answer: GoalAnswer, studies: Sequence[StudyInfo] = ()) -
         )
     return Recommendation(
         question="Is the goal met?",
-        use=use.label if use is not None else None,
+        use=use.label if use is not None and answer.verdict != NOT_MET else None,
         verdict=answer.verdict,
         evidence=answer.sentence,
         cost=cost,

@@ -51,7 +51,9 @@ def contrast_sentence(comparison: LevelComparison, contrast: LevelContrast) -> s
     speed = contrast.ratio("tokens_per_second")
     if speed is not None:
         parts.append(f"trains at {100 * speed:.0f} % of its tokens per second")
-    return " and ".join([sentence, ", ".join(parts)] if parts else [sentence]) + "."
+    if len(parts) > 1:
+        parts = [", ".join(parts[:-1]), parts[-1]]
+    return " and ".join([sentence, *parts]) + "."
 
 
 def verdict_words(comparison: LevelComparison, contrast: LevelContrast) -> str:

@@ -120,7 +120,7 @@ def build(
     completed = [record for record in records if record.status is Status.COMPLETED]
     parts = [
         *sections.ladder_sections(studies),
-        *(section for compared in shown for section in _group_sections(compared, groups, studies)),
+        *(section for compared in shown for section in _group_sections(compared, groups, studies, margin)),
         sections.importance_section(studies, completed),
         sections.failure_section(records),
         sections.feasibility_section(studies),
@@ -153,7 +153,9 @@ def only_section(report: ReportContent, name: str) -> ReportContent:
     return replace(report, question=None, headline=(), sections=tuple(chosen))
 
 
-def _group_sections(compared: _Compared, groups: Sequence[Group], studies: Sequence[StudyInfo]) -> list[Section]:
+def _group_sections(
+    compared: _Compared, groups: Sequence[Group], studies: Sequence[StudyInfo], margin: Margin
+) -> list[Section]:
     """Return the sections that compare within one group; if there are several groups, each title names the group."""
     group, measure, candidates = compared.group, compared.measure, compared.candidates
     parts: list[Section | None] = []
@@ -162,11 +164,17 @@ def _group_sections(compared: _Compared, groups: Sequence[Group], studies: Seque
         parts = [
             sections.rank_section(candidates, measure, any(study.ladders for study in studies)),
             sections.tradeoff_section(candidates, measure),
-            sections.equal_everything_section(candidates, measure, compared.quantizations),
+            _search_section(compared, studies, margin),
+            _with_command(
+                sections.equal_everything_section(candidates, measure, compared.quantizations),
+                quantization_recommendation(compared.quantizations, studies) if compared.quantizations else None,
+            ),
             _answered(Section("goal", "The cheapest that is good enough"), goal_recommendation(goal, studies))
             if goal
             else None,
-            instruct_section(compared.comparison) if compared.comparison else None,
+            _with_command(instruct_section(compared.comparison), variant_recommendation(compared.comparison, studies))
+            if compared.comparison
+            else None,
         ]
     parts += [sections.memory_section(candidates, group.records), sections.speed_section(group.records)]
     known = [part for part in parts if part is not None]
@@ -244,6 +252,21 @@ def _answered(section: Section, answer: Recommendation) -> Section:
     """Return the section with the answer's sentence first, then what would settle it."""
     points = (*answer.notes, *([f"To run: {answer.settle_command}"] if answer.settle_command else []))
     return replace(section, paragraphs=(answer.sentence, *section.paragraphs), points=(*points, *section.points))
+
+
+def _with_command(section: Section, answer: Recommendation | None) -> Section:
+    """Return the section with the command that would settle its question as another point."""
+    if answer is None or answer.settle is None or answer.settle_command is None:
+        return section
+    return replace(section, points=(*section.points, f"{answer.settle} To run: {answer.settle_command}"))
+
+
+def _search_section(compared: _Compared, studies: Sequence[StudyInfo], margin: Margin) -> Section | None:
+    """Return which configuration of a search to use; ``None`` if ladders decide, or there is one configuration."""
+    if compared.measure is None or any(study.ladders for study in studies):
+        return None
+    answer = search_recommendation(compared.candidates, compared.measure, margin, studies)
+    return None if answer is None else _answered(Section("search", "Which configuration to use"), answer)
 
 
 def _only_sentence(best: Configuration, measure: Measure) -> str:

@@ -389,6 +389,8 @@ class LadderConfig:
     stop_pilots: bool
     """Stop pilot runs whose training loss is clearly behind another pilot's of their rank and seed
     (docs/statistics.md)."""
+    screening_steps: int | None
+    """Steps of the first round of successive halving, which leaves one point to get a ladder; null: all get one."""
     seed_sd: float | None
     """Expected standard deviation, over seeds, of the mean difference between two ranks, in nats per item; null:
     unknown."""

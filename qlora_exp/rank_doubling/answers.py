@@ -28,6 +28,7 @@ from qlora_exp.rank_doubling.ladder import (
 )
 from qlora_exp.rank_doubling.ladder_trials import LadderTrial
 from qlora_exp.rank_doubling.learning_rates import LearningRateChoice
+from qlora_exp.rank_doubling.screening import ladder_after_screening, screening_object
 from qlora_exp.rank_doubling.settings import (
     EDITION,
     RANK,
@@ -73,8 +74,18 @@ def announce(spec: StudySpec, config: LadderConfig) -> None:
 def print_answers(spec: StudySpec, paths: StudyPaths, trials: Sequence[TrialRow]) -> dict[str, Any]:
     """Print each ladder's sentence and warnings so far, and return the content of ``ladder.json``."""
     assert spec.ladder is not None
-    known = LadderProposer(spec.ladder, paths).ladder_trials(trials)
-    ladder_answers = answers(spec.ladder, known, resume_command(spec, paths))
+    known, resume = LadderProposer(spec.ladder, paths).ladder_trials(trials), resume_command(spec, paths)
+    after, screening = ladder_after_screening(spec.ladder, known)
+    ladder_answers = answers(after, known, resume)
+    content: dict[str, Any] = {"study": spec.name, "synthetic": spec.synthetic, "ladders": ladder_answers}
+    if screening is not None:
+        content["screening"] = screened = screening_object(spec.ladder, screening)
+        for ladder in ladder_answers:
+            ladder["sentence"] += f" Screening runs: {screened['sentence']}"
+        if screening.winner is None:
+            print(f"{'SYNTHETIC: ' if spec.synthetic else ''}{screened['sentence']}")
+        if screening.needs:
+            print(f"  to settle it: {resume}")
     for ladder in ladder_answers:
         name = ", ".join(f"{key}={value}" for key, value in ladder["axes"].items())
         parts = ["SYNTHETIC" if spec.synthetic else "", name, ladder["sentence"]]
@@ -83,7 +94,7 @@ def print_answers(spec: StudySpec, paths: StudyPaths, trials: Sequence[TrialRow]
             print(f"  warning: {warning}")
         if ladder["settle_command"] is not None:
             print(f"  to settle it: {ladder['settle_command']}")
-    return {"study": spec.name, "synthetic": spec.synthetic, "ladders": ladder_answers}
+    return content
 
 
 def resume_command(spec: StudySpec, paths: StudyPaths) -> str:

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from qlora_exp.errors import AnalysisError
 from qlora_exp.paths import StudyPaths
 from qlora_exp.rank_doubling.ladder_trials import LadderTrial, ended_trial, trial_key
 from qlora_exp.rank_doubling.learning_rates import LearningRateChoice, best_rate, carried_or_better_rate
+from qlora_exp.rank_doubling.screening import ladder_after_screening
 from qlora_exp.rank_doubling.settings import (
     EDITION,
     RANK,
@@ -103,7 +105,7 @@ class LadderProposer:
         """Return the completed decision runs at the ranks to use now, by ladder and seed."""
         rows = {trial_key(row.params): row for row in trials}
         known, best = self.ladder_trials(trials), []
-        for ladder in self._spec.ladders:
+        for ladder in ladder_after_screening(self._spec, known)[0].ladders:
             state = evaluate_ladder(self._spec, ladder, known)
             rank = use_rank(self._spec, state)
             runs = state.runs.get(rank, ()) if rank is not None else ()
@@ -129,15 +131,17 @@ def next_point(spec: LadderSpec, trials: Sequence[LadderTrial]) -> TrialPoint | 
     while it waits for results.
     """
     existing = {trial_key(trial.params) for trial in trials}
-    for ladder in spec.ladders:
-        for point in evaluate_ladder(spec, ladder, trials).needs:
-            if trial_key(point) not in existing:
-                return point
-    return None
+    spec, screening = ladder_after_screening(spec, trials)
+    screened = screening.needs if screening is not None else ()
+    of_ladders = (point for ladder in spec.ladders for point in evaluate_ladder(spec, ladder, trials).needs)
+    return next((point for point in chain(screened, of_ladders) if trial_key(point) not in existing), None)
 
 
 def is_done(spec: LadderSpec, trials: Sequence[LadderTrial]) -> bool:
     """Return whether every ladder has its answer, or has ended without one."""
+    spec, screening = ladder_after_screening(spec, trials)
+    if screening is not None and screening.needs:
+        return False
     return not any(evaluate_ladder(spec, ladder, trials).needs for ladder in spec.ladders)
 
 

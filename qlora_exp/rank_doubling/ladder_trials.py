@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from qlora_exp.analysis.item_groups import group_means, item_groups
 from qlora_exp.errors import RecordError
-from qlora_exp.paths import OutputPaths, RunPaths
-from qlora_exp.rank_doubling.settings import SPLIT
+from qlora_exp.paths import OutputPaths
+from qlora_exp.rank_doubling.settings import SPLIT, TRAINING_STEPS
 from qlora_exp.records.files import read_curve, read_record, training_losses
 from qlora_exp.records.types import RunRecord, Status
 from qlora_exp.study.proposer import TrialPoint
@@ -28,6 +30,8 @@ class LadderTrial:
     """Item, or group of items → nats on the test split, sorted; ``None`` if the run left none."""
     curve: Mapping[int, float] = field(default_factory=dict)
     """Step → training loss, for the logged steps."""
+    validation: Mapping[str, float] | None = None
+    """Item, or group of items → nats of the answer on the validation split, of a study that screens configurations."""
     skipped: bool = False
     """The trial was not started because it was predicted not to fit into memory."""
 
@@ -61,15 +65,19 @@ def ladder_trials(records: Sequence[RunRecord], outputs: OutputPaths) -> list[La
 
 def ended_trial(params: TrialPoint, run_id: str | None, outputs: OutputPaths) -> LadderTrial:
     """Return the ended trial with what its run left on disk."""
-    record, losses, curve = None, None, {}
+    record, losses, curve, validation = None, None, {}, None
     if run_id is not None:
         paths = outputs.run(run_id)
         with contextlib.suppress(RecordError):
             record = read_record(paths.record)
         if record is not None and params.get(SPLIT) == "test":
-            losses = _test_losses(paths)
+            losses = _item_losses(paths.items("after", "test"), "loss_sum_nats")
             curve = training_losses(read_curve(paths.curve))
-    return LadderTrial(params, ended=True, record=record, losses=losses, curve=curve)
+        elif record is not None and TRAINING_STEPS in params:
+            validation = _item_losses(paths.items("after", "validation"), "completion_nats")
+            if validation is None and record.synthetic and record.scores.after is not None:
+                validation = {"all items": record.scores.after.loss_per_item or math.nan}
+    return LadderTrial(params, ended=True, record=record, losses=losses, curve=curve, validation=validation)
 
 
 def trial_key(point: TrialPoint) -> frozenset[str]:
@@ -77,15 +85,14 @@ def trial_key(point: TrialPoint) -> frozenset[str]:
     return frozenset(point_overrides(point))
 
 
-def _test_losses(paths: RunPaths) -> dict[str, float] | None:
+def _item_losses(file: Path, column: str) -> dict[str, float] | None:
     """Return item → nats, or group of items → mean nats, sorted; ``None`` if the file is missing or can't be read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    file = paths.items("after", "test")
     try:
-        table = pq.read_table(file, columns=["item_id", "loss_sum_nats"])
+        table = pq.read_table(file, columns=["item_id", column])
     except (OSError, pa.ArrowException):
         return None
-    losses = dict(zip(table["item_id"].to_pylist(), table["loss_sum_nats"].to_pylist(), strict=True))
+    losses = dict(zip(table["item_id"].to_pylist(), table[column].to_pylist(), strict=True))
     return dict(sorted(group_means(losses, item_groups(file)).items()))

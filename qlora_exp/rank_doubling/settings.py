@@ -25,6 +25,8 @@ MAX_PILOT_SEEDS = 8
 RANK, SEED, RATE, SPLIT = "lora.r", "seed", "training.learning_rate", "evaluation.split"
 LADDER_KEYS = (RANK, SEED, RATE, SPLIT)
 """Keys that a ladder sets in each of its trials: no other axis may use them."""
+TRAINING_STEPS = "training.max_steps"
+"""Also set in each trial if configurations are screened by shorter trainings."""
 
 
 def ladder_of(settings: SweepConfig, fixed: Sequence[str], others: tuple[Axis, ...]) -> LadderSpec:
@@ -36,31 +38,52 @@ def ladder_of(settings: SweepConfig, fixed: Sequence[str], others: tuple[Axis, .
     Raises:
         ConfigError, Problems: nothing was started.
     """
-    fixed_keys = [axis.key for axis in others if axis.key in LADDER_KEYS]
+    screens = settings.ladder.screening_steps is not None
+    fixed_keys = [axis.key for axis in others if axis.key in LADDER_KEYS or (screens and axis.key == TRAINING_STEPS)]
     fixed_keys += [key for text in fixed if (key := override_key(text)) in (RANK, SPLIT)]
     hint = "set sweep.ladder.r_start, r_max, seeds and lr_factors instead, or use another sampler"
     raise_all([ConfigError("the ladder sets this key itself", f"{key}=…", hint) for key in fixed_keys])
-    ladders = [_ladder_at(fixed, point, settings.ladder.r_start) for point in grid(others)]
+    ladders = [_ladder_at(fixed, point, settings.ladder) for point in grid(others)]
     return resolve(settings.ladder, int(compose_raw(fixed).seed), ladders)
 
 
-def _ladder_at(fixed: Sequence[str], point: dict[str, Any], r_start: int) -> LadderSettings:
+def _ladder_at(fixed: Sequence[str], point: dict[str, Any], config: LadderConfig) -> LadderSettings:
     """Return the ladder at ``point``, with the settings that this point's configuration has at the first rank.
 
     Another model may bring another learning rate, and ``lora.alpha=${lora.r}`` follows the rank: so two ranks are
     composed.
     """
-    raw, doubled = (compose_raw([*fixed, *point_overrides(point | {RANK: rank})]) for rank in (r_start, 2 * r_start))
+    ranks = (config.r_start, 2 * config.r_start)
+    raw, doubled = (compose_raw([*fixed, *point_overrides(point | {RANK: rank})]) for rank in ranks)
     follows = raw.lora.alpha_policy != "fixed" or raw.lora.alpha != doubled.lora.alpha
     alpha = str(raw.lora.alpha_policy)
     if alpha == "fixed":
         alpha = str(unresolved_texts(raw.lora, "alpha")) if follows else f"fixed at {raw.lora.alpha}"
+    if config.screening_steps is not None:
+        point = {**point, TRAINING_STEPS: _steps_to_halve(raw.training.max_steps, config.screening_steps)}
     return LadderSettings(
         axes=point,
         learning_rate=float(raw.training.learning_rate),
         rate_exponent=0.0 if raw.lora.rslora or not follows else -0.5,
         alpha=f"{alpha}, rsLoRA" if raw.lora.rslora else alpha,
     )
+
+
+def _steps_to_halve(max_steps: int | None, screening_steps: int) -> int:
+    """Return the ladder's training steps, which screening runs are shorter than.
+
+    Raises:
+        ConfigError: there is no such number, or the screening runs are as long.
+    """
+    where = f"sweep.ladder.screening_steps={screening_steps}"
+    if max_steps is None:
+        raise ConfigError(
+            "screening runs need a number of steps to be shorter than", TRAINING_STEPS, "training.max_steps=200"
+        )
+    if not 1 <= screening_steps < max_steps:
+        what = f"screening runs must be shorter than the ladder's {max_steps} steps"
+        raise ConfigError(what, where, f"from 1 to {max_steps - 1}, for example {max(1, max_steps // 4)}")
+    return int(max_steps)
 
 
 def resolve(config: LadderConfig, first_seed: int, ladders: Sequence[LadderSettings]) -> LadderSpec:
@@ -114,6 +137,10 @@ def resolve(config: LadderConfig, first_seed: int, ladders: Sequence[LadderSetti
         what = "a pilot seed is also a seed of the decision runs"
         hint = f"all {config.pilot_seeds} from it on outside {first_seed} … {first_seed + MAX_SEEDS - 1}"
         errors.append(ConfigError(what, f"{where}.pilot_seed={config.pilot_seed}", hint))
+    if config.screening_steps is not None and len(ladders) < 2:
+        what = "there is a single configuration: nothing to choose by screening runs"
+        hint = "sweep.ladder.screening_steps=null, or an axis such as quantization=nf4,int8"
+        errors.append(ConfigError(what, f"{where}.screening_steps={config.screening_steps}", hint))
     factors = sorted(set(config.lr_factors))
     few = len(factors) < 2 and config.lr_policy is not LrPolicy.fixed
     if few or not all(math.isfinite(factor) and factor > 0 for factor in factors):
@@ -135,6 +162,7 @@ def resolve(config: LadderConfig, first_seed: int, ladders: Sequence[LadderSetti
         stop_pilots=config.stop_pilots,
         pilot_seeds=config.pilot_seeds,
         edition=EDITION,
+        screening_steps=config.screening_steps,
     )
 
 
@@ -202,7 +230,20 @@ def max_trials(spec: LadderSpec) -> int:
     if spec.lr_policy == LrPolicy.search.value:
         at_other_ranks = len({*spec.lr_factors, 1.0}) if spec.edition >= EDITION else len(spec.lr_factors)
         rates += (ranks - 1) * (at_other_ranks + 1)
-    return len(spec.ladders) * (rates * spec.pilot_seeds + ranks * seeds)
+    of_one = rates * spec.pilot_seeds + ranks * seeds
+    if spec.screening_steps is None:
+        return len(spec.ladders) * of_one
+    return sum(left for left, _ in screening_rounds(spec)) * spec.pilot_seeds + of_one
+
+
+def screening_rounds(spec: LadderSpec) -> list[tuple[int, int]]:
+    """Return (configurations, training steps) of each round of halving: the steps double, up to those of the ladder."""
+    rounds: list[tuple[int, int]] = []
+    left, steps = len(spec.ladders), spec.screening_steps
+    while steps is not None and left > 1:
+        rounds.append((left, min([steps, *(int(ladder.axes[TRAINING_STEPS]) for ladder in spec.ladders)])))
+        left, steps = math.ceil(left / 2), 2 * steps
+    return rounds
 
 
 def ladder_axes(spec: LadderSpec) -> tuple[Axis, ...]:
@@ -222,6 +263,11 @@ def ladder_axes(spec: LadderSpec) -> tuple[Axis, ...]:
         RATE: f"tag(log,interval({low},{high}))",
         SPLIT: "validation,test",
     }
+    if spec.screening_steps is not None:
+        steps = {steps for _, steps in screening_rounds(spec)} | {
+            int(ladder.axes[TRAINING_STEPS]) for ladder in spec.ladders
+        }
+        texts[TRAINING_STEPS] = ",".join(map(str, sorted(steps)))
     return tuple(replace(axis, tags=("ladder",)) for axis in parse_axes(texts, {}))
 
 

@@ -82,6 +82,8 @@ class LadderSpec:
     the rate of each rank without the other ranks'. 2: at most 64, and ``search`` compares with the carried rate."""
     raised_from: tuple[int, ...] = ()
     """Earlier values of ``max_seeds``, each raised after an answer."""
+    screening_steps: int | None = None
+    """Training steps of the first round of successive halving, which leaves one of ``ladders``; ``None``: all run."""
 
 
 @dataclass(frozen=True)

@@ -112,11 +112,13 @@ def read_summary(paths: StudyPaths) -> StudySummary | None:
 
 
 def read_answers(paths: StudyPaths) -> list[str]:
-    """Return the sentence of each ladder in ``ladder.json``, preceded by the axes that distinguish it. Empty if the
-    file is missing or can't be read."""
+    """Return the sentence of each ladder in ``ladder.json``, preceded by the axes that distinguish it; before there is
+    a ladder, that of the screening runs. Empty if the file is missing or can't be read."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        sentences = []
-        for ladder in json.loads(paths.ladder.read_text(encoding="utf-8"))["ladders"]:
+        content, sentences = json.loads(paths.ladder.read_text(encoding="utf-8")), []
+        if not content["ladders"] and "screening" in content:
+            sentences.append(str(content["screening"]["sentence"]))
+        for ladder in content["ladders"]:
             axes = ", ".join(f"{key}={value}" for key, value in ladder["axes"].items())
             sentences.append(f"{axes}: {ladder['sentence']}" if axes else str(ladder["sentence"]))
         return sentences

@@ -50,6 +50,7 @@ CONFIG = LadderConfig(
     lr_policy=LrPolicy.fixed,
     lr_factors=[0.5, 1.0, 2.0],
     stop_pilots=False,
+    screening_steps=None,
     seed_sd=None,
     item_sd=None,
 )

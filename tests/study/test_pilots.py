@@ -53,6 +53,7 @@ LADDER: dict[str, Any] = {
     "half_zone": None,
     "lr_policy": LrPolicy.carry,
     "lr_factors": [0.5, 1.0, 2.0],
+    "screening_steps": None,
     "seed_sd": None,
     "item_sd": None,
 }
