@@ -9,6 +9,7 @@ from qlora_exp.analysis.comparable import answering_scores, finite_score
 from qlora_exp.analysis.configurations import Configuration, mean
 from qlora_exp.analysis.contrasts import INTERVAL
 from qlora_exp.analysis.instruct_base import AFTER, BEFORE, InstructBase, VariantCell, VariantContrast, verdict
+from qlora_exp.analysis.report_choice import task_metric_of
 from qlora_exp.analysis.report_content import DisplayedValue, Section, Table, formatted_value, value_table
 
 
@@ -126,8 +127,11 @@ def _secondary_sentences(comparison: InstructBase) -> Iterator[str]:
 def instruct_section(comparison: InstructBase) -> Section:
     """Return the paragraph, the 2 × 2, the prompts' parts and every contrast."""
     cells, baselines = comparison.cells, _baselines(comparison.cells)
+    metric = task_metric_of([c.configuration for c in cells])
     accuracies = [
-        (c.name, c.before_tuning.accuracy, c.few_shot.accuracy if c.few_shot else None, c.tuned.accuracy) for c in cells
+        (c.name, (metric.before(c.configuration), metric.with_examples(c.configuration), metric.tuned(c.configuration)))
+        for c in cells
+        if metric is not None and metric.name == "accuracy"
     ]
     tables = (_bits(cells), _answers(cells, baselines), _prompts(cells), _contrasts(comparison))
     figure = figures.accuracy_by_cell(accuracies, baselines)

@@ -82,13 +82,14 @@ def report(
 ) -> int:
     """Write report.html, report.md and runs.csv: the answer in words, and its evidence."""
     import math
+    from functools import partial
     from os.path import relpath
     from urllib.parse import quote
 
     from qlora_exp.analysis.report import build, only_section
     from qlora_exp.analysis.report_content import to_csv, to_html, to_markdown
     from qlora_exp.errors import AnalysisError, RecordError
-    from qlora_exp.records.files import write_text
+    from qlora_exp.records.files import read_curve, training_losses, write_text
     from qlora_exp.records.find import find_study, read_runs
 
     outputs = outputs_of(output_root)
@@ -98,7 +99,11 @@ def report(
         raise AnalysisError(f"invalid margin {equivalence:g}", "--equivalence", hint)
     records, unreadable = read_runs(outputs)
     infos, runs = _studies_and_runs(study_paths, records, outputs)
-    content = build(runs, infos, _item_scores(outputs), equivalence, len(unreadable))
+    content = build(
+        *(runs, infos, _item_scores(outputs), equivalence, len(unreadable)),
+        curves=lambda record: training_losses(read_curve(outputs.run(record.run_id).curve)),
+        command_of=partial(_command, study_paths, outputs),
+    )
     if only is not None:
         content = only_section(content, only)
         print(to_markdown(content))
@@ -118,6 +123,8 @@ def report(
         _log_report(paths, runs, outputs)
     if only is None:
         print("\n".join(content.headline or [str(content.why_none)]))
+        for card in content.cards:
+            print(f"  {card.question} {card.verdict} ({card.status})")
     print(f"report: {folder / 'report.html'}")
     return 0
 
@@ -139,6 +146,20 @@ def _studies_and_runs(
         ladders = (upgrade_answers(_read_json(paths.ladder)) or {}).get("ladders") or ()
         infos.append(StudyInfo(spec.name, spec.question, spec.objectives, ladders, importance, predicted))
     return infos, [record for record in records if any(is_trial_of(record, spec) for spec in specs)]
+
+
+def _command(study_paths: list[StudyPaths], outputs: OutputPaths, record: RunRecord) -> str | None:
+    """Return the command that runs the record's configuration; ``None`` if it isn't a run of these studies."""
+    import shlex
+
+    from qlora_exp.orchestration.command import run_overrides
+    from qlora_exp.study.spec import is_trial_of, read_spec
+
+    for spec in map(read_spec, study_paths):
+        if record.trial is not None and is_trial_of(record, spec):
+            return shlex.join(["qlora-exp", "run", *run_overrides(spec, record.trial.params)])
+    file = outputs.run(record.run_id).config
+    return shlex.join(["qlora-exp", "run", "--from", str(file)]) if file.exists() else None
 
 
 def _from_study(

@@ -1,0 +1,195 @@
+"""The report's cards: a question each, with its verdict, evidence, cost, and what would settle it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from qlora_exp.analysis.comparable import answering_scores
+from qlora_exp.analysis.configurations import Estimate, Measure
+from qlora_exp.analysis.ladder_views import LadderView
+from qlora_exp.analysis.report_choice import Choice, TaskMetric, gain_words
+from qlora_exp.analysis.report_content import Card, CardStatus
+from qlora_exp.analysis.tradeoffs import QuantizationContrast
+from qlora_exp.formatting import bytes_text
+
+
+def rank_card(ladders: Sequence[LadderView], choice: Choice | None, ranks: Sequence[int]) -> Card:
+    """Answer *which rank*: the chosen ladder first, the others after it."""
+    question = "Which rank?"
+    if not ladders:
+        sweep = "qlora-exp sweep rank_doubling"
+        if len(ranks) < 2:
+            verdict = f"Only r = {ranks[0]} was run" if ranks else "No rank was scored"
+            return Card("rank", question, CardStatus.NOT_ASKED, verdict, command=sweep)
+        many = ", ".join(map(str, ranks))
+        evidence = (f"r = {many} were run. The plots below describe them; a ladder decides.",)
+        verdict = f"r = {choice.configuration.rank} for now: best on validation" if choice else "No rank was chosen"
+        return Card("rank", question, CardStatus.OPEN, verdict, evidence, command=sweep, section="rank")
+    first = choice.ladder if choice is not None and choice.ladder is not None else ladders[0]
+    ordered = [first, *(view for view in ladders if view is not first)]
+    several = len(ordered) > 1
+    evidence = [
+        f"{view.name.capitalize()}: {_ladder_evidence(view)}" if several else _ladder_evidence(view) for view in ordered
+    ]
+    settled = all(view.settled for view in ordered)
+    verdict = "; ".join(_named(view, ladder_verdict(view), several) for view in ordered)
+    costs = [cost for view in ordered if (cost := _ladder_cost(view, several)) is not None]
+    left = [view for view in ordered if not view.settled and view.answer.get("would_settle")]
+    commands = [str(view.answer["settle_command"]) for view in left if view.answer.get("settle_command")]
+    return Card(
+        "rank",
+        question,
+        CardStatus.SETTLED if settled else CardStatus.OPEN,
+        verdict[0].upper() + verdict[1:],
+        tuple(evidence),
+        " ".join(costs) or None,
+        " ".join(_named(view, str(view.answer["would_settle"]), several) for view in left) or None,
+        "\n".join(dict.fromkeys(commands)) or None,
+        "ladder-1",
+    )
+
+
+def _named(view: LadderView, text: str, several: bool) -> str:
+    return f"{view.name.capitalize()}: {text}" if several else text
+
+
+def ladder_verdict(view: LadderView) -> str:
+    """Return e.g. ``r = 8 is enough``."""
+    if view.use_rank is None:
+        return "nothing is decided yet"
+    if not view.settled:
+        return f"r = {view.use_rank} for now"
+    if view.decision == "stop":
+        return f"r = {view.use_rank} is enough"
+    return f"r = {view.use_rank}, the largest that was run"
+
+
+def _ladder_evidence(view: LadderView) -> str:
+    step = view.deciding_step
+    if step is None:
+        return "no two ranks have been compared."
+    sentence = f"going from r = {step.from_rank} to {step.to_rank} gains {gain_words(view, step)}"
+    if view.margin is not None:
+        margin = f"a margin of {view.text(view.margin, signed=False)}"
+        sentence += f", against {margin}" + (" per doubling" if step.doublings > 1 else "")
+    return sentence[0].upper() + sentence[1:] + "."
+
+
+def _ladder_cost(view: LadderView, several: bool) -> str | None:
+    """Return the most that the rank to use may cost, and what it saves."""
+    regret, saves = view.regret, view.answer.get("saves") or {}
+    name = f" ({view.name})" if several else ""
+    parts = []
+    if regret is not None and view.use_rank is not None:
+        bound, against = regret
+        than = f" compared with r = {against}" if against is not None else ""
+        most = view.text(bound, signed=False)
+        parts.append(f"r = {view.use_rank}{name} costs at most {most} {view.unit}{than} (95 %).")
+    memory = (
+        saves.get("peak_train_bytes") if saves.get("peak_train_bytes") is not None else saves.get("model_state_bytes")
+    )
+    if memory is not None and view.use_rank == view.answer.get("recommended_rank"):
+        less = "saves" if memory > 0 else "takes"
+        more = "" if memory > 0 else " more"
+        parts.append(
+            f"It {less} {bytes_text(abs(memory))}{more} of memory a run against r = {saves.get('against_rank')}."
+        )
+    return " ".join(parts) or None
+
+
+def targets_card(contrasts: Sequence[QuantizationContrast], modules: Sequence[str], measure: Measure) -> Card:
+    """Answer *which target modules*: each set against the largest one, at equal rank."""
+    question = "Which target modules?"
+    if len(modules) < 2 or not contrasts:
+        verdict = f"Only {modules[0]} was run" if len(modules) == 1 else "No two sets were run at equal rank"
+        status = CardStatus.NOT_ASKED if len(modules) < 2 else CardStatus.OPEN
+        others = "all_linear,mlp,attention"
+        command = f"qlora-exp sweep lora_search targets={others}"
+        return Card(
+            "targets", question, status, verdict, command=command, section=None if len(modules) < 2 else "equal"
+        )
+    reference = contrasts[0].reference
+    verdicts = {c.level: _sign(c) for c in contrasts}
+    better = [c for c in contrasts if verdicts[c.level] > 0]
+    worse = [c for c in contrasts if verdicts[c.level] < 0]
+    best = max(better, key=lambda c: c.gain.mean, default=None)
+    use = best.level if best is not None else reference
+    settled = best is not None or len(worse) == len(contrasts)
+    evidence = [f"{c.level} against {c.reference}: {_contrast_words(c)}" for c in contrasts]
+    text = f"In {measure.label}, above 0 the first is better. {'; '.join(evidence)}."
+    smallest = min(contrasts, key=lambda c: c.parameters_ratio or 1.0)
+    cost = None
+    if smallest.parameters_ratio is not None and smallest.parameters_ratio < 1:
+        cost = f"{smallest.level} has {smallest.parameters_ratio:.0%} of {reference}'s parameters at equal rank."
+    verdict = use if settled else f"{use} for now"
+    status = CardStatus.SETTLED if settled else CardStatus.OPEN
+    settle = None if settled else "More seeds: each pair that differs in nothing else narrows the interval."
+    return Card("targets", question, status, verdict, (text,), cost, settle, section="equal")
+
+
+def _contrast_words(contrast: QuantizationContrast) -> str:
+    gain = contrast.gain
+    if gain.low is None or gain.high is None:
+        return f"{gain.mean:+.3g} (one pair: no interval)"
+    return f"{gain.mean:+.3g} (95 % CI {gain.low:+.3g} to {gain.high:+.3g}, {gain.seeds} pairs)"
+
+
+def _sign(contrast: QuantizationContrast) -> int:
+    """Return 1 if the first is shown to be better (95 %), −1 if worse, 0 if neither is shown."""
+    low, high = contrast.gain.low, contrast.gain.high
+    return 0 if low is None or high is None else (low > 0) - (high < 0)
+
+
+def baseline_card(choice: Choice, metric: TaskMetric | None) -> Card | None:
+    """Compare the tuned model with the untuned one and with TF-IDF; ``None`` if there is no accuracy or baseline."""
+    chosen = choice.configuration
+    scores, baselines = answering_scores(chosen.first), chosen.first.baselines
+    if metric is None or metric.name != "accuracy" or scores is None:
+        return None
+    tuned, before = metric.tuned(chosen), metric.before(chosen)
+    if tuned is None or tuned.se is None or tuned.df is None or baselines is None or baselines.split != scores.split:
+        return None
+    linear, majority = baselines.tfidf_accuracy, baselines.majority_accuracy
+    name, level = (
+        ("TF-IDF with logistic regression", linear) if linear is not None else ("The majority label", majority)
+    )
+    if level is None:
+        return None
+    gap = difference_from_baseline(tuned, level, scores.items)
+    low, high = gap.low or 0.0, gap.high or 0.0
+    words = f"{100 * abs(gap.mean):.2g} points {'above' if gap.mean > 0 else 'below'} {name}"
+    verdict = f"No: {words}" if high < 0 else f"Yes: {words}" if low > 0 else f"Not shown: {words}"
+    evidence = [
+        f"Accuracy {tuned.mean:.3g} against {level:.3g}: {100 * gap.mean:+.2g} points"
+        f" (95 % CI {100 * low:+.2g} to {100 * high:+.2g}, {tuned.seeds} seeds and {scores.items:,} items, as if the"
+        " two had other items: the interval is rather too wide)."
+    ]
+    if before is not None:
+        evidence.append(f"Before tuning it is {with_interval_short(before)}.")
+    cost = "TF-IDF trains in seconds on a CPU." if high < 0 and linear is not None else None
+    status = CardStatus.SETTLED if low > 0 or high < 0 else CardStatus.OPEN
+    return Card(
+        "baseline", "Better than a simple baseline?", status, verdict, tuple(evidence), cost, section="instruct-base"
+    )
+
+
+def difference_from_baseline(tuned: Estimate, baseline: float, items: int) -> Estimate:
+    """Return the tuned accuracy minus a baseline's on the same items.
+
+    The records don't have the baseline's answers, so the variances are added as those of unpaired samples: too wide if
+    the two find the same items easy.
+    """
+    assert tuned.se is not None
+    assert tuned.df is not None
+    of_baseline = baseline * (1 - baseline) / items
+    variance = tuned.se**2 + of_baseline
+    df = variance**2 / (tuned.se**4 / tuned.df) if tuned.se and math.isfinite(tuned.df) else math.inf
+    return Estimate(tuned.mean - baseline, tuned.seeds, math.sqrt(variance), df)
+
+
+def with_interval_short(estimate: Estimate) -> str:
+    """Return e.g. ``0.19 (95 % CI 0.16 to 0.23)``."""
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.mean:.3g} (no interval)"
+    return f"{estimate.mean:.3g} (95 % CI {max(estimate.low, 0.0):.3g} to {estimate.high:.3g})"
