@@ -34,6 +34,7 @@ SYMBOLS = {"base": "circle", "instruct": "square"}
 """Variant → shape of its marks, the same in every plot."""
 LADDER_SYMBOLS = ("circle", "square", "diamond", "cross")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+MAX_MARGIN_RATIO = 1.1
 MAX_LABELLED_POINTS = 40
 """Among more points than these, only those on the front have intervals and none has its rank beside it."""
 MAX_DOMINATED_POINTS = 1000
@@ -207,7 +208,7 @@ def ladder(answer: Mapping[str, Any]) -> Figure | None:
     if answer.get("margin") is None:
         return None
     zone = answer.get("half_zone") or answer["margin"] / 2
-    return gains({"gain": drawn}, answer["margin"], zone, "nats per item", 1.0)
+    return gains({"gain": drawn}, {"gain": (answer["margin"], zone)}, "nats per item", 1.0)
 
 
 @dataclass(frozen=True)
@@ -227,12 +228,16 @@ class GainPoint:
 
 
 def gains(
-    by_ladder: Mapping[str, Sequence[GainPoint]], margin: float | None, half_zone: float | None, unit: str, scale: float
+    by_ladder: Mapping[str, Sequence[GainPoint]],
+    margins: Mapping[str, tuple[float, float | None]],
+    unit: str,
+    scale: float,
 ) -> Figure | None:
     """Plot the gain of each doubling with its 95 % interval, the margin and its zone; ``None`` if there is no gain.
 
     Args:
         by_ladder: ladder → its steps.
+        margins: ladder → (margin, half_zone). Nearly equal ones are drawn as one line with its zone.
         scale: factor of the drawn values, e.g. 100 for percent.
     """
     drawn = {name: steps for name, steps in by_ladder.items() if steps}
@@ -263,14 +268,22 @@ def gains(
         }
         traces.append(trace)
     layout = _layout("doubling of the rank", f"gain, {unit}") | {"scattermode": "group", "scattergap": 0.6}
-    if margin is not None:
-        at, zone = margin * scale, (half_zone if half_zone is not None else margin / 2) * scale
-        band = {"type": "rect", "xref": "paper", "x0": 0, "x1": 1, "y0": at - zone, "y1": at + zone}
-        band |= {"fillcolor": PALETTE[4], "opacity": 0.15, "line": {"width": 0}}
-        layout["shapes"] = [band, _dashed_line(at, PALETTE[4])]
-        label = {"xref": "paper", "x": 1, "xanchor": "right", "y": at, "yanchor": "bottom", "showarrow": False}
-        layout["annotations"] = [label | {"text": "margin", "font": {"size": 12, "color": PALETTE[4]}}]
-        edges.append(at + zone)
+    shown = [(name, margin * scale) for name, (margin, _) in margins.items() if name in drawn]
+    layout["shapes"], layout["annotations"] = [], []
+    if shown and max(at for _, at in shown) <= MAX_MARGIN_RATIO * min(at for _, at in shown):
+        margin, zone = margins[shown[0][0]]
+        half = (zone if zone is not None else margin / 2) * scale
+        band = {"type": "rect", "xref": "paper", "x0": 0, "x1": 1, "y0": shown[0][1] - half, "y1": shown[0][1] + half}
+        layout["shapes"].append(band | {"fillcolor": PALETTE[4], "opacity": 0.15, "line": {"width": 0}})
+        shown = [("", shown[0][1])]
+        edges.append(shown[0][1] + half)
+    for name, at in shown:
+        colour = PALETTE[list(drawn).index(name) % len(PALETTE)] if name else PALETTE[4]
+        layout["shapes"].append(_dashed_line(at, colour))
+        words = {"text": f"margin, {escape(name)}" if name else "margin", "font": {"size": 12, "color": colour}}
+        place = {"xref": "paper", "x": 1, "xanchor": "right", "y": at, "yanchor": "bottom", "showarrow": False}
+        layout["annotations"].append(place | words)
+        edges.append(at)
     # The order in which ranks double, for all ladders.
     names = {name: _ranks_of(name) for trace in traces for name in trace["x"]}
     layout["xaxis"] |= {

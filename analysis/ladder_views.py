@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,6 +161,12 @@ def ladder_views(studies: Sequence[StudyInfo], records: Sequence[RunRecord]) -> 
             values = ", ".join(str(value) for value in axes.values())
             views.append(_view(values or (study.name if several else "ladder"), study.name, answer, runs))
     return views
+
+
+def rank_to_use(views: Sequence[LadderView]) -> Callable[[RunRecord], int | None]:
+    """Return a function that gives the rank to use of the ladder to which a run belongs; ``None``: it has none."""
+    ranks = {run.run_id: view.use_rank for view in views for run in view.runs}
+    return lambda run: ranks.get(run.run_id)
 
 
 def _view(name: str, study: str, answer: Mapping[str, Any], runs: Sequence[RunRecord]) -> LadderView:

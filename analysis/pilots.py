@@ -1,4 +1,6 @@
-"""Which pilots of a rank are stopped early: those whose training loss is clearly behind the best pilot's at one step.
+"""Which pilots are stopped early, and when two of them differ beyond noise.
+
+A pilot is stopped if its training loss is clearly behind the best one's of its rank and seed at one step.
 
 A ladder's pilots share seed, data and schedule, and differ in their learning rate only. So at equal steps they have
 seen the same batches, and a difference of their training losses is paired. ALTO (Zuo et al. 2026, arXiv 2604.05426)
@@ -13,6 +15,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+from scipy import special
+
 SHARE_OF_STEPS = 0.5
 """The comparison comes after this share of a pilot's steps. If its first epoch has ended by then, there is none: a
 later training loss is one of rows seen before, and an earlier comparison is wrong too often (docs/statistics.md)."""
@@ -20,6 +25,8 @@ SHARE_OF_WINDOW = 0.5
 """The losses of this last part of the steps so far are averaged: single batches vary too much."""
 MAX_BEHIND = 0.05
 """A pilot is behind if its loss is above the best one by more than this share of the best one."""
+WRONG_DEPARTURE = 0.05
+"""One-sided error rate of "another rate is better than the carried one"."""
 
 
 def comparison_step(max_steps: int, steps_per_epoch: int | None, share: float = SHARE_OF_STEPS) -> int:
@@ -49,3 +56,16 @@ def is_behind(loss: float, losses: Sequence[float], max_behind: float = MAX_BEHI
     """Return whether ``loss`` is clearly above the lowest of ``losses``, all of them at the step of comparison."""
     best = min(losses, default=math.inf)
     return loss > best * (1 + max_behind)
+
+
+def is_better_beyond_noise(losses: Sequence[float], others: Sequence[float]) -> bool:
+    """Return whether ``losses`` are lower than ``others``, pilots with the same seeds in the same order, beyond noise.
+
+    Every seed has to agree, and a one-sided paired t test has to reject "no better" at :data:`WRONG_DEPARTURE`. A
+    single seed shows no noise, and so never rejects.
+    """
+    gains = np.subtract(others, losses)
+    if len(gains) < 2 or not (gains > 0).all():
+        return False
+    se = float(gains.std(ddof=1)) / math.sqrt(len(gains))
+    return float(gains.mean()) > -float(special.stdtrit(len(gains) - 1, WRONG_DEPARTURE)) * se

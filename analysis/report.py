@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from qlora_exp.analysis import sections, tradeoffs
+from qlora_exp.analysis import sections
 from qlora_exp.analysis.comparable import (
     Group,
     answering_scores,
@@ -17,16 +17,30 @@ from qlora_exp.analysis.comparable import (
     setting_differences,
     split_budgeted,
 )
-from qlora_exp.analysis.configurations import Configuration, Measure, configurations, measure_of, targets_of
+from qlora_exp.analysis.configurations import (
+    Configuration,
+    Measure,
+    configurations,
+    measure_of,
+    mode_of,
+    targets_of,
+    variant_of,
+)
 from qlora_exp.analysis.contrasts import ItemScores
+from qlora_exp.analysis.goals import GoalAnswer, goal_answer, goal_recommendation
 from qlora_exp.analysis.instruct_base import InstructBase, compare_variants
-from qlora_exp.analysis.instruct_base_words import instruct_section
-from qlora_exp.analysis.ladder_views import LadderView, ladder_views
+from qlora_exp.analysis.instruct_base_words import instruct_section, variant_recommendation
+from qlora_exp.analysis.ladder_sections import ladder_sections
+from qlora_exp.analysis.ladder_views import LadderView, ladder_views, rank_to_use
 from qlora_exp.analysis.learning_curves import Curves, curves_section
-from qlora_exp.analysis.report_cards import baseline_card, rank_card, targets_card
+from qlora_exp.analysis.margin import Margin
+from qlora_exp.analysis.quantization import LevelComparison, compare_quantizations, compare_targets
+from qlora_exp.analysis.quantization_words import quantization_recommendation, targets_recommendation
+from qlora_exp.analysis.recommendation import study_margin
+from qlora_exp.analysis.report_cards import answer_card, baseline_card, not_asked_card, rank_card
 from qlora_exp.analysis.report_choice import Choice, TaskMetric, choose, ladder_picks, task_metric_of, use_sentence
-from qlora_exp.analysis.report_content import Card, ReportContent, Section, StudyInfo
-from qlora_exp.analysis.tradeoffs import goal_answer
+from qlora_exp.analysis.report_content import Card, CardStatus, ReportContent, Section, StudyInfo
+from qlora_exp.analysis.searches import search_recommendation
 from qlora_exp.errors import AnalysisError, nearest
 from qlora_exp.records.types import RunRecord, Status
 
@@ -60,13 +74,16 @@ class _Compared:
     choice: Choice | None
     """The configuration to use; ``None`` without a score."""
     metric: TaskMetric | None
+    quantizations: LevelComparison | None
+    targets: LevelComparison | None
+    goal: GoalAnswer | None
 
 
 def build(
     records: Sequence[RunRecord],
     studies: Sequence[StudyInfo],
     items: ItemScores | None = None,
-    margin: float | None = None,
+    margin: Margin | None = None,
     unreadable: int = 0,
     curves: Curves | None = None,
     command_of: Callable[[RunRecord], str | None] | None = None,
@@ -76,8 +93,9 @@ def build(
     Args:
         records: all runs of the studies, including failed ones.
         studies: one entry per study.
-        items: per-item values for the instruct-or-base intervals; without them, those intervals are over seeds alone.
-        margin: bits per byte within which instruct and base count as equivalent.
+        items: per-item values for the intervals of comparisons; without them, those intervals are over seeds alone.
+        margin: within which two sides count as equivalent; ``None``: that of the studies' ladder, else 0.25 % of the
+            loss. A number without a unit is in bits per byte.
         unreadable: number of records that could not be read.
         curves: training curves of runs; without them there are no learning curves.
         command_of: run → command that runs its configuration; ``None`` if none is known.
@@ -98,32 +116,35 @@ def build(
         raise AnalysisError(
             f"no run has finished: {len(records)} are {states}", where, "wait for one, or qlora-exp resume"
         )
-    views = ladder_views(studies, records)
+    margin, views = margin or study_margin(studies), ladder_views(studies, records)
     shown = []
     for group in groups[:MAX_GROUPS]:
         measure = measure_of(group.records)
         candidates = configurations(group.records, measure or Measure("loss_per_item", False))
         of_first = budgeted if group is groups[0] else ()
-        picks = ladder_picks(candidates, views, measure) if measure is not None else []
-        # Each variant at the rank that its ladder says to use: that is the choice that is left.
-        compared = [pick.configuration for pick in picks] if len(picks) > 1 else candidates
-        comparison = compare_variants(compared, items, margin, runs.pilots, of_first)
-        choice = choose(candidates, views, measure) if measure is not None else None
-        shown.append(_Compared(group, measure, candidates, comparison, choice, task_metric_of(candidates)))
+        comparison = compare_variants(candidates, items, margin, runs.pilots, of_first, rank_to_use(views))
+        choice = quantizations = targets = goal = None
+        if measure is not None:
+            choice = choose(candidates, views, measure)
+            quantizations = compare_quantizations(candidates, measure, items, margin)
+            targets = compare_targets(candidates, measure, items, margin)
+            goal = goal_answer(candidates, choice.configuration if choice is not None else None, items)
+        metric = task_metric_of(candidates)
+        shown.append(_Compared(group, measure, candidates, comparison, choice, metric, quantizations, targets, goal))
     first = shown[0]
-    cautions = _cautions(groups, studies)
     headline, why_none = [], None
     if first.choice is None:
         why_none = "No answer: no finished run has a score."
     else:
         assert first.measure is not None
-        headline = [use_sentence(first.choice, first.candidates, first.measure), *_why(first, views), *cautions]
+        line = use_sentence(first.choice, first.candidates, first.measure)
+        headline = [line, *_why(first, views), *_cautions(groups, studies)]
     completed = [record for record in records if record.status is Status.COMPLETED]
     chosen = first.choice.configuration if first.choice is not None else None
     command = command_of(chosen.first) if chosen is not None and command_of is not None else None
     parts = [
         *_first_sections(first, runs, views, curves, command),
-        *sections.ladder_sections(views),
+        *ladder_sections(views),
         *(section for compared in shown for section in _group_sections(compared, groups)),
         sections.importance_section(studies, completed),
         sections.failure_section(records),
@@ -139,7 +160,7 @@ def build(
         sections=tuple(part for part in parts if part is not None),
         runs=sections.table_of_runs(records),
         made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {len(records)} runs",
-        cards=tuple(_cards(first, views)),
+        cards=tuple(_cards(first, views, studies, margin)),
         command=command,
     )
 
@@ -162,49 +183,54 @@ def _first_sections(
 
 
 def _why(first: _Compared, views: Sequence[LadderView]) -> list[str]:
-    """Return how the first line's configuration was chosen, and how far that is shown."""
+    """Return how the first line's configuration was chosen."""
     assert first.choice is not None
-    assert first.measure is not None
-    chosen, others = first.choice.configuration, [c for c in first.candidates if c is not first.choice.configuration]
-    if not others:
+    if len(first.candidates) < 2:
         return ["It is the only configuration that was scored."]
-    if first.choice.ladder is not None:
-        of_ladders = sum(view.use_rank is not None for view in views)
-        by = (
-            "The ladder chose the rank"
-            if of_ladders == 1
-            else f"{of_ladders} ladders chose the ranks, validation among them"
-        )
-        return [f"{by}; the scores are of {_split_words(first.group)}."]
-    sentence = f"Of {len(first.candidates)} configurations it is best on validation"
-    if chosen.quality is None or chosen.quality.se is None:
-        return [f"{sentence}."]
-    ties = sum(not first.measure.shows_better(chosen.quality, other.quality) for other in others)
-    if ties:
-        return [f"{sentence}. It isn't shown to be better than {ties} of the others."]
-    return [f"{sentence}, and it is shown to be better than all others."]
+    if first.choice.ladder is None:
+        return [f"Of {len(first.candidates)} configurations it is the best on validation."]
+    ladders = sum(view.use_rank is not None for view in views)
+    by = "A ladder chose the rank"
+    if ladders > 1:
+        by = f"{ladders} ladders chose the ranks, and the validation score chose among these"
+    return [f"{by}; the scores are of {_split_words(first.group)}."]
 
 
 def _split_words(group: Group) -> str:
     return f"{group.protocol.scored_items:,} {group.protocol.split} items"
 
 
-def _cards(first: _Compared, views: Sequence[LadderView]) -> list[Card]:
-    """Return a card for each question."""
-    measure, candidates = first.measure, first.candidates
+def _cards(first: _Compared, views: Sequence[LadderView], studies: Sequence[StudyInfo], margin: Margin) -> list[Card]:
+    """Return a card for each question: those that were asked first."""
+    measure, candidates, choice = first.measure, first.candidates, first.choice
     if measure is None:
         return []
-    ranks = sorted({c.rank for c in candidates})
-    cards: list[Card | None] = [
-        rank_card(views, first.choice, ranks),
-        targets_card(
-            tradeoffs.target_contrasts(candidates, measure),
-            list(dict.fromkeys(targets_of(c.first) for c in candidates)),
-            measure,
-        ),
-        baseline_card(first.choice, first.metric) if first.choice is not None else None,
-    ]
-    return [card for card in cards if card is not None]
+    variants = list(dict.fromkeys(variant_of(c) for c in candidates))
+    modes = list(dict.fromkeys(mode_of(c.first) for c in candidates))
+    targets = list(dict.fromkeys(targets_of(c.first) for c in candidates))
+    cards = [rank_card(views, choice, sorted({c.rank for c in candidates}))]
+    if first.comparison is not None:
+        cards.append(answer_card("variant", variant_recommendation(first.comparison, studies), "instruct-base"))
+    else:
+        cards.append(not_asked_card("variant", "Instruct or base?", variants, "qlora-exp sweep instruct_or_base"))
+    if first.quantizations is not None:
+        answer = quantization_recommendation(first.quantizations, studies)
+        cards.append(answer_card("quantization", answer, "equal"))
+    else:
+        cards.append(not_asked_card("quantization", "Which quantization?", modes, "qlora-exp sweep pareto"))
+    if first.targets is not None:
+        cards.append(answer_card("targets", targets_recommendation(first.targets, studies), "equal"))
+    else:
+        sweep = "qlora-exp sweep rank_doubling targets=all_linear,attention"
+        cards.append(not_asked_card("targets", "Which target modules?", targets, sweep))
+    search = search_recommendation(candidates, measure, margin, studies) if not views else None
+    if search is not None:
+        cards.append(answer_card("configuration", search, "configurations"))
+    if first.goal is not None and first.goal.split == first.group.protocol.split:
+        cards.append(answer_card("goal", goal_recommendation(first.goal, studies), None))
+    baseline = baseline_card(choice, first.metric) if choice is not None else None
+    cards += [baseline] if baseline is not None else []
+    return sorted(cards, key=lambda card: card.status is CardStatus.NOT_ASKED)
 
 
 def only_section(report: ReportContent, name: str) -> ReportContent:
@@ -219,7 +245,9 @@ def only_section(report: ReportContent, name: str) -> ReportContent:
     if not chosen:
         names = [section.name for section in report.sections]
         raise AnalysisError(f"the report of these runs has no section {name!r}", "--only", nearest(name, names))
-    return replace(report, question=None, headline=(), cards=(), command=None, sections=tuple(chosen))
+    names = {section.name for section in chosen}
+    cards = tuple(card for card in report.cards if card.section in names)
+    return replace(report, question=None, headline=(), cards=cards, command=None, sections=tuple(chosen))
 
 
 def _group_sections(compared: _Compared, groups: Sequence[Group]) -> list[Section]:
@@ -227,13 +255,15 @@ def _group_sections(compared: _Compared, groups: Sequence[Group]) -> list[Sectio
     group, measure, candidates = compared.group, compared.measure, compared.candidates
     parts: list[Section | None] = []
     if measure is not None:
-        goal = goal_answer(candidates)
+        levels = (compared.quantizations, compared.targets)
+        # The cards have the first group's answers.
+        answers = () if group is groups[0] else _answers(compared)
         parts = [
             None if group is groups[0] else sections.rank_section(candidates, measure, (), compared.metric),
-            sections.tradeoff_section(candidates, measure),
-            sections.equal_everything_section(candidates, measure),
-            Section("goal", "The cheapest that is good enough", (goal.sentence,)) if goal else None,
+            Section("answers", "Answers", answers) if answers else None,
             instruct_section(compared.comparison) if compared.comparison else None,
+            sections.equal_everything_section(candidates, measure, *levels),
+            sections.tradeoff_section(candidates, measure),
         ]
     parts += [sections.memory_section(candidates, group.records), sections.speed_section(group.records)]
     known = [replace(part, folded=True) for part in parts if part is not None]
@@ -245,6 +275,18 @@ def _group_sections(compared: _Compared, groups: Sequence[Group]) -> list[Sectio
     if group is groups[0]:
         anchor = ""
     return [replace(part, name=part.name + anchor, title=f"{part.title} ({subtitle})") for part in known]
+
+
+def _answers(compared: _Compared) -> tuple[str, ...]:
+    """Return what a group without cards answers, in one sentence a question."""
+    answers = []
+    if compared.comparison is not None:
+        answers.append(variant_recommendation(compared.comparison))
+    if compared.quantizations is not None:
+        answers.append(quantization_recommendation(compared.quantizations))
+    if compared.targets is not None:
+        answers.append(targets_recommendation(compared.targets))
+    return tuple(answer.sentence for answer in answers)
 
 
 def _cautions(groups: Sequence[Group], studies: Sequence[StudyInfo]) -> list[str]:

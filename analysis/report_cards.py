@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from qlora_exp.analysis.comparable import answering_scores
-from qlora_exp.analysis.configurations import Estimate, Measure
+from qlora_exp.analysis.configurations import Estimate
 from qlora_exp.analysis.ladder_views import LadderView
-from qlora_exp.analysis.report_choice import Choice, TaskMetric, gain_words
+from qlora_exp.analysis.recommendation import ComparisonVerdict, Recommendation
+from qlora_exp.analysis.report_choice import Choice, TaskMetric, difference_from_baseline, gain_words
 from qlora_exp.analysis.report_content import Card, CardStatus
-from qlora_exp.analysis.tradeoffs import QuantizationContrast
 from qlora_exp.formatting import bytes_text
 
 
@@ -98,47 +97,32 @@ def _ladder_cost(view: LadderView, several: bool) -> str | None:
     return " ".join(parts) or None
 
 
-def targets_card(contrasts: Sequence[QuantizationContrast], modules: Sequence[str], measure: Measure) -> Card:
-    """Answer *which target modules*: each set against the largest one, at equal rank."""
-    question = "Which target modules?"
-    if len(modules) < 2 or not contrasts:
-        verdict = f"Only {modules[0]} was run" if len(modules) == 1 else "No two sets were run at equal rank"
-        status = CardStatus.NOT_ASKED if len(modules) < 2 else CardStatus.OPEN
-        others = "all_linear,mlp,attention"
-        command = f"qlora-exp sweep lora_search targets={others}"
-        return Card(
-            "targets", question, status, verdict, command=command, section=None if len(modules) < 2 else "equal"
-        )
-    reference = contrasts[0].reference
-    verdicts = {c.level: _sign(c) for c in contrasts}
-    better = [c for c in contrasts if verdicts[c.level] > 0]
-    worse = [c for c in contrasts if verdicts[c.level] < 0]
-    best = max(better, key=lambda c: c.gain.mean, default=None)
-    use = best.level if best is not None else reference
-    settled = best is not None or len(worse) == len(contrasts)
-    evidence = [f"{c.level} against {c.reference}: {_contrast_words(c)}" for c in contrasts]
-    text = f"In {measure.label}, above 0 the first is better. {'; '.join(evidence)}."
-    smallest = min(contrasts, key=lambda c: c.parameters_ratio or 1.0)
-    cost = None
-    if smallest.parameters_ratio is not None and smallest.parameters_ratio < 1:
-        cost = f"{smallest.level} has {smallest.parameters_ratio:.0%} of {reference}'s parameters at equal rank."
-    verdict = use if settled else f"{use} for now"
-    status = CardStatus.SETTLED if settled else CardStatus.OPEN
-    settle = None if settled else "More seeds: each pair that differs in nothing else narrows the interval."
-    return Card("targets", question, status, verdict, (text,), cost, settle, section="equal")
+def answer_card(name: str, answer: Recommendation, section: str | None) -> Card:
+    """Return the card of a comparison's answer."""
+    is_open = ComparisonVerdict.OPEN in answer.verdict
+    verdict = answer.use or "No answer"
+    if name == "goal":
+        verdict = f"{answer.verdict.capitalize()}: {answer.regret_against}" if answer.regret_against else answer.verdict
+    elif is_open:
+        verdict += " for now"
+    notes = [note for note in answer.notes if note]
+    return Card(
+        name,
+        answer.question,
+        CardStatus.OPEN if is_open else CardStatus.SETTLED,
+        verdict,
+        (answer.evidence[0].upper() + answer.evidence[1:], *notes),
+        answer.cost,
+        answer.settle,
+        answer.settle_command,
+        section,
+    )
 
 
-def _contrast_words(contrast: QuantizationContrast) -> str:
-    gain = contrast.gain
-    if gain.low is None or gain.high is None:
-        return f"{gain.mean:+.3g} (one pair: no interval)"
-    return f"{gain.mean:+.3g} (95 % CI {gain.low:+.3g} to {gain.high:+.3g}, {gain.seeds} pairs)"
-
-
-def _sign(contrast: QuantizationContrast) -> int:
-    """Return 1 if the first is shown to be better (95 %), −1 if worse, 0 if neither is shown."""
-    low, high = contrast.gain.low, contrast.gain.high
-    return 0 if low is None or high is None else (low > 0) - (high < 0)
+def not_asked_card(name: str, question: str, levels: Sequence[str], command: str) -> Card:
+    """Return the card of a question that these runs can't answer, with the sweep that asks it."""
+    only = f"Only {levels[0]} was run" if len(levels) == 1 else "No two runs differ in this alone"
+    return Card(name, question, CardStatus.NOT_ASKED, only, command=command)
 
 
 def baseline_card(choice: Choice, metric: TaskMetric | None) -> Card | None:
@@ -172,20 +156,6 @@ def baseline_card(choice: Choice, metric: TaskMetric | None) -> Card | None:
     return Card(
         "baseline", "Better than a simple baseline?", status, verdict, tuple(evidence), cost, section="instruct-base"
     )
-
-
-def difference_from_baseline(tuned: Estimate, baseline: float, items: int) -> Estimate:
-    """Return the tuned accuracy minus a baseline's on the same items.
-
-    The records don't have the baseline's answers, so the variances are added as those of unpaired samples: too wide if
-    the two find the same items easy.
-    """
-    assert tuned.se is not None
-    assert tuned.df is not None
-    of_baseline = baseline * (1 - baseline) / items
-    variance = tuned.se**2 + of_baseline
-    df = variance**2 / (tuned.se**4 / tuned.df) if tuned.se and math.isfinite(tuned.df) else math.inf
-    return Estimate(tuned.mean - baseline, tuned.seeds, math.sqrt(variance), df)
 
 
 def with_interval_short(estimate: Estimate) -> str:

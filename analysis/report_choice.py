@@ -82,6 +82,20 @@ def task_metric_of(configurations: Sequence[Configuration]) -> TaskMetric | None
     return None
 
 
+def difference_from_baseline(tuned: Estimate, baseline: float, items: int) -> Estimate:
+    """Return the tuned accuracy minus a baseline's on the same items.
+
+    The records don't have the baseline's answers, so the variances are added as those of unpaired samples: too wide if
+    the two find the same items easy.
+    """
+    assert tuned.se is not None
+    assert tuned.df is not None
+    of_baseline = baseline * (1 - baseline) / items
+    variance = tuned.se**2 + of_baseline
+    df = variance**2 / (tuned.se**4 / tuned.df) if tuned.se and math.isfinite(tuned.df) else math.inf
+    return Estimate(tuned.mean - baseline, tuned.seeds, math.sqrt(variance), df)
+
+
 # What to use.
 
 

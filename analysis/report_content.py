@@ -117,6 +117,8 @@ class StudyInfo:
     predicted_memory: Mapping[str, Any] = field(default_factory=dict)
     """How many trials were skipped because they were predicted not to fit, and how accurate the predictions were; empty
     if the study has no memory limit."""
+    overrides: tuple[str, ...] | None = None
+    """Overrides of every trial besides its axes, for commands that run more of them; ``None``: unknown."""
 
 
 def formatted_value(value: DisplayedValue, kind: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from qlora_exp.analysis import figures, tradeoffs
@@ -20,9 +19,12 @@ from qlora_exp.analysis.configurations import (
     mode_of,
     targets_of,
 )
+from qlora_exp.analysis.ladder_sections import error_rate_sentence, gains_figure
 from qlora_exp.analysis.ladder_views import LadderView
+from qlora_exp.analysis.quantization import LevelComparison
+from qlora_exp.analysis.quantization_words import level_table
 from qlora_exp.analysis.report_choice import TaskMetric, trainable_state_bytes
-from qlora_exp.analysis.report_content import DisplayedValue, Section, StudyInfo, Table, formatted_value, value_table
+from qlora_exp.analysis.report_content import DisplayedValue, Section, StudyInfo, Table, value_table
 from qlora_exp.formatting import bytes_text
 from qlora_exp.records.types import RunRecord, Status
 
@@ -30,12 +32,8 @@ MAX_ROWS = 25
 """Rows shown of a long table; the report's last table has all runs."""
 MIN_TRIALS_FOR_IMPORTANCE = 10
 """Per axis; with fewer, an importance is a guess."""
-MAX_ERROR_RATE, MAX_ERROR_RATE_WITH_GROWING_NOISE = 0.05, 0.06
-"""Shares of simulated ladders with a wrong answer: the largest in docs/calibration.md, rounded up."""
 NOT_SETTINGS = ("seed", "evaluation.split")
 """Axes of a ladder that are no settings of a configuration."""
-MAX_MARGIN_RATIO = 1.1
-"""Margins of several ladders that differ by less, as shares of their losses, are drawn as one line."""
 QUANTIZATION_BITS = {32: ("fp32",), 16: ("fp16", "bf16"), 8: ("int8",), 4: ("nf4", "fp4")}
 
 FEASIBILITY_COLUMNS = {
@@ -48,85 +46,6 @@ FEASIBILITY_COLUMNS = {
     "above_limit": ("peak above the limit", "integer"),
     "compared": ("compared", "integer"),
 }
-
-
-# Ladders.
-
-
-def ladder_sections(views: Sequence[LadderView]) -> list[Section]:
-    columns = ("step", "decision", ("gain", "share"), ("low", "share"), ("high", "share"))
-    more = (("seeds", "integer"), ("items", "integer"), ("lost runs", "integer"))
-    sections = []
-    for number, view in enumerate(views, start=1):
-        rows = [
-            (step.name, step.decision, step.gain, step.low, step.high, *map(raw.get, ("seeds", "items", "lost_runs")))
-            for step, raw in zip(view.shares, view.raw_steps, strict=True)
-        ]
-        kinds = columns if view.loss else [c if isinstance(c, str) else (c[0], "figure") for c in columns]
-        level = f"share of the loss at the first rank, {_figure(view.loss)} nats per item" if view.loss else view.unit
-        caption = f"Gain of each step: {level}; low and high: 95 % CI as the decision uses it"
-        sentence = str(view.answer.get("sentence") or f"The ladder's answer: {view.decision}.")
-        paragraphs = (sentence, _ladder_margin(view), _ladder_cost(view.answer))
-        figure = gains_figure([view])
-        section = Section(
-            name=f"ladder-{number}",
-            title="Rank doubling" + (f": {view.name}" if len(views) > 1 else ""),
-            paragraphs=tuple(text for text in paragraphs if text is not None),
-            tables=(value_table([*kinds, *more], rows, caption),) if rows else (),
-            figures=(figure,) if figure and len(views) == 1 else (),
-            points=tuple(str(warning) for warning in view.answer.get("warnings") or []),
-        )
-        sections.append(section)
-    return sections
-
-
-def gains_figure(views: Sequence[LadderView]) -> figures.Figure | None:
-    """Plot every ladder's gains, as shares of the loss if all of them are known."""
-    if any(view.loss is None for view in views):
-        views = [replace(view, loss=None) for view in views]
-    by_ladder = {view.name: [figures.GainPoint.of(step) for step in view.shares] for view in views}
-    margins = {view.margin for view in views}
-    # Ladders whose first losses differ have unequal margins as shares: the mean is drawn if they are nearly equal.
-    known = [margin for margin in margins if margin is not None]
-    equal = len(known) == len(margins) and known and max(known) <= MAX_MARGIN_RATIO * min(known)
-    margin = sum(known) / len(known) if equal else None
-    zones = [view.half_zone for view in views if view.half_zone is not None]
-    zone = sum(zones) / len(zones) if zones else None
-    percent = all(view.loss for view in views)
-    unit = "% of the loss at the first rank" if percent else "nats per item"
-    return figures.gains(by_ladder, margin, zone, unit, 100.0 if percent else 1.0)
-
-
-def _ladder_margin(view: LadderView) -> str | None:
-    words = view.margin_in_units
-    return f"Margin per doubling, fixed beforehand: {words}." if words else None
-
-
-def _ladder_cost(answer: Mapping[str, Any]) -> str | None:
-    """Return what the ladder cost and was decided from; ``None`` if the answer doesn't have it."""
-    spent, seeds, items = answer.get("spent") or {}, answer.get("seeds") or {}, answer.get("items")
-    if not spent:
-        return None
-    usd = f", {formatted_value(spent['cost_usd'], 'usd')}" if spent.get("cost_usd") is not None else ""
-    stopped = f" ({spent['pilots_stopped']} stopped early)" if spent.get("pilots_stopped") else ""
-    runs = f"{spent['runs']} runs, {spent['pilots']} of them pilots{stopped}"
-    summary = f"{runs}, took {spent['seconds'] / 60:,.1f} minutes{usd}."
-    if seeds and items:
-        summary += (
-            f" Decided from {items} test items and {', '.join(f'{n} seeds at r = {r}' for r, n in seeds.items())}."
-        )
-    return summary
-
-
-def error_rate_sentence(views: Sequence[LadderView]) -> str | None:
-    """Return how often a ladder's answers are wrong; ``None`` if nothing was decided."""
-    if not any(view.steps and view.answer.get("half_zone") is not None for view in views):
-        return None
-    return (
-        f"Of simulated ladders, at most {100 * MAX_ERROR_RATE:g} % got a wrong answer,"
-        f" {100 * MAX_ERROR_RATE_WITH_GROWING_NOISE:g} % if the seeds' noise grows with the rank (docs/calibration.md)."
-        " A gain within half_zone of the margin counts as right either way."
-    )
 
 
 # A group of comparable runs.
@@ -241,36 +160,47 @@ def _front_sentence(front: tradeoffs.Front) -> str:
     )
 
 
-def equal_everything_section(configurations: Sequence[Configuration], measure: Measure) -> Section:
+def equal_everything_section(
+    configurations: Sequence[Configuration],
+    measure: Measure,
+    quantizations: LevelComparison | None,
+    targets: LevelComparison | None,
+) -> Section:
     """Compare quantization modes and target sets between runs that agree in everything else."""
     at_equal_size = tradeoffs.targets_at_equal_parameters(configurations, measure)
     hint = None if at_equal_size else tradeoffs.equal_parameters_hint(configurations)
-    comparisons = {
-        "Quantizations, everything else equal": tradeoffs.quantization_contrasts(configurations, measure),
-        "Target modules at equal rank": tradeoffs.target_contrasts(configurations, measure),
-        "Target modules at equally many parameters": at_equal_size,
-    }
     columns = (
         *("against", ("pairs", "integer"), ("gain", "figure"), ("low", "figure"), ("high", "figure")),
         *(("memory", "percent"), ("speed", "percent"), ("parameters", "percent")),
     )
-    tables = []
-    for caption, contrasts in comparisons.items():
-        rows = [
-            (
-                *(f"{c.level} against {c.reference}", c.gain.seeds, c.gain.mean, c.gain.low, c.gain.high),
-                *(c.memory_ratio, c.speed_ratio, c.parameters_ratio),
-            )
-            for c in contrasts
-        ]
-        tables += [value_table(columns, rows, caption)] if rows else []
-    note = (
-        f"Gain in {measure.label}: above 0, the one named first is better. Runs are paired by configuration and seed;"
-        " the 95 % interval is over these pairs, on these items."
-    )
+    rows = [
+        (
+            *(f"{c.level} against {c.reference}", c.gain.seeds, c.gain.mean, c.gain.low, c.gain.high),
+            *(c.memory_ratio, c.speed_ratio, c.parameters_ratio),
+        )
+        for c in at_equal_size
+    ]
+    levels = {"Quantizations, everything else equal": quantizations, "Target modules at equal rank": targets}
+    known = {caption: comparison for caption, comparison in levels.items() if comparison is not None}
+    tables = [level_table(comparison, f"{caption}; low and high: 95 % CI") for caption, comparison in known.items()]
+    caption = "Target modules at equally many parameters; low and high: 95 % CI over pairs"
+    tables += [value_table(columns, rows, caption)] if rows else []
+    note = f"Gain in {measure.label}: above 0, the one named first is better."
     if not tables:
         note = "No two runs differ only in their quantization or target modules: there is nothing to compare."
-    return Section("equal", "At equal everything else", (note,), tuple(tables), points=(hint,) if hint else ())
+    points = [
+        figures.ContrastPoint(
+            f"{c.level} against {c.reference}", c.difference.value, c.difference.low, c.difference.high
+        )
+        for comparison in known.values()
+        for c in comparison.contrasts
+    ]
+    figure = figures.contrasts(points, f"gain, {measure.unit} (above 0: the first is better)")
+    return Section(
+        *("equal", "Quantization and target modules, everything else equal", (note,), tuple(tables)),
+        figures=(figure,) if figure else (),
+        points=(hint,) if hint else (),
+    )
 
 
 def memory_section(configurations: Sequence[Configuration], records: Sequence[RunRecord]) -> Section:

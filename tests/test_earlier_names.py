@@ -180,7 +180,7 @@ def said(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 
 def test_a_version_1_ladder_goes_on_and_shows_the_same(capsys: pytest.CaptureFixture[str]) -> None:
-    ladder = ("sweeps=rank_doubling", "sweep.name=old", "sweep.ladder.r_max=16", "sweep.ladder.lr_policy=transfer")
+    ladder = ("sweeps=rank_doubling", "sweep.name=old", "sweep.ladder.r_max=16")
     assert sweep(*ladder, "sweep.ladder.max_seeds=4") == 0
     before = [said(capsys, "trials", "old", "--csv"), said(capsys, "best", "old"), said(capsys, "status", "old")]
     to_version_1(Path("outputs"), "old")

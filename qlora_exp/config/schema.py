@@ -138,12 +138,13 @@ class Sampler(Enum):
 
 
 class LrPolicy(Enum):
+    carry = "carry"
+    """Pilot runs at r_start only; all other ranks use the chosen rate, scaled by one law."""
     search = "search"
-    """Pilot runs at every rank choose among lr_factors × the centre."""
+    """As carry, with pilot runs at every rank: a rank leaves the law only where they show a better rate beyond their
+    noise."""
     fixed = "fixed"
     """training.learning_rate at every rank."""
-    transfer = "transfer"
-    """Pilot runs at r_start only; other ranks use the chosen rate, scaled like the centre."""
 
 
 class Pruner(Enum):
@@ -368,9 +369,11 @@ class LadderConfig:
     seeds: int
     """Seeds per rank at the first look, from ``seed`` upwards."""
     max_seeds: int
-    """Maximum seeds per rank, at most 8, after a doubling's one sample increase; equal to ``seeds``: no increase."""
+    """Maximum seeds per rank, at most 64. Seeds are added one at a time; equal to ``seeds``: none is added."""
     pilot_seed: int
-    """Seed of the pilot runs that choose learning rates; decisions don't use these runs."""
+    """First seed of the pilot runs that choose learning rates; decisions don't use these runs."""
+    pilot_seeds: int
+    """Seeds per pilot, from ``pilot_seed`` upwards. The rate with the lowest mean validation loss is chosen."""
     margin: float | None
     """The smallest gain of a doubling that is worth its cost, in nats per test item; required.
 
@@ -381,9 +384,11 @@ class LadderConfig:
     """Gains within margin ± half_zone may be decided either way; null: margin / 2."""
     lr_policy: LrPolicy
     lr_factors: list[float]
-    """Factors of the centre: training.learning_rate at r_start; ∝ r^−½ for alpha = 2r and r, else constant."""
+    """Factors of training.learning_rate that pilots try at r_start; of the carried rate at other ranks. The law that
+    carries a rate to another rank: ∝ r^−½ for alpha = 2r and r, else constant."""
     stop_pilots: bool
-    """Stop pilot runs whose training loss is clearly behind another pilot's of their rank (docs/statistics.md)."""
+    """Stop pilot runs whose training loss is clearly behind another pilot's of their rank and seed
+    (docs/statistics.md)."""
     seed_sd: float | None
     """Expected standard deviation, over seeds, of the mean difference between two ranks, in nats per item; null:
     unknown."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from qlora_exp.analysis.rank_rule import MAX_SEEDS, Rule, make_rule
+from qlora_exp.analysis.rank_rule import MAX_SEEDS, MIN_SEEDS, Rule, SeedPlan, make_rule
 from qlora_exp.config.compose import compose_raw
 from qlora_exp.config.interpolations import unresolved_texts
 from qlora_exp.config.overrides import override_key
@@ -17,6 +17,11 @@ from qlora_exp.errors import AnalysisError, ConfigError, QloraExpError, raise_al
 from qlora_exp.study.space import grid, parse_axes, point_overrides
 from qlora_exp.study.types import Axis, LadderSettings, LadderSpec
 
+EDITION = 2
+"""See :class:`~qlora_exp.study.types.LadderSpec`."""
+EARLIER_SEED_LIMIT = 8
+"""The most seeds per rank that a ladder of an earlier edition can have."""
+MAX_PILOT_SEEDS = 8
 RANK, SEED, RATE, SPLIT = "lora.r", "seed", "training.learning_rate", "evaluation.split"
 LADDER_KEYS = (RANK, SEED, RATE, SPLIT)
 """Keys that a ladder sets in each of its trials: no other axis may use them."""
@@ -76,22 +81,38 @@ def resolve(config: LadderConfig, first_seed: int, ladders: Sequence[LadderSetti
         )
     elif config.margin is not None and doublings_of(config.r_start, config.r_max):
         try:
-            make_rule(config.margin, doublings_of(config.r_start, config.r_max), config.half_zone)
+            make_rule(config.margin, config.half_zone)
         except AnalysisError as error:
             errors.append(ConfigError(error.what, f"{where}.margin", error.hint))
     if config.r_start < 1 or not (single or config.r_start <= config.r_max // 2):
         what = f"there is no doubling from r = {config.r_start} to {config.r_max}"
         errors.append(ConfigError(what, f"{where}.r_max={config.r_max}", f"at least {2 * max(config.r_start, 1)}"))
-    if not 2 <= config.seeds <= MAX_SEEDS:
-        what = f"{config.seeds} seeds are too few" if config.seeds < 2 else "more seeds than the rule was tested with"
-        errors.append(ConfigError(what, f"{where}.seeds={config.seeds}", f"from 2 to {MAX_SEEDS}; 3 is usual"))
+    if not MIN_SEEDS <= config.seeds <= MAX_SEEDS:
+        what = (
+            f"{config.seeds} seeds are too few"
+            if config.seeds < MIN_SEEDS
+            else "more seeds than the rule was tested with"
+        )
+        errors.append(
+            ConfigError(what, f"{where}.seeds={config.seeds}", f"from {MIN_SEEDS} to {MAX_SEEDS}; 3 is usual")
+        )
     elif not config.seeds <= config.max_seeds <= MAX_SEEDS:
         what = f"max_seeds={config.max_seeds} doesn't fit seeds={config.seeds}"
         hint = f"from {config.seeds} (no extra seeds) to {MAX_SEEDS}"
         errors.append(ConfigError(what, f"{where}.max_seeds={config.max_seeds}", hint))
-    if config.pilot_seed in range(first_seed, first_seed + MAX_SEEDS):
-        what = "the pilots' seed is also a seed of the decision runs"
-        hint = f"outside {first_seed} … {first_seed + MAX_SEEDS - 1}"
+    if not 1 <= config.pilot_seeds <= MAX_PILOT_SEEDS:
+        what = f"pilots can't have {config.pilot_seeds} seeds"
+        hint = f"from 1 to {MAX_PILOT_SEEDS}; 2 is usual"
+        errors.append(ConfigError(what, f"{where}.pilot_seeds={config.pilot_seeds}", hint))
+    elif config.pilot_seeds < 2 and config.lr_policy is LrPolicy.search:
+        what = "a single pilot seed shows no noise, so search could never leave the carried rate"
+        hint = f"{where}.pilot_seeds=2, or lr_policy=carry"
+        errors.append(ConfigError(what, f"{where}.pilot_seeds={config.pilot_seeds}", hint))
+    pilot_seeds = range(config.pilot_seed, config.pilot_seed + config.pilot_seeds)
+    # Seeds may be added to a study up to the limit, so all of them are kept free.
+    if set(pilot_seeds) & set(range(first_seed, first_seed + MAX_SEEDS)):
+        what = "a pilot seed is also a seed of the decision runs"
+        hint = f"all {config.pilot_seeds} from it on outside {first_seed} … {first_seed + MAX_SEEDS - 1}"
         errors.append(ConfigError(what, f"{where}.pilot_seed={config.pilot_seed}", hint))
     factors = sorted(set(config.lr_factors))
     few = len(factors) < 2 and config.lr_policy is not LrPolicy.fixed
@@ -112,7 +133,38 @@ def resolve(config: LadderConfig, first_seed: int, ladders: Sequence[LadderSetti
         ladders=tuple(ladders),
         max_seeds=config.max_seeds,
         stop_pilots=config.stop_pilots,
+        pilot_seeds=config.pilot_seeds,
+        edition=EDITION,
     )
+
+
+def continued(ladder: LadderSpec, earlier: LadderSpec, keys: Collection[str]) -> LadderSpec:
+    """Return ``ladder`` as the command continues the study of ``earlier``.
+
+    Settings that are not among ``keys``, the keys on the command line, keep the study's values where another version
+    had another default. A larger ``max_seeds`` than the study's raises it.
+    """
+
+    def kept(*names: str) -> dict[str, Any]:
+        return {name: getattr(earlier, name) for name in names if f"sweep.ladder.{name}" not in keys}
+
+    ladder = replace(ladder, edition=earlier.edition, raised_from=earlier.raised_from, **kept("stop_pilots"))
+    if earlier.edition < EDITION:
+        ladder = replace(ladder, **kept("lr_policy", "pilot_seeds", "max_seeds", "margin", "half_zone"))
+    if "sweep.ladder.max_seeds" not in keys:
+        ladder = replace(ladder, max_seeds=max(ladder.max_seeds, earlier.max_seeds))
+    if earlier.max_seeds < ladder.max_seeds <= seed_limit(ladder):
+        ladder = replace(ladder, raised_from=(*earlier.raised_from, earlier.max_seeds))
+    return ladder
+
+
+def seed_limit(spec: LadderSpec) -> int:
+    """Return the largest ``max_seeds`` that the study can have: an earlier edition's seed axis holds no more."""
+    return MAX_SEEDS if spec.edition >= EDITION else EARLIER_SEED_LIMIT
+
+
+def pilot_seeds_of(spec: LadderSpec) -> range:
+    return range(spec.pilot_seed, spec.pilot_seed + spec.pilot_seeds)
 
 
 def doublings_of(r_start: int, r_max: int) -> int:
@@ -126,9 +178,13 @@ def ranks_of(spec: LadderSpec) -> list[int]:
 
 
 def rule_of(spec: LadderSpec) -> Rule:
-    """Return the decision rule that the ladder's margin and number of doublings give."""
+    """Return the decision rule that the ladder's margin gives, for one doubling."""
     assert spec.margin is not None  # resolve() requires a margin unless there is a single rank
-    return make_rule(spec.margin, doublings_of(spec.r_start, spec.r_max), spec.half_zone)
+    return make_rule(spec.margin, spec.half_zone)
+
+
+def seed_plan(spec: LadderSpec) -> SeedPlan:
+    return SeedPlan(spec.seeds, spec.max_seeds)
 
 
 def is_single_rank(spec: LadderSpec) -> bool:
@@ -138,24 +194,31 @@ def is_single_rank(spec: LadderSpec) -> bool:
 
 
 def max_trials(spec: LadderSpec) -> int:
-    """Return the maximum number of trials of all ladders: the pilots of each rank, one beyond the grid included, and
-    the seeds."""
+    """Return the maximum number of trials of all ladders: the pilots with all their seeds, one rate beyond the grid
+    included, and the decision runs."""
     ranks = len(ranks_of(spec))
     seeds = spec.seeds if is_single_rank(spec) else spec.max_seeds  # only a doubling's decision can add seeds
-    searched = {LrPolicy.search.value: ranks, LrPolicy.transfer.value: 1}.get(spec.lr_policy, 0)
-    return len(spec.ladders) * (searched * (len(spec.lr_factors) + 1) + ranks * seeds)
+    rates = 0 if spec.lr_policy == LrPolicy.fixed.value else len(spec.lr_factors) + 1
+    if spec.lr_policy == LrPolicy.search.value:
+        at_other_ranks = len({*spec.lr_factors, 1.0}) if spec.edition >= EDITION else len(spec.lr_factors)
+        rates += (ranks - 1) * (at_other_ranks + 1)
+    return len(spec.ladders) * (rates * spec.pilot_seeds + ranks * seeds)
 
 
 def ladder_axes(spec: LadderSpec) -> tuple[Axis, ...]:
-    """Return the axes that the ladder adds to the sweep's other axes."""
+    """Return the axes that the ladder adds to the sweep's other axes. They don't depend on ``max_seeds``, which may be
+    raised while a study continues."""
     rates = [rate for ladder in spec.ladders for rank in ranks_of(spec) for rate in rates_of(spec, ladder, rank)]
     rates += [ladder.learning_rate for ladder in spec.ladders]
     reach = max(high / low for low, high in pairwise(spec.lr_factors)) if len(spec.lr_factors) > 1 else 2.0
     low, high = round_rate(min(rates) / reach / 2), round_rate(max(rates) * reach * 2)
-    seeds = (*range(spec.first_seed, spec.first_seed + MAX_SEEDS), spec.pilot_seed)
+    if spec.lr_policy == LrPolicy.search.value:  # around the carried rate, which may be beyond the first grid itself
+        low = round_rate(low * min(*spec.lr_factors, 1.0) / reach)
+        high = round_rate(high * max(*spec.lr_factors, 1.0) * reach)
+    seeds = (spec.first_seed, spec.first_seed + MAX_SEEDS - 1, *pilot_seeds_of(spec))
     texts = {
         RANK: ",".join(map(str, ranks_of(spec))),
-        SEED: ",".join(map(str, seeds)),
+        SEED: f"int(interval({min(seeds)},{max(seeds)}))",
         RATE: f"tag(log,interval({low},{high}))",
         SPLIT: "validation,test",
     }
@@ -163,7 +226,7 @@ def ladder_axes(spec: LadderSpec) -> tuple[Axis, ...]:
 
 
 def rates_of(spec: LadderSpec, ladder: LadderSettings, rank: int) -> list[float]:
-    """Return the learning rates of a rank's pilots, ascending."""
+    """Return the rank's central learning rate times the factors, ascending."""
     centre = ladder.learning_rate * lr_scale(spec, ladder, rank)
     return [round_rate(centre * factor) for factor in spec.lr_factors]
 

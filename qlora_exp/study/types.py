@@ -64,6 +64,7 @@ class LadderSpec:
     seeds: int
     first_seed: int
     pilot_seed: int
+    """The pilots' first seed."""
     margin: float | None
     """Nats per test item; ``None`` only if a single rank is run and nothing is decided."""
     half_zone: float | None
@@ -74,6 +75,13 @@ class LadderSpec:
     """Maximum number of seeds per rank. Studies of versions without this field have the rule's maximum."""
     stop_pilots: bool = False
     """Stop pilots whose training loss is clearly behind; versions without this field ran all of them to their end."""
+    pilot_seeds: int = 1
+    """Seeds per pilot, from ``pilot_seed`` upwards. Versions without this field used one."""
+    edition: int = 1
+    """Which trials a ladder may have. 1: of versions without this field; at most 8 seeds per rank, and ``search`` chose
+    the rate of each rank without the other ranks'. 2: at most 64, and ``search`` compares with the carried rate."""
+    raised_from: tuple[int, ...] = ()
+    """Earlier values of ``max_seeds``, each raised after an answer."""
 
 
 @dataclass(frozen=True)

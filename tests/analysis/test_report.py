@@ -293,7 +293,7 @@ def test_pilots_are_set_aside_and_the_headline_is_the_instruct_or_base_sentence(
     pilots = [as_pilot(run) for run in cells(500, range(1000, 1004), split="validation")]
     report = of([*cells(0, range(1, 4)), *pilots])
     assert report.why_none is None
-    assert report.headline[0].startswith("After tuning, the instruct model is better: ")
+    assert report.headline[0].startswith("Use instruct: After tuning, the instruct model is better: ")
     assert "pilots with other seeds" in report.headline[0]
     limits = next(s for s in report.sections if s.name == "limits")
     assert any("16 pilots chose learning rates" in point for point in limits.points)
