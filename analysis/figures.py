@@ -32,6 +32,7 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7
 """Okabe and Ito's palette for colour-blind readers, with a darker yellow for a white page."""
 SYMBOLS = {"base": "circle", "instruct": "square"}
 """Variant → shape of its marks, the same in every plot."""
+VARIANT_COLOURS = {"base": PALETTE[0], "instruct": PALETTE[1]}
 LADDER_SYMBOLS = ("circle", "square", "diamond", "cross")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 MAX_MARGIN_RATIO = 1.1
@@ -150,6 +151,10 @@ def rank_curve(
     drawn = sorted((line for line in lines.items() if len(line[1]) > 1), key=lambda line: -len(line[1]))[:MAX_LINES]
     if not drawn:
         return None
+    variants = [variant_of(points[0]) for _, points in drawn]
+    # A variant has one colour in all plots, unless it has several lines here.
+    by_variant = len(set(variants)) == len(variants)
+    colours = [VARIANT_COLOURS.get(v, PALETTE[2]) if by_variant else PALETTE[n] for n, v in enumerate(variants)]
     traces: list[Figure] = []
     for number, (name, points) in enumerate(drawn):
         ordered = sorted(points, key=lambda c: c.rank)
@@ -166,7 +171,7 @@ def rank_curve(
             "customdata": [c.first.run_id for c in ordered],
             "text": [escape(c.label) for c in ordered],
             "hovertemplate": "%{text}<br>%{y:.4g}<extra></extra>",
-            "line": {"color": PALETTE[number], "width": 2},
+            "line": {"color": colours[number], "width": 2},
             "marker": {"size": 9, "symbol": SYMBOLS.get(variant, "diamond")},
             "showlegend": True,
         }
@@ -263,7 +268,11 @@ def gains(
             "text": [f"  {escape(step.decision)}" for step in steps],
             "textposition": "middle right",
             "hovertemplate": "%{x}: %{y:.3g}<br>%{text}<extra>" + escape(name) + "</extra>",
-            "marker": {"size": 11, "color": PALETTE[number % len(PALETTE)], "symbol": LADDER_SYMBOLS[number % 4]},
+            "marker": {
+                "size": 11,
+                "color": _colour(name, number),
+                "symbol": SYMBOLS.get(name, LADDER_SYMBOLS[number % 4]),
+            },
             "showlegend": len(drawn) > 1,
         }
         traces.append(trace)
@@ -278,10 +287,10 @@ def gains(
         shown = [("", shown[0][1])]
         edges.append(shown[0][1] + half)
     for name, at in shown:
-        colour = PALETTE[list(drawn).index(name) % len(PALETTE)] if name else PALETTE[4]
+        colour = _colour(name, list(drawn).index(name)) if name else PALETTE[4]
         layout["shapes"].append(_dashed_line(at, colour))
         words = {"text": f"margin, {escape(name)}" if name else "margin", "font": {"size": 12, "color": colour}}
-        place = {"xref": "paper", "x": 1, "xanchor": "right", "y": at, "yanchor": "bottom", "showarrow": False}
+        place = {"xref": "paper", "x": 0, "xanchor": "left", "y": at, "yanchor": "bottom", "showarrow": False}
         layout["annotations"].append(place | words)
         edges.append(at)
     # The order in which ranks double, for all ladders.
@@ -294,6 +303,10 @@ def gains(
     padding = 0.06 * (max(edges) - min(edges))
     layout["yaxis"]["range"] = [min(edges) - padding, max(edges) + padding]
     return {"data": traces, "layout": layout}
+
+
+def _colour(name: str, number: int) -> str:
+    return VARIANT_COLOURS.get(name, PALETTE[number % len(PALETTE)])
 
 
 def _ranks_of(name: str) -> tuple[int, ...]:
@@ -328,7 +341,7 @@ def learning_curves(curves: Sequence[CurveLine], vertical: str) -> Figure | None
     ranks = sorted({curve.rank for curve in curves if not curve.faint})
     traces: list[Figure] = []
     for curve in sorted(curves, key=lambda curve: not curve.faint):
-        colour = PALETTE[groups.index(curve.group) % len(PALETTE)]
+        colour = _colour(curve.group, groups.index(curve.group))
         line: Figure = {"color": colour, "width": 1 if curve.faint else 2.2}
         if curve.rank in ranks and not curve.faint:
             line["dash"] = DASHES[ranks.index(curve.rank) % len(DASHES)]
@@ -342,6 +355,7 @@ def learning_curves(curves: Sequence[CurveLine], vertical: str) -> Figure | None
             "line": line,
             "opacity": 0.35 if curve.faint else 1.0,
             "showlegend": curve.legend,
+            "legendrank": 1001 if curve.faint else 1000,
             "hovertemplate": escape(curve.name) + "<br>step %{x}: %{y:.4g}<extra></extra>",
         }
         if curve.run_id is not None:
@@ -353,8 +367,18 @@ def learning_curves(curves: Sequence[CurveLine], vertical: str) -> Figure | None
             band |= {"fill": "toself", "fillcolor": colour, "opacity": 0.14, "line": {"width": 0}, "hoverinfo": "skip"}
             traces.append(band)
     layout = _layout("training step", vertical) | {"hovermode": "closest"}
-    layout["yaxis"] |= {"type": "log"}
+    values = [value for curve in curves for value in (*curve.losses, *curve.low, *curve.high)]
+    ticks = _log_ticks(min(values), max(values))
+    layout["yaxis"] |= {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
     return {"data": traces, "layout": layout}
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Return 1, 2, 5, 10 … within the range, at most 12."""
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [float(f"{digit}e{exponent}") for exponent in exponents for digit in (1, 2, 5)]
+    inside = [tick for tick in ticks if low <= tick <= high]
+    return inside[:: max(1, -(-len(inside) // 12))]
 
 
 def accuracy_by_cell(

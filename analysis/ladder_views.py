@@ -134,11 +134,15 @@ class LadderView:
         levels = Levels(self.loss, self.tokens_per_item) if self.loss else None
         return margin_words(str(self.answer.get("margin_text") or ""), margin_units(margin, levels, self.slope))
 
-    def text(self, gain: float, signed: bool = True) -> str:
-        """Return a gain as text, e.g. ``+2.1 %``; its unit is :attr:`unit`."""
-        if self.loss:
-            return f"{100 * gain:{'+' if signed else ''}.2g} %"
-        return f"{gain:{'+' if signed else ''}.3g}"
+    def text(self, gain: float) -> str:
+        """Return a gain as text, e.g. ``2.1 %``; its unit is :attr:`unit`."""
+        return f"{percent_text(gain)} %" if self.loss else f"{gain:.3g}"
+
+
+def percent_text(share: float) -> str:
+    """Return a share as percent with one decimal, or two significant digits below 1 %: ``0.25``, ``1.0``, ``-12.3``."""
+    percent = 100 * share
+    return f"{percent:.1f}" if abs(percent) >= 0.95 else f"{percent:.2g}"
 
 
 def ladder_views(studies: Sequence[StudyInfo], records: Sequence[RunRecord]) -> list[LadderView]:

@@ -134,7 +134,8 @@ def build(
     first = shown[0]
     headline, why_none = [], None
     if first.choice is None:
-        why_none = "No answer: no finished run has a score."
+        whose = "finished run has a score" if first.measure is None else "configuration has a finite score"
+        why_none = f"No answer: no {whose}."
     else:
         assert first.measure is not None
         line = use_sentence(first.choice, first.candidates, first.measure)
@@ -317,8 +318,6 @@ def _limits_section(runs: _Runs, first: _Compared) -> Section:
     """Return the section on what can't be concluded besides the cards' questions, and what would settle it."""
     groups, measure, candidates = runs.groups, first.measure, first.candidates
     points: list[str] = []
-    if first.comparison is not None and not first.comparison.tokens.done:
-        points.append(first.comparison.tokens.sentence)
     if len(groups) > MAX_GROUPS:
         points.append(f"{len(groups) - MAX_GROUPS} smaller groups of runs are only in the table of runs.")
     if all(len(c.runs) < MIN_SEEDS_SHOWN for c in candidates):

@@ -70,7 +70,7 @@ def _ladder_evidence(view: LadderView) -> str:
         return "no two ranks have been compared."
     sentence = f"going from r = {step.from_rank} to {step.to_rank} gains {gain_words(view, step)}"
     if view.margin is not None:
-        margin = f"a margin of {view.text(view.margin, signed=False)}"
+        margin = f"a margin of {view.text(view.margin)}"
         sentence += f", against {margin}" + (" per doubling" if step.doublings > 1 else "")
     return sentence[0].upper() + sentence[1:] + "."
 
@@ -78,33 +78,25 @@ def _ladder_evidence(view: LadderView) -> str:
 def _ladder_cost(view: LadderView, several: bool) -> str | None:
     """Return the most that the rank to use may cost, and what it saves."""
     regret, saves = view.regret, view.answer.get("saves") or {}
-    name = f" ({view.name})" if several else ""
-    parts = []
-    if regret is not None and view.use_rank is not None:
-        bound, against = regret
-        than = f" compared with r = {against}" if against is not None else ""
-        most = view.text(bound, signed=False)
-        parts.append(f"r = {view.use_rank}{name} costs at most {most} {view.unit}{than} (95 %).")
-    memory = (
-        saves.get("peak_train_bytes") if saves.get("peak_train_bytes") is not None else saves.get("model_state_bytes")
-    )
-    if memory is not None and view.use_rank == view.answer.get("recommended_rank"):
-        less = "saves" if memory > 0 else "takes"
-        more = "" if memory > 0 else " more"
-        parts.append(
-            f"It {less} {bytes_text(abs(memory))}{more} of memory a run against r = {saves.get('against_rank')}."
-        )
-    return " ".join(parts) or None
+    if regret is None or view.use_rank is None:
+        return None
+    bound, against = regret
+    than = f" against r = {against}" if against is not None else ""
+    sentence = f"r = {view.use_rank} costs at most {view.text(bound)} {view.unit}{than} (95 %)"
+    memory = saves.get("peak_train_bytes")
+    if memory is None:
+        memory = saves.get("model_state_bytes")
+    if memory is not None and memory > 0 and against == saves.get("against_rank"):
+        sentence += f" and saves {bytes_text(memory)} of memory"
+    return _named(view, f"{sentence}.", several)
 
 
 def answer_card(name: str, answer: Recommendation, section: str | None) -> Card:
     """Return the card of a comparison's answer."""
     is_open = ComparisonVerdict.OPEN in answer.verdict
-    verdict = answer.use or "No answer"
+    verdict = f"Use {answer.use}" + (" for now" if is_open else "") if answer.use else "No answer"
     if name == "goal":
-        verdict = f"{answer.verdict.capitalize()}: {answer.regret_against}" if answer.regret_against else answer.verdict
-    elif is_open:
-        verdict += " for now"
+        verdict = f"{(answer.regret_against or 'the goal').removeprefix('the goal ').capitalize()}: {answer.verdict}"
     notes = [note for note in answer.notes if note]
     return Card(
         name,

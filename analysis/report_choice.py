@@ -172,11 +172,17 @@ def _results(choice: Choice, configurations: Sequence[Configuration], measure: M
 
 
 def with_interval(estimate: Estimate, items: int | None = None, digits: int = 3) -> str:
-    """Return e.g. ``0.46 (95 % CI 0.43 to 0.49, 5 seeds and 500 items)``."""
+    """Return e.g. ``0.46 (95 % CI 0.43 to 0.49, 5 seeds and 500 items)``.
+
+    Args:
+        items: items that the interval is over, besides seeds; an infinite ``df`` then means items alone.
+    """
     if estimate.low is None or estimate.high is None:
         return f"{estimate.mean:.{digits}g} (no interval: one seed)"
     seeds = f"{estimate.seeds} seed{'s' * (estimate.seeds > 1)}"
-    over = f"{seeds} and {items:,} items" if items else seeds
+    over = seeds
+    if items:
+        over = f"{items:,} items alone: one seed" if estimate.df == math.inf else f"{seeds} and {items:,} items"
     return f"{estimate.mean:.{digits}g} (95 % CI {estimate.low:.{digits}g} to {estimate.high:.{digits}g}, {over})"
 
 

@@ -91,7 +91,7 @@ def configurations_section(
     estimates = [metric.tuned(c) if metric is not None and metric.name != measure.name else None for c in ordered]
     name = metric.words if metric is not None else "metric"
     columns = (
-        *("configuration", ("r", "integer"), ("learning rate", "figure"), ("seeds", "integer")),
+        *("configuration", ("learning rate", "figure"), ("seeds", "integer")),
         *((measure.unit, "figure"), ("low", "figure"), ("high", "figure")),
         *((name, "figure"), (f"{name}, low", "figure"), (f"{name}, high", "figure")),
         *(("trainable state", "bytes"), ("memory", "bytes"), ("tokens/s", "figure"), ("training", "seconds")),
@@ -99,7 +99,7 @@ def configurations_section(
     )
     rows = [
         (
-            *(c.label + (" ← use" if c is chosen else ""), c.rank, c.first.config["training"]["learning_rate"]),
+            *(c.label + (" ← use" if c is chosen else ""), c.first.config["training"]["learning_rate"]),
             *(len(c.runs), c.quality and c.quality.mean, c.quality and c.quality.low, c.quality and c.quality.high),
             *(e and e.mean, e and e.low, e and e.high),
             *(known_mean(trainable_state_bytes(run) for run in c.runs), c.memory_bytes, c.tokens_per_second),
