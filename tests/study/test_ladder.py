@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 import subprocess
 import sys
 import time
@@ -665,3 +666,42 @@ def test_a_lost_database_is_made_again_and_the_ladder_resumed(
     assert ladder["sentence"] in told
     [command] = [line for line in told.splitlines() if line.startswith("qlora-exp run ")]
     assert f"lora.r={ladder['recommended_rank']} seed=3 " in command
+
+
+def test_the_command_that_settles_an_inconclusive_ladder_runs_and_best_shows_the_rank_to_use(
+    elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["sweep.ladder.r_max=4", "sweep.ladder.seeds=2", "sweep.ladder.max_seeds=2", "sweep.name=the study"]
+    assert (
+        main(
+            [
+                "sweep",
+                "rank_doubling",
+                *ASLEEP,
+                *SMALL,
+                *few,
+                "sweep.ladder.margin=0.094",
+                "sweep.ladder.half_zone=0.005",
+            ]
+        )
+        == 0
+    )
+    shown = capsys.readouterr().out
+    file = OutputPaths.of("outputs").study("the study").ladder
+    [ladder] = json.loads(file.read_text())["ladders"]
+    assert (ladder["decision"], ladder["recommended_rank"], ladder["use_rank"]) == ("inconclusive", None, 2)
+    assert ladder["settle_command"].startswith("qlora-exp resume 'the study' sweep.ladder.max_seeds=")
+    assert f"to settle it: {ladder['settle_command']}" in shown
+
+    assert main(["best", "the study"]) == 0
+    shown = capsys.readouterr().out
+    assert "Use r = 2." in shown
+    assert [line for line in shown.splitlines() if line.startswith("qlora-exp run ") and "lora.r=2 " in line]
+
+    assert main(shlex.split(ladder["settle_command"])[1:]) == 0
+    shown = capsys.readouterr().out
+    [settled] = json.loads(file.read_text())["ladders"]
+    assert settled["decision"] in ("stop", "continue")
+    assert settled["seeds"]["2"] > 2
+    assert "raised from 2" in shown
+    assert main(["resume", "the study"]) == 0, "the study keeps its larger limit"
