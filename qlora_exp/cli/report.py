@@ -299,7 +299,12 @@ def analyze(
         ),
     ],
     margin: Annotated[
-        float | None, typer.Option(help="Smallest gain of a step that is worth its cost, in the score's units")
+        list[str] | None,
+        typer.Option(
+            metavar="MARGIN",
+            help="Smallest gain of a doubling that is worth its cost: a number in the score's units, or e.g. 0.25%"
+            " of the loss",
+        ),
     ] = None,
     higher_is_better: Annotated[
         bool | None,
@@ -337,7 +342,7 @@ def analyze(
         score_column=score_column,
         configuration_columns=tuple(configuration_column or ()),
         higher_is_better=higher_is_better,
-        margin=margin,
+        margin=tuple(margin or ()),
         se=se,
         group_column=group_column,
         best_over=tuple(best_over or ()),
@@ -359,8 +364,10 @@ def analyze(
             decision = step.decision
             figures = (decision.gain, decision.low, decision.high)
             texts = [UNKNOWN_CELL if figure is None else f"{figure:+.4g}" for figure in figures]
-            rows.append((f"{step.from_rank} → {step.to_rank}", *texts, str(decision.verdict)))
-        print_table(plain_table(("step", "gain", "low", "high", "decision"), rows))
+            held_to = f"{table_answer.margin.value * step.doublings:.4g}"
+            rows.append((f"{step.from_rank} → {step.to_rank}", *texts, held_to, str(decision.verdict)))
+        print_table(plain_table(("step", "gain", "low (95 % CI)", "high", "margin", "decision"), rows))
+        print(table_answer.margin.sentence)
         for note in table_answer.notes:
             print(note)
     return 0

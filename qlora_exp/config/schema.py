@@ -220,6 +220,8 @@ class ColumnsConfig:
     completion: str | None
     messages: str | None
     label: str | None
+    group: str | None
+    """The document or context of a row: rows of one group count as one observation (docs/statistics.md)."""
     tools: str | None
     """With a messages column: the tools that the assistant may call, for the chat template. Read if the file has it."""
 
