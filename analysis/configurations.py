@@ -210,11 +210,8 @@ def best_on_validation(candidates: Sequence[Configuration], measure: Measure) ->
 
 def configuration_settings(record: RunRecord) -> dict[str, Any]:
     """Return dotted key → value of the settings that define a configuration; ``format`` as it was resolved."""
-    settings = {
-        key: value
-        for key, value in flatten(record.config)
-        if key not in IGNORED_KEYS and key.partition(".")[0] not in IGNORED_KEYS and value != {}
-    }
+    compared = {group: values for group, values in record.config.items() if group not in IGNORED_KEYS}
+    settings = {key: value for key, value in flatten(compared) if key not in IGNORED_KEYS and value != {}}
     return {**settings, "format": record.plan.format if record.plan is not None else None}
 
 

@@ -300,6 +300,8 @@ def gains(
         "categoryorder": "array",
         "categoryarray": sorted(names, key=names.__getitem__),
     }
+    # Room for the decision's name to the right of the last mark.
+    layout["xaxis"]["range"] = [-0.6, len(names) - 0.2]
     padding = 0.06 * (max(edges) - min(edges))
     layout["yaxis"]["range"] = [min(edges) - padding, max(edges) + padding]
     return {"data": traces, "layout": layout}

@@ -253,7 +253,7 @@ def _contrasts_figure(comparison: InstructBase) -> figures.Figure | None:
     named = [("primary: instruct over base, after tuning", comparison.tuned)]
     named += [(c.name, c.difference) for c in comparison.secondary if c.unit == UNITS[BITS_PER_BYTE]]
     points = [figures.ContrastPoint(name, d.value, d.low, d.high) for name, d in named if d is not None]
-    return figures.contrasts(points, "bits per byte (above 0: the first is better)")
+    return figures.contrasts(points, "gain, bits per byte<br>(above 0: the first is better)")
 
 
 def _baselines(cells: Sequence[VariantCell]) -> list[tuple[str, float]]:

@@ -195,7 +195,7 @@ def equal_everything_section(
         for comparison in known.values()
         for c in comparison.contrasts
     ]
-    figure = figures.contrasts(points, f"gain, {measure.unit} (above 0: the first is better)")
+    figure = figures.contrasts(points, f"gain, {measure.unit}<br>(above 0: the first is better)")
     return Section(
         *("equal", "Quantization and target modules, everything else equal", (note,), tuple(tables)),
         figures=(figure,) if figure else (),
