@@ -6,10 +6,18 @@ import math
 from collections.abc import Iterator, Sequence
 
 from qlora_exp.analysis import figures
-from qlora_exp.analysis.comparable import answering_scores, finite_score
-from qlora_exp.analysis.configurations import Configuration, Measure, mean
+from qlora_exp.analysis.comparable import answering_scores
+from qlora_exp.analysis.configurations import Configuration, Measure
 from qlora_exp.analysis.contrasts import INTERVAL, MIN_SEEDS
-from qlora_exp.analysis.instruct_base import AFTER, BEFORE, BITS_PER_BYTE, InstructBase, VariantCell, VariantContrast
+from qlora_exp.analysis.instruct_base import (
+    AFTER,
+    BEFORE,
+    BITS_PER_BYTE,
+    UNITS,
+    InstructBase,
+    VariantCell,
+    VariantContrast,
+)
 from qlora_exp.analysis.recommendation import (
     MAX_SEEDS_ADVISED,
     SEEDS_ADVISED,
@@ -22,6 +30,7 @@ from qlora_exp.analysis.recommendation import (
     seeds_to_settle,
     size_words,
 )
+from qlora_exp.analysis.report_choice import TaskMetric, difference_from_baseline, task_metric_of
 from qlora_exp.analysis.report_content import (
     DisplayedValue,
     Section,
@@ -32,13 +41,6 @@ from qlora_exp.analysis.report_content import (
 )
 
 _BITS = Measure(BITS_PER_BYTE, False)
-
-
-def paragraph(comparison: InstructBase) -> str:
-    """Return the sentences on the primary contrast, and what follows from the secondary contrasts."""
-    more = _secondary_sentences(comparison)
-    end = "This says nothing about instruct models in general."
-    return " ".join([primary_lead(comparison), primary_sentence(comparison), *more, end])
 
 
 def settled(contrast: VariantContrast) -> bool:
@@ -138,22 +140,28 @@ def primary_sentence(comparison: InstructBase) -> str:
     )
 
 
-def baseline_note(configuration: Configuration) -> str | None:
-    """Say whether the configuration beats the traditional baselines on the same split; ``None`` if there are none."""
-    scores, baselines = answering_scores(configuration.first), configuration.first.baselines
-    accuracy = mean(finite_score(answering_scores(run), "accuracy") for run in configuration.runs)
-    if scores is None or baselines is None or accuracy is None or baselines.split != scores.split:
+def baseline_note(configuration: Configuration, metric: TaskMetric) -> str | None:
+    """Say whether the configuration beats the traditional baselines on the same split, with the 95 % interval of the
+    difference; ``None`` if there are none."""
+    scores, baselines, tuned = (
+        answering_scores(configuration.first),
+        configuration.first.baselines,
+        metric.tuned(configuration),
+    )
+    if scores is None or baselines is None or tuned is None or baselines.split != scores.split:
         return None
-    majority, linear = baselines.majority_accuracy, baselines.tfidf_accuracy
-    if majority is not None and accuracy <= majority:
-        baseline = f"always answering {baselines.majority_label!r} ({majority:.3f} on {baselines.split})"
-        return f"Its accuracy of {accuracy:.3f} does not even beat {baseline}."
-    if linear is None:
+    if metric.name != "accuracy" or baselines.majority_accuracy is None:
         return None
-    baseline = f"TF-IDF with logistic regression ({linear:.3f} on {baselines.split})"
-    if accuracy > linear:
-        return f"Its accuracy of {accuracy:.3f} is above that of {baseline}."
-    return f"Its accuracy of {accuracy:.3f} does not beat {baseline}, which costs almost nothing."
+    label, level = f"always answering {baselines.majority_label!r}", baselines.majority_accuracy
+    if tuned.mean > level and baselines.tfidf_accuracy is not None:
+        label, level = "TF-IDF with logistic regression", baselines.tfidf_accuracy
+    gap = difference_from_baseline(tuned, level, scores.items)
+    low, high = gap.low or 0.0, gap.high or 0.0
+    verdict = "is above" if low > 0 else "is below" if high < 0 else "isn't shown to differ from"
+    return (
+        f"the accuracy of {tuned.mean:.3f} {verdict} that of {label} ({level:.3f} on {baselines.split}):"
+        f" {100 * gap.mean:+.2g} points (95 % CI {100 * low:+.2g} to {100 * high:+.2g})."
+    )
 
 
 def _secondary_sentences(comparison: InstructBase) -> Iterator[str]:
@@ -199,21 +207,26 @@ def _secondary_sentences(comparison: InstructBase) -> Iterator[str]:
     ]
     if spread:
         yield f"Standard deviation of the tuned score over seeds, in bits per byte: {', '.join(spread)}."
-    for cell in cells:
-        if note := baseline_note(cell.configuration):
-            yield f"{cell.name.capitalize()}: {note[0].lower()}{note[1:]}"
     yield comparison.tokens.sentence
 
 
 def instruct_section(comparison: InstructBase) -> Section:
     """Return the paragraph, the 2 × 2, the prompts' parts and every contrast."""
     cells, baselines = comparison.cells, _baselines(comparison.cells)
+    metric = task_metric_of([c.configuration for c in cells])
     accuracies = [
-        (c.name, c.before_tuning.accuracy, c.few_shot.accuracy if c.few_shot else None, c.tuned.accuracy) for c in cells
+        (c.name, (metric.before(c.configuration), metric.with_examples(c.configuration), metric.tuned(c.configuration)))
+        for c in cells
+        if metric is not None and metric.name == "accuracy"
     ]
     tables = (_bits(cells), _answers(cells, baselines), _prompts(cells), _contrasts(comparison))
-    figure = figures.accuracy_by_cell(accuracies, baselines)
+    plots = (_contrasts_figure(comparison), figures.accuracy_by_cell(accuracies, baselines))
+    end = "This says nothing about instruct models in general."
+    paragraphs = (primary_sentence(comparison), " ".join([*_secondary_sentences(comparison), end]))
     points = [*comparison.notes]
+    if metric is not None:
+        notes = [(cell.name, baseline_note(cell.configuration, metric)) for cell in cells]
+        points += [f"{name.capitalize()}: {note}" for name, note in notes if note is not None]
     if comparison.missing:
         points.append(f"Not run: {', '.join(comparison.missing)}.")
     if len({cell.searched for cell in cells}) > 1:
@@ -228,11 +241,19 @@ def instruct_section(comparison: InstructBase) -> Section:
     if note := margin_note(comparison.margin, comparison.margin_text, _BITS):
         points.append(f"{note} --equivalence sets the margin.")
     return Section(
-        *("instruct-base", "Instruct or base", (paragraph(comparison),)),
+        *("instruct-base", "Instruct or base", paragraphs),
         tables=tuple(table for table in tables if table.rows),
-        figures=(figure,) if figure is not None else (),
+        figures=tuple(plot for plot in plots if plot is not None),
         points=tuple(points),
     )
+
+
+def _contrasts_figure(comparison: InstructBase) -> figures.Figure | None:
+    """Plot the primary contrast and the secondary ones of the same unit."""
+    named = [("primary: instruct over base, after tuning", comparison.tuned)]
+    named += [(c.name, c.difference) for c in comparison.secondary if c.unit == UNITS[BITS_PER_BYTE]]
+    points = [figures.ContrastPoint(name, d.value, d.low, d.high) for name, d in named if d is not None]
+    return figures.contrasts(points, "gain, bits per byte<br>(above 0: the first is better)")
 
 
 def _baselines(cells: Sequence[VariantCell]) -> list[tuple[str, float]]:

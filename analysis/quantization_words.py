@@ -67,21 +67,22 @@ def verdict_words(comparison: LevelComparison, contrast: LevelContrast) -> str:
     return f"{sides[0]} is {contrast.verdict} than {sides[1]}"
 
 
-def quantization_table(comparison: LevelComparison) -> Table:
-    """Return one row for each quantization against the reference."""
+def level_table(comparison: LevelComparison, caption: str) -> Table:
+    """Return one row for each quantization or target set against the reference."""
     columns = (
         *("against", ("gain", "figure"), ("low", "figure"), ("high", "figure"), "over"),
-        *(("weights", "percent"), ("peak of training", "percent"), ("tokens/s", "percent"), "verdict"),
+        *(("weights", "percent"), ("peak of training", "percent"), ("tokens/s", "percent")),
+        *(("trainable parameters", "percent"), "verdict"),
     )
     rows = [
         (
             *(f"{c.level} against {c.reference}", c.difference.value, c.difference.low, c.difference.high),
             *(c.difference.over, c.ratio("weight_bytes"), c.ratio("peak_bytes"), c.ratio("tokens_per_second")),
-            verdict_words(comparison, c),
+            *(c.ratio("parameters"), verdict_words(comparison, c)),
         )
         for c in comparison.contrasts
     ]
-    return value_table(columns, rows, "Quantizations, everything else equal; low and high: 95 % CI")
+    return value_table(columns, rows, caption)
 
 
 def _recommendation(comparison: LevelComparison, question: str, studies: Sequence[StudyInfo]) -> Recommendation:

@@ -83,12 +83,6 @@ def front(configurations: Sequence[Configuration], measure: Measure) -> Front:
     return Front(tuple(known), tuple(statuses))
 
 
-def target_contrasts(configurations: Sequence[Configuration], measure: Measure) -> list[QuantizationContrast]:
-    """Compare each target set with the largest one, between runs that agree in rank and everything else."""
-    order = list(_parameters_per_rank(configurations))
-    return _contrasts(configurations, measure, order, targets_of, ("targets.",))
-
-
 def targets_at_equal_parameters(
     configurations: Sequence[Configuration], measure: Measure
 ) -> list[QuantizationContrast]:

@@ -83,6 +83,7 @@ def report(
     output_root: OutputRoot = None,
 ) -> int:
     """Write report.html, report.md and runs.csv: the answer in words, and its evidence."""
+    from functools import partial
     from os.path import relpath
     from urllib.parse import quote
 
@@ -90,7 +91,7 @@ def report(
     from qlora_exp.analysis.report import build, only_section
     from qlora_exp.analysis.report_content import to_csv, to_html, to_markdown
     from qlora_exp.errors import RecordError
-    from qlora_exp.records.files import write_text
+    from qlora_exp.records.files import read_curve, training_losses, write_text
     from qlora_exp.records.find import find_study, read_runs
 
     outputs = outputs_of(output_root)
@@ -98,7 +99,11 @@ def report(
     margin = parse_margin(equivalence, MarginUnit.SCORE, "--equivalence") if equivalence is not None else None
     records, unreadable = read_runs(outputs)
     infos, runs = _studies_and_runs(study_paths, records, outputs)
-    content = build(runs, infos, _item_scores(outputs), margin, len(unreadable))
+    content = build(
+        *(runs, infos, _item_scores(outputs), margin, len(unreadable)),
+        curves=lambda record: training_losses(read_curve(outputs.run(record.run_id).curve)),
+        command_of=partial(_command, study_paths, outputs),
+    )
     if only is not None:
         content = only_section(content, only)
         print(to_markdown(content))
@@ -118,6 +123,8 @@ def report(
         _log_report(paths, runs, outputs)
     if only is None:
         print("\n".join(content.headline or [str(content.why_none)]))
+        for card in content.cards:
+            print(f"  {card.question} {card.verdict} ({card.status})")
     print(f"report: {folder / 'report.html'}")
     return 0
 
@@ -140,6 +147,20 @@ def _studies_and_runs(
         overrides = _trial_overrides(spec, outputs)
         infos.append(StudyInfo(spec.name, spec.question, spec.objectives, ladders, importance, predicted, overrides))
     return infos, [record for record in records if any(is_trial_of(record, spec) for spec in specs)]
+
+
+def _command(study_paths: list[StudyPaths], outputs: OutputPaths, record: RunRecord) -> str | None:
+    """Return the command that runs the record's configuration; ``None`` if it isn't a run of these studies."""
+    import shlex
+
+    from qlora_exp.orchestration.command import run_overrides
+    from qlora_exp.study.spec import is_trial_of, read_spec
+
+    for spec in map(read_spec, study_paths):
+        if record.trial is not None and is_trial_of(record, spec):
+            return shlex.join(["qlora-exp", "run", *run_overrides(spec, record.trial.params)])
+    file = outputs.run(record.run_id).config
+    return shlex.join(["qlora-exp", "run", "--from", str(file)]) if file.exists() else None
 
 
 def _trial_overrides(spec: StudySpec, outputs: OutputPaths) -> tuple[str, ...]:
@@ -278,7 +299,12 @@ def analyze(
         ),
     ],
     margin: Annotated[
-        float | None, typer.Option(help="Smallest gain of a step that is worth its cost, in the score's units")
+        list[str] | None,
+        typer.Option(
+            metavar="MARGIN",
+            help="Smallest gain of a doubling that is worth its cost: a number in the score's units, or e.g. 0.25%"
+            " of the loss",
+        ),
     ] = None,
     higher_is_better: Annotated[
         bool | None,
@@ -316,7 +342,7 @@ def analyze(
         score_column=score_column,
         configuration_columns=tuple(configuration_column or ()),
         higher_is_better=higher_is_better,
-        margin=margin,
+        margin=tuple(margin or ()),
         se=se,
         group_column=group_column,
         best_over=tuple(best_over or ()),
@@ -338,8 +364,10 @@ def analyze(
             decision = step.decision
             figures = (decision.gain, decision.low, decision.high)
             texts = [UNKNOWN_CELL if figure is None else f"{figure:+.4g}" for figure in figures]
-            rows.append((f"{step.from_rank} → {step.to_rank}", *texts, str(decision.verdict)))
-        print_table(plain_table(("step", "gain", "low", "high", "decision"), rows))
+            held_to = f"{table_answer.margin.value * step.doublings:.4g}"
+            rows.append((f"{step.from_rank} → {step.to_rank}", *texts, held_to, str(decision.verdict)))
+        print_table(plain_table(("step", "gain", "low (95 % CI)", "high", "margin", "decision"), rows))
+        print(table_answer.margin.sentence)
         for note in table_answer.notes:
             print(note)
     return 0

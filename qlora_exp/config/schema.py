@@ -139,10 +139,9 @@ class Sampler(Enum):
 
 class LrPolicy(Enum):
     carry = "carry"
-    """Pilot runs at r_start only; all other ranks use the chosen rate, scaled by one law."""
+    """Pilot runs at r_start only; other ranks use the chosen rate, scaled by one law."""
     search = "search"
-    """As carry, with pilot runs at every rank: a rank leaves the law only where they show a better rate beyond their
-    noise."""
+    """As carry, and a rank leaves the law where pilot runs at every rank show a better rate beyond their noise."""
     fixed = "fixed"
     """training.learning_rate at every rank."""
 
@@ -221,6 +220,8 @@ class ColumnsConfig:
     completion: str | None
     messages: str | None
     label: str | None
+    group: str | None
+    """The document or context of a row: rows of one group count as one observation (docs/statistics.md)."""
     tools: str | None
     """With a messages column: the tools that the assistant may call, for the chat template. Read if the file has it."""
 
@@ -371,29 +372,22 @@ class LadderConfig:
     max_seeds: int
     """Maximum seeds per rank, at most 64. Seeds are added one at a time; equal to ``seeds``: none is added."""
     pilot_seed: int
-    """First seed of the pilot runs that choose learning rates; decisions don't use these runs."""
     pilot_seeds: int
-    """Seeds per pilot, from ``pilot_seed`` upwards. The rate with the lowest mean validation loss is chosen."""
+    """Pilot runs that choose learning rates have the seeds pilot_seed, pilot_seed + 1 …; decisions don't use them."""
     margin: float | None
-    """The smallest gain of a doubling that is worth its cost, in nats per test item; required.
-
-    If r_max is r_start, nothing is doubled and no margin is needed: each point of the other axes gets its learning rate
-    and its seeds.
-    """
+    """The smallest gain of a doubling that is worth its cost, in nats per test item; required unless r_max is r_start:
+    then nothing is doubled, and each point of the other axes gets its learning rate and its seeds."""
     half_zone: float | None
     """Gains within margin ± half_zone may be decided either way; null: margin / 2."""
     lr_policy: LrPolicy
     lr_factors: list[float]
-    """Factors of training.learning_rate that pilots try at r_start; of the carried rate at other ranks. The law that
-    carries a rate to another rank: ∝ r^−½ for alpha = 2r and r, else constant."""
+    """Factors of training.learning_rate (r_start) or the carried rate: ∝ r^−½ for alpha = 2r and r, else constant."""
     stop_pilots: bool
-    """Stop pilot runs whose training loss is clearly behind another pilot's of their rank and seed
-    (docs/statistics.md)."""
+    """Stop pilots whose training loss is clearly behind another one's of their rank and seed (docs/statistics.md)."""
     screening_steps: int | None
     """Steps of the first round of successive halving, which leaves one point to get a ladder; null: all get one."""
     seed_sd: float | None
-    """Expected standard deviation, over seeds, of the mean difference between two ranks, in nats per item; null:
-    unknown."""
+    """Expected standard deviation over seeds of two ranks' mean difference, in nats per item; null: unknown."""
     item_sd: float | None
     """Expected standard deviation, over items, of the difference between two ranks, in nats; null: unknown."""
 

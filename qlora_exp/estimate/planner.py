@@ -240,6 +240,7 @@ class Planner:
             reason=fit.reason if budget_problem is None else f"{budget_problem.what}; {fit.reason}",
             notes=(
                 *device_notes(config, device, architecture),
+                *(self._counter.warnings(config) if self._counter is not None else ()),
                 *([rank_note] if rank_note else []),
                 *([f"rows are padded: {estimate.padded_because}"] if _pads_unasked(config, estimate) else []),
                 *([micro_batch_note(config, estimate.micro_batch_tokens)] if estimate.micro_batch_tokens else []),

@@ -56,6 +56,11 @@ class RowCounter:
             self._cut[key, length] = tokenized.cut_at(length) if tokenized is not None else None
         return self._cut[key, length]
 
+    def warnings(self, config: Config) -> tuple[str, ...]:
+        """Return the warnings on the rows of ``config``'s task, if :meth:`of` could read them."""
+        tokenized = self._tokenized.get((repr(config.model), repr(config.task), resolve_format(config)))
+        return tokenized.warnings if tokenized is not None else ()
+
 
 def lengths_of(splits: Splits, limit: int) -> RowLengths:
     """Return the lengths of loaded training rows, each row cut at ``limit`` tokens."""
@@ -90,6 +95,7 @@ class _TokenizedRows:
     options: bool
     """The completions are options, which can't be cut."""
     drop: bool
+    warnings: tuple[str, ...]
 
     def cut_at(self, max_length: int) -> PlannedRows | None:
         drawn = [cut for row in self.drawn if (cut := _cut_lengths(row, max_length, self.options)) is not None]
@@ -130,7 +136,8 @@ def _tokenize_rows(config: Config) -> _TokenizedRows | None:
         return None
     format = resolve_format(config)
     check_tokenizer(tokenizer, format)
-    rows = load_rows(config.task).train
+    splits = load_rows(config.task)
+    rows = splits.train
     drawn: Sequence[Example] = rows
     longest: Sequence[Example] = ()
     if len(rows) > SAMPLED_ROWS + LONGEST_ROWS:
@@ -144,6 +151,7 @@ def _tokenize_rows(config: Config) -> _TokenizedRows | None:
         longest=_tokens(longest, tokenizer, format, config),
         options=config.task.kind is TaskKind.classification,
         drop=config.task.invalid_rows is InvalidRows.drop,
+        warnings=splits.warnings,
     )
 
 

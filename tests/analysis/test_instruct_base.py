@@ -16,7 +16,7 @@ import made_up
 from qlora_exp.analysis.configurations import Measure, configurations
 from qlora_exp.analysis.contrasts import Difference, ItemScores, Side, difference, holm
 from qlora_exp.analysis.instruct_base import InstructBase, compare_variants, ladder_ranks
-from qlora_exp.analysis.instruct_base_words import instruct_section, paragraph, variant_recommendation
+from qlora_exp.analysis.instruct_base_words import instruct_section, primary_lead, variant_recommendation
 from qlora_exp.analysis.margin import Margin, MarginUnit, parse_margin
 from qlora_exp.analysis.recommendation import ComparisonVerdict, comparison_verdict, share_of_loss
 from qlora_exp.analysis.report_content import StudyInfo
@@ -48,6 +48,11 @@ def compared(records: list[RunRecord], items: ItemScores | None = None, **option
     found = compare_variants(configurations(records, LOSS), items, **options)
     assert found is not None
     return found
+
+
+def paragraph(found: InstructBase) -> str:
+    """What the card and the section say."""
+    return " ".join([primary_lead(found), *instruct_section(found).paragraphs])
 
 
 def told(records: list[RunRecord], **options: Any) -> str:
@@ -365,11 +370,15 @@ def test_equal_tokens_are_checked_or_said_not_to_be() -> None:
 def test_a_baseline_that_is_not_beaten_is_said_so_plainly() -> None:
     def against(majority: float, linear: float) -> str:
         baselines = Baselines("test", "act", majority, 0.1, linear, linear, 30.0)
-        return told([run.replace(baselines=baselines) for run in study(0.5)])  # accuracy 0.5
+        runs = [run.replace(baselines=baselines) for run in study(0.5)]  # accuracy 0.5 of 1,000 items
+        return " ".join(instruct_section(compared(runs)).points)
 
-    assert "does not even beat always answering 'act' (0.600" in against(0.6, 0.7)
-    assert "does not beat TF-IDF with logistic regression (0.700" in against(0.2, 0.7)
-    assert "is above that of TF-IDF with logistic regression (0.400" in against(0.2, 0.4)
+    assert "is below that of always answering 'act' (0.600 on test): -10 points (95 % CI -14 to -5.7)" in against(
+        0.6, 0.7
+    )
+    assert "is below that of TF-IDF with logistic regression (0.700 on test): -20 points" in against(0.2, 0.7)
+    assert "is above that of TF-IDF with logistic regression (0.400 on test): +10 points" in against(0.2, 0.4)
+    assert "isn't shown to differ from that of TF-IDF with logistic regression (0.510" in against(0.2, 0.51)
 
 
 def test_an_untouched_model_has_no_seed_and_one_pair_is_all_there_is() -> None:
@@ -388,6 +397,8 @@ def test_the_section_shows_every_contrast_the_lines_to_beat_and_what_prompts_are
     assert any(name.startswith("primary: instruct") for name in names)
     assert "baseline: TF-IDF with logistic regression" in names
     assert any("prompts are made of" in caption for caption in captions)
-    assert "after tuning" in {trace["name"] for trace in section.figures[0]["data"]}
-    lines = [(shape["name"], shape["y0"]) for shape in section.figures[0]["layout"]["shapes"]]
+    differences, accuracies = section.figures
+    assert "primary: instruct over base, after tuning" in differences["data"][0]["y"]
+    assert "after tuning" in {trace["name"] for trace in accuracies["data"]}
+    lines = [(shape["name"], shape["y0"]) for shape in accuracies["layout"]["shapes"]]
     assert lines[0] == ("baseline: always act, 0.200", 0.2)

@@ -11,11 +11,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import made_up
 
 from qlora_exp.analysis.configurations import Configuration, Measure, configurations, measure_of
+from qlora_exp.analysis.quantization import compare_targets
 from qlora_exp.analysis.tradeoffs import (
     ParetoStatus,
     equal_parameters_hint,
     front,
-    target_contrasts,
     targets_at_equal_parameters,
 )
 from qlora_exp.records.types import RunRecord
@@ -76,9 +76,10 @@ def test_targets_are_compared_at_equal_rank_and_at_equally_many_parameters() -> 
         made_up.run(1, targets="attention", r=8, loss=1.7),
         made_up.run(2, targets="attention", r=22, loss=1.6),
     ]
-    (at_rank,) = target_contrasts(of(*records), LOSS)
+    at_rank = compare_targets(of(*records), LOSS)
+    assert at_rank is not None
     (at_parameters,) = targets_at_equal_parameters(of(*records), LOSS)
-    assert at_rank.gain.mean == pytest.approx(-0.2)
+    assert at_rank.contrasts[0].difference.value == pytest.approx(-0.2)
     assert at_parameters.gain.mean == pytest.approx(-0.1)
     assert at_parameters.parameters_ratio == pytest.approx(1.0, abs=0.1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 import subprocess
 import sys
 import time
@@ -16,10 +17,11 @@ import numpy as np
 import pytest
 from studies import ENVIRONMENT
 
+from qlora_exp.analysis.ladder_sections import gains_figure, ladder_sections
+from qlora_exp.analysis.ladder_views import ladder_views
 from qlora_exp.analysis.power import Noise, half_width
 from qlora_exp.analysis.rank_rule import StepVerdict
 from qlora_exp.analysis.report_content import StudyInfo
-from qlora_exp.analysis.sections import ladder_sections
 from qlora_exp.cli import main
 from qlora_exp.config.schema import LadderConfig, LrPolicy
 from qlora_exp.errors import QloraExpError
@@ -504,24 +506,24 @@ def test_the_report_has_the_ladders_own_figures_words_and_warnings() -> None:
     ladders = [LadderSettings({"model.variant": variant}, CENTRE, 0.0, "2r") for variant in ("base", "instruct")]
     spec = spec_of(*ladders)
     base, instruct = found = answers(spec, play(spec, gains(0.07, 0.0, 0.0)))
-    sections = ladder_sections([StudyInfo("doubling", ladders=found)])
-    assert [section.title for section in sections] == [
-        "Rank doubling: model.variant=base",
-        "Rank doubling: model.variant=instruct",
-    ]
+    sections = ladder_sections(ladder_views([StudyInfo("doubling", ladders=found)], []))
+    assert [section.title for section in sections] == ["Rank doubling: base", "Rank doubling: instruct"]
     for section, one in zip(sections, (base, instruct), strict=True):
         assert section.paragraphs[0] == one["sentence"]
-        assert f"{one['spent']['runs']} runs" in section.paragraphs[1]
+        assert f"{one['spent']['runs']} runs" in section.paragraphs[-1]
         assert section.points == tuple(one["warnings"])
-        [table], [figure] = section.tables, section.figures
-        steps = one["comparisons"]
-        assert table.rows == tuple(
+        [table], steps = section.tables, one["comparisons"]
+        # Without the runs' records the loss is unknown, and gains are in nats per item.
+        assert [row[:5] for row in table.rows] == [
             (f"{s['from_rank']} → {s['to_rank']}", s["decision"], s["gain"], s["low"], s["high"]) for s in steps
-        )
-        drawn = figure["data"][0]
-        assert drawn["y"] == [step["gain"] for step in steps]
+        ]
+    figure = gains_figure(ladder_views([StudyInfo("doubling", ladders=found)], []))
+    assert figure is not None
+    for drawn, one in zip(figure["data"], (base, instruct), strict=True):
+        steps = one["comparisons"]
+        assert drawn["y"] == pytest.approx([step["gain"] / step["doublings"] for step in steps])
         assert [y + up for y, up in zip(drawn["y"], drawn["error_y"]["array"], strict=True)] == pytest.approx(
-            [step["high"] for step in steps]
+            [step["high"] / step["doublings"] for step in steps]
         )
 
 
@@ -665,3 +667,42 @@ def test_a_lost_database_is_made_again_and_the_ladder_resumed(
     assert ladder["sentence"] in told
     [command] = [line for line in told.splitlines() if line.startswith("qlora-exp run ")]
     assert f"lora.r={ladder['recommended_rank']} seed=3 " in command
+
+
+def test_the_command_that_settles_an_inconclusive_ladder_runs_and_best_shows_the_rank_to_use(
+    elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["sweep.ladder.r_max=4", "sweep.ladder.seeds=2", "sweep.ladder.max_seeds=2", "sweep.name=the study"]
+    assert (
+        main(
+            [
+                "sweep",
+                "rank_doubling",
+                *ASLEEP,
+                *SMALL,
+                *few,
+                "sweep.ladder.margin=0.094",
+                "sweep.ladder.half_zone=0.005",
+            ]
+        )
+        == 0
+    )
+    shown = capsys.readouterr().out
+    file = OutputPaths.of("outputs").study("the study").ladder
+    [ladder] = json.loads(file.read_text())["ladders"]
+    assert (ladder["decision"], ladder["recommended_rank"], ladder["use_rank"]) == ("inconclusive", None, 2)
+    assert ladder["settle_command"].startswith("qlora-exp resume 'the study' sweep.ladder.max_seeds=")
+    assert f"to settle it: {ladder['settle_command']}" in shown
+
+    assert main(["best", "the study"]) == 0
+    shown = capsys.readouterr().out
+    assert "Use r = 2." in shown
+    assert [line for line in shown.splitlines() if line.startswith("qlora-exp run ") and "lora.r=2 " in line]
+
+    assert main(shlex.split(ladder["settle_command"])[1:]) == 0
+    shown = capsys.readouterr().out
+    [settled] = json.loads(file.read_text())["ladders"]
+    assert settled["decision"] in ("stop", "continue")
+    assert settled["seeds"]["2"] > 2
+    assert "raised from 2" in shown
+    assert main(["resume", "the study"]) == 0, "the study keeps its larger limit"
