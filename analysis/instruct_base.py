@@ -29,7 +29,6 @@ from qlora_exp.analysis.contrasts import (
 )
 from qlora_exp.analysis.margin import Margin
 from qlora_exp.analysis.recommendation import ComparisonVerdict, comparison_verdict, margin_in_score
-from qlora_exp.analysis.report_content import StudyInfo
 from qlora_exp.records.types import RunRecord, Scores
 
 CELLS = (("base", "plain"), ("base", "chat"), ("instruct", "plain"), ("instruct", "chat"))
@@ -205,23 +204,6 @@ def compare_variants(
         margin_text=str(margin) if margin is not None else None,
         notes=tuple(_notes(instruct, base, tuned, items)),
     )
-
-
-def ladder_ranks(studies: Sequence[StudyInfo]) -> Callable[[RunRecord], int | None]:
-    """Return a function that gives the rank to use of the ladder to which a run belongs; ``None``: it has none."""
-
-    def rank_of(run: RunRecord) -> int | None:
-        trial = run.trial
-        for study in studies:
-            if trial is None or trial.study != study.name:
-                continue
-            for answer in study.ladders:
-                rank = answer.get("use_rank") or answer.get("recommended_rank")
-                if rank is not None and (answer.get("axes") or {}).items() <= trial.params.items():
-                    return int(rank)
-        return None
-
-    return rank_of
 
 
 def check_equal_tokens(

@@ -15,8 +15,9 @@ import made_up
 
 from qlora_exp.analysis.configurations import Measure, configurations
 from qlora_exp.analysis.contrasts import Difference, ItemScores, Side, difference, holm
-from qlora_exp.analysis.instruct_base import InstructBase, compare_variants, ladder_ranks
+from qlora_exp.analysis.instruct_base import InstructBase, compare_variants
 from qlora_exp.analysis.instruct_base_words import instruct_section, primary_lead, variant_recommendation
+from qlora_exp.analysis.ladder_views import ladder_views, rank_to_use
 from qlora_exp.analysis.margin import Margin, MarginUnit, parse_margin
 from qlora_exp.analysis.recommendation import ComparisonVerdict, comparison_verdict, share_of_loss
 from qlora_exp.analysis.report_content import StudyInfo
@@ -179,9 +180,9 @@ def test_each_variant_is_compared_at_the_rank_that_its_ladder_says_to_use() -> N
         {"axes": {"model.variant": "instruct"}, "use_rank": 8, "recommended_rank": None, "decision": "inconclusive"},
         {"axes": {"model.variant": "base"}, "recommended_rank": 16, "decision": "continue"},
     ]
-    found = compared(runs, rank_of=ladder_ranks([StudyInfo("made-up", ladders=answers)]))
+    found = compared(runs, rank_of=rank_to_use(ladder_views([StudyInfo("made-up", ladders=answers)], runs)))
     assert (found.instruct.configuration.rank, found.base.configuration.rank) == (8, 16)
-    of_another = compared(runs, rank_of=ladder_ranks([StudyInfo("another", ladders=answers)]))
+    of_another = compared(runs, rank_of=rank_to_use(ladder_views([StudyInfo("another", ladders=answers)], runs)))
     assert (of_another.instruct.configuration.rank, of_another.base.configuration.rank) == (16, 16)
 
 
