@@ -250,7 +250,10 @@ def gains(
         return None
     traces: list[Figure] = []
     edges = [0.0]
+    # The order in which ranks double, for all ladders.
+    order = sorted({_step_label(step) for steps in drawn.values() for step in steps}, key=_ranks_of)
     for number, (name, steps) in enumerate(drawn.items()):
+        x = [_step_label(step) for step in steps]
         factors = [scale / step.doublings for step in steps]
         y = [step.gain * factor for step, factor in zip(steps, factors, strict=True)]
         high = [None if s.high is None else s.high * f for s, f in zip(steps, factors, strict=True)]
@@ -260,13 +263,13 @@ def gains(
         below = [0 if bottom is None else at - bottom for bottom, at in zip(low, y, strict=True)]
         trace = {
             "type": "scatter",
-            "mode": "markers+text",
+            "mode": "markers",
             "name": escape(name),
-            "x": [step.name + (" (per doubling)" if step.doublings > 1 else "") for step in steps],
+            "x": x,
             "y": y,
             "error_y": error | {"symmetric": False, "arrayminus": below},
-            "text": [f"  {escape(step.decision)}" for step in steps],
-            "textposition": "middle right",
+            "text": [escape(step.decision) for step in steps],
+            "offsetgroup": str(number),
             "hovertemplate": "%{x}: %{y:.3g}<br>%{text}<extra>" + escape(name) + "</extra>",
             "marker": {
                 "size": 11,
@@ -275,7 +278,11 @@ def gains(
             },
             "showlegend": len(drawn) > 1,
         }
-        traces.append(trace)
+        # The decision stands above its interval.
+        tops = [at if top is None else top for top, at in zip(high, y, strict=True)]
+        labels = {"type": "scatter", "mode": "text", "x": x, "y": tops, "text": trace["text"], "hoverinfo": "skip"}
+        labels |= {"textposition": "top center", "offsetgroup": str(number), "showlegend": False}
+        traces += [trace, labels]
     layout = _layout("doubling of the rank", f"gain, {unit}") | {"scattermode": "group", "scattergap": 0.6}
     shown = [(name, margin * scale) for name, (margin, _) in margins.items() if name in drawn]
     layout["shapes"], layout["annotations"] = [], []
@@ -293,18 +300,14 @@ def gains(
         place = {"xref": "paper", "x": 0, "xanchor": "left", "y": at, "yanchor": "bottom", "showarrow": False}
         layout["annotations"].append(place | words)
         edges.append(at)
-    # The order in which ranks double, for all ladders.
-    names = {name: _ranks_of(name) for trace in traces for name in trace["x"]}
-    layout["xaxis"] |= {
-        "type": "category",
-        "categoryorder": "array",
-        "categoryarray": sorted(names, key=names.__getitem__),
-    }
-    # Room for the decision's name to the right of the last mark.
-    layout["xaxis"]["range"] = [-0.6, len(names) - 0.2]
+    layout["xaxis"] |= {"type": "category", "categoryorder": "array", "categoryarray": order}
     padding = 0.06 * (max(edges) - min(edges))
-    layout["yaxis"]["range"] = [min(edges) - padding, max(edges) + padding]
+    layout["yaxis"]["range"] = [min(edges) - padding, max(edges) + 2 * padding]
     return {"data": traces, "layout": layout}
+
+
+def _step_label(step: GainPoint) -> str:
+    return step.name + (" (per doubling)" if step.doublings > 1 else "")
 
 
 def _colour(name: str, number: int) -> str:
@@ -397,7 +400,7 @@ def accuracy_by_cell(
     for number, label in enumerate(("before tuning", "with examples", "after tuning")):
         estimates = [of_cell[number] for _, of_cell in cells]
         if any(estimate is not None for estimate in estimates):
-            trace = {"type": "bar", "name": label, "x": names, "marker": {"color": PALETTE[number]}}
+            trace: Figure = {"type": "bar", "name": label, "x": names, "marker": {"color": PALETTE[number]}}
             trace |= {"y": [estimate.mean if estimate else None for estimate in estimates]}
             trace |= {"error_y": _error([estimate.half_width() if estimate else None for estimate in estimates])}
             traces.append(trace | {"hovertemplate": "%{x}, " + label + ": %{y:.3f}<extra></extra>"})

@@ -128,7 +128,8 @@ def build(
             choice = choose(candidates, views, measure)
             quantizations = compare_quantizations(candidates, measure, items, margin)
             targets = compare_targets(candidates, measure, items, margin)
-            goal = goal_answer(candidates, choice.configuration if choice is not None else None, items)
+            by_ladder = choice.configuration if choice is not None and choice.ladder is not None else None
+            goal = goal_answer(candidates, by_ladder, items)
         metric = task_metric_of(candidates)
         shown.append(_Compared(group, measure, candidates, comparison, choice, metric, quantizations, targets, goal))
     first = shown[0]

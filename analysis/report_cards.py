@@ -22,16 +22,15 @@ def rank_card(ladders: Sequence[LadderView], choice: Choice | None, ranks: Seque
             verdict = f"Only r = {ranks[0]} was run" if ranks else "No rank was scored"
             return Card("rank", question, CardStatus.NOT_ASKED, verdict, command=sweep)
         many = ", ".join(map(str, ranks))
-        evidence = (f"r = {many} were run. The plots below describe them; a ladder decides.",)
+        described = (f"r = {many} were run. The plots below describe them; a ladder decides.",)
         verdict = f"r = {choice.configuration.rank} for now: best on validation" if choice else "No rank was chosen"
-        return Card("rank", question, CardStatus.OPEN, verdict, evidence, command=sweep, section="rank")
+        return Card("rank", question, CardStatus.OPEN, verdict, described, command=sweep, section="rank")
     first = choice.ladder if choice is not None and choice.ladder is not None else ladders[0]
     ordered = [first, *(view for view in ladders if view is not first)]
     several = len(ordered) > 1
     evidence = [
         f"{view.name.capitalize()}: {_ladder_evidence(view)}" if several else _ladder_evidence(view) for view in ordered
     ]
-    settled = all(view.settled for view in ordered)
     verdict = "; ".join(_named(view, ladder_verdict(view), several) for view in ordered)
     costs = [cost for view in ordered if (cost := _ladder_cost(view, several)) is not None]
     left = [view for view in ordered if not view.settled and view.answer.get("would_settle")]
@@ -39,7 +38,7 @@ def rank_card(ladders: Sequence[LadderView], choice: Choice | None, ranks: Seque
     return Card(
         "rank",
         question,
-        CardStatus.SETTLED if settled else CardStatus.OPEN,
+        CardStatus.SETTLED if first.settled else CardStatus.OPEN,
         verdict[0].upper() + verdict[1:],
         tuple(evidence),
         " ".join(costs) or None,
