@@ -13,11 +13,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-from qlora_exp.analysis.comparable import answering_scores, finite_score
+from qlora_exp.analysis.comparable import answering_scores, base_model_scores, finite_score
 from qlora_exp.errors import AnalysisError, nearest
 from qlora_exp.records.types import RunRecord
 
@@ -72,13 +73,11 @@ class Margin:
 
     def __str__(self) -> str:
         """Return the margin as a user writes it, e.g. ``0.25%``."""
-        if self.unit is MarginUnit.SCORE:
-            return f"{self.value:g}"
-        if self.unit is MarginUnit.SHARE_OF_LOSS:
-            return f"{100 * self.value:g}%"
         if self.unit is MarginUnit.SHARE_OF_TUNING_GAIN:
-            return f"{100 * self.value:g}{self.unit}"
-        return f"{self.value:g} {self.unit}"
+            return f"{self.number:g}{self.unit}"
+        return f"{self.number:g}" + {MarginUnit.SCORE: "", MarginUnit.SHARE_OF_LOSS: "%"}.get(
+            self.unit, f" {self.unit}"
+        )
 
     def per_item(self, levels: Levels) -> float:
         """Return the margin in nats per item.
@@ -101,6 +100,12 @@ class Margin:
             problem = f"the margin {self} has no size: {what} is {level:.3g}, not above 0"
             raise AnalysisError(problem, "margin", "use 0.1 nats_per_item")
         return self.value * level
+
+    @property
+    def number(self) -> float:
+        """The number that the user wrote: 0.25 for ``0.25%``. A half-zone and expected noise are in the same terms."""
+        relative = self.unit in (MarginUnit.SHARE_OF_LOSS, MarginUnit.SHARE_OF_TUNING_GAIN)
+        return 100 * self.value if relative else self.value
 
     @property
     def needs_levels(self) -> bool:
@@ -147,6 +152,25 @@ def _unit(written: str, bare_unit: MarginUnit, text: str, where: str) -> MarginU
     suggestion = "" if close.startswith("valid") else f"{close} "
     hint = f"{suggestion}Units: {', '.join(valid)}; for example {EXAMPLES}"
     raise AnalysisError(f"unknown unit {written!r} in the margin {text!r}", where, hint)
+
+
+def levels_of(records: Sequence[RunRecord]) -> Levels | None:
+    """Return the mean levels of these runs on the split that answers; ``None`` if no run has a loss."""
+    scores = [(answering_scores(record), base_model_scores(record)) for record in records]
+    losses = [loss for after, _ in scores if (loss := finite_score(after, "loss_per_item")) is not None]
+    tokens = [
+        per_item / per_token
+        for after, _ in scores
+        if (per_item := finite_score(after, "loss_per_item")) and (per_token := finite_score(after, "loss"))
+    ]
+    gains = [
+        before - after
+        for tuned, base in scores
+        if (after := finite_score(tuned, "loss_per_item")) is not None
+        and (before := finite_score(base, "loss_per_item")) is not None
+    ]
+    tokens_per_item, gain = (fmean(values) if values else None for values in (tokens, gains))
+    return Levels(fmean(losses), tokens_per_item, gain) if losses else None
 
 
 @dataclass(frozen=True)

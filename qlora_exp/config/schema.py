@@ -374,23 +374,25 @@ class LadderConfig:
     pilot_seed: int
     pilot_seeds: int
     """Pilot runs that choose learning rates have the seeds pilot_seed, pilot_seed + 1 …; decisions don't use them."""
-    margin: float | None
-    """The smallest gain of a doubling that is worth its cost, in nats per test item; required.
+    margin: Any
+    """The smallest gain of a doubling that is worth its cost: ``0.25%`` (of the loss at r_start),
+    ``0.1 nats_per_item`` (or 0.1), ``0.002 nats_per_token`` or ``1% of the tuning gain``.
 
     If r_max is r_start, nothing is doubled and no margin is needed: each point of the other axes gets its learning rate
     and its seeds.
     """
     half_zone: float | None
-    """Gains within margin ± half_zone may be decided either way; null: margin / 2."""
+    """Gains within margin ± half_zone may be decided either way, in the margin's unit (0.1 is 0.1 % beside 0.25%);
+    null: margin / 2."""
     lr_policy: LrPolicy
     lr_factors: list[float]
     """Factors of training.learning_rate (r_start) or the carried rate: ∝ r^−½ for alpha = 2r and r, else constant."""
     stop_pilots: bool
     """Stop pilots whose training loss is clearly behind another one's of their rank and seed (docs/statistics.md)."""
     seed_sd: float | None
-    """Expected standard deviation over seeds of two ranks' mean difference, in nats per item; null: unknown."""
+    """Expected standard deviation over seeds of two ranks' mean difference, in the margin's unit; null: unknown."""
     item_sd: float | None
-    """Expected standard deviation, over items, of the difference between two ranks, in nats; null: unknown."""
+    """Expected standard deviation over items of two ranks' difference, in the margin's unit; null: unknown."""
 
 
 @dataclass

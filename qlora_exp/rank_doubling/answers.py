@@ -28,12 +28,15 @@ from qlora_exp.rank_doubling.ladder import (
 )
 from qlora_exp.rank_doubling.ladder_trials import LadderTrial
 from qlora_exp.rank_doubling.learning_rates import LearningRateChoice
+from qlora_exp.rank_doubling.margins import margin_fields
 from qlora_exp.rank_doubling.settings import (
     EDITION,
     RANK,
     SEED,
     SPLIT,
     is_single_rank,
+    margin_of,
+    rule_in_margin_units,
     rule_of,
     seed_limit,
     seed_plan,
@@ -61,8 +64,9 @@ def announce(spec: StudySpec, config: LadderConfig) -> None:
         return
     raw = compose_raw(spec.overrides)
     limits = [limit for limit in (raw.evaluation.max_items, raw.task.max_test_items) if limit is not None]
-    rule, items = rule_of(spec.ladder), min(limits, default=None)
-    settles, sentence = plan_sentence(rule, config.seed_sd, config.item_sd, items, seed_plan(spec.ladder))
+    rule, items = rule_in_margin_units(spec.ladder), min(limits, default=None)
+    unit = margin_of(spec.ladder).unit.replace("_", " ")
+    settles, sentence = plan_sentence(rule, config.seed_sd, config.item_sd, items, seed_plan(spec.ladder), unit)
     print(f"  {'' if settles else 'warning: '}{sentence}", file=sys.stderr, flush=True)
     if spec.ladder.edition < EDITION:
         kept = f"lr_policy={spec.ladder.lr_policy}, max_seeds={spec.ladder.max_seeds}"
@@ -99,6 +103,8 @@ def answers(spec: LadderSpec, trials: Sequence[LadderTrial], resume: str | None 
 
     It has the keys of :func:`~qlora_exp.analysis.rank.as_object` (none of them if a single rank is run), and
 
+    * ``margin_text``: the margin as the user wrote it; ``margin_units``: its size in each unit
+      (:class:`~qlora_exp.analysis.margin.MarginUnits`); ``None``: unknown;
     * ``settle_command``: a command that adds the seeds with which an undecided ladder would probably be decided, or
       that runs what is missing; ``None``: decided, or no number of seeds up to the limit is enough;
     * ``status``: ``open``, ``decided`` or ``failed``; ``axes``; ``alpha``; ``lr_policy``; ``learning_rates`` with their
@@ -115,13 +121,19 @@ def answers(spec: LadderSpec, trials: Sequence[LadderTrial], resume: str | None 
 
 
 def plan_sentence(
-    rule: Rule, seed_sd: float | None, item_sd: float | None, items: int | None, seeds: SeedPlan
+    rule: Rule,
+    seed_sd: float | None,
+    item_sd: float | None,
+    items: int | None,
+    seeds: SeedPlan,
+    unit: str = LOSS_UNIT,
 ) -> tuple[bool, str]:
     """Return whether the planned seeds and items can settle the margin given the expected noise, and a sentence about
     it.
 
     Args:
-        seed_sd, item_sd: expected standard deviations, in nats per item and nats; ``None``: unknown.
+        rule: in ``unit``, which needn't be nats: what a share of the loss is in nats is unknown before training.
+        seed_sd, item_sd: expected standard deviations in the same unit; ``None``: unknown.
         items: test items; ``None``: not limited, so not known before the data are read.
     """
     if seed_sd is not None and item_sd is not None and items is not None:
@@ -131,12 +143,12 @@ def plan_sentence(
     settles = seed_sd is None or seed_sd <= max_seed_sd
     sentence = (
         f"With at most {seeds.most} seeds per rank, the margin can be decided if the standard deviation of a doubling's"
-        f" gain is at most {max_seed_sd:.2g} {LOSS_UNIT} between seeds"
+        f" gain is at most {max_seed_sd:.2g} {unit} between seeds"
     )
     if items is not None:
         max_item_sd = rule.half_zone / half_width(Noise(0.0, 1.0), seeds, items)
         settles = settles and (item_sd is None or item_sd <= max_item_sd)
-        sentence += f", and below {max_item_sd:.2g} nats between items ({items} items)"
+        sentence += f", and below {max_item_sd:.2g} {unit} between items ({items} items)"
     known = [f"{sd:g} between {what}" for sd, what in ((seed_sd, "seeds"), (item_sd, "items")) if sd is not None]
     sentence += f"; expected: {', '.join(known)}." if known else "; the expected deviations are unknown."
     return settles, sentence
@@ -147,18 +159,24 @@ def _answer_object(
 ) -> dict[str, Any]:
     state = evaluate_ladder(spec, ladder, trials)
     answer_object: dict[str, Any] = {}
-    found, last, saves = rank_answer(spec, state), None, None
+    found, last, saves, rule = rank_answer(spec, state), None, None, None
     if found is not None:
+        rule = found.rule
         answer_object = as_object(found)
         if state.needs and found.verdict is not StepVerdict.CONTINUE:  # a step r → 2r may follow and decide
             answer_object |= {"decision": str(StepVerdict.BUY), "recommended_rank": None, "would_settle": None}
         last = deciding_step(found.comparisons)
         saves = _saves(last, state)
     elif not is_single_rank(spec):
-        rule = rule_of(spec)
+        rule = None if margin_of(spec).needs_levels else rule_of(spec)
         answer_object = {"decision": None, "recommended_rank": None, "use_rank": use_rank(spec, state)}
         answer_object |= {"regret_bound": None, "regret_rank": None, "comparisons": [], "would_settle": None}
-        answer_object |= {"margin": rule.margin, "half_zone": rule.half_zone}
+        answer_object |= {"margin": rule and rule.margin, "half_zone": rule and rule.half_zone}
+    margin_sentence = None
+    if not is_single_rank(spec):
+        fields = margin_fields(spec, rule, state.runs)
+        margin_sentence = fields.pop("sentence")
+        answer_object |= fields
     return answer_object | {
         "settle_command": _settle_command(spec, state, last, resume),
         "status": "open" if state.needs else "decided" if state.trouble is None else "failed",
@@ -174,7 +192,7 @@ def _answer_object(
         "saves": saves,
         "spent": _spent([trial for trial in trials if trial.ended and ladder.axes.items() <= trial.params.items()]),
         "warnings": _warnings(spec, state, last),
-        "sentence": " ".join(_sentences(spec, ladder, state, found, saves)),
+        "sentence": " ".join(_sentences(spec, ladder, state, found, saves, margin_sentence)),
     }
 
 
@@ -239,6 +257,7 @@ def _sentences(
     state: LadderState,
     found: RankAnswer | None,
     saves: Mapping[str, Any] | None,
+    margin_sentence: str | None,
 ) -> list[str]:
     if found is None and is_single_rank(spec) and not state.needs and not state.trouble:
         return [_learning_rate_words(spec, ladder, state.choices)]
@@ -246,7 +265,7 @@ def _sentences(
         rank = use_rank(spec, state)
         words = f"No answer: {state.trouble}." if state.trouble else "Nothing is decided yet."
         return [words] if rank is None else [f"Use r = {rank} for now. {words}"]
-    sentences = [found.sentence]
+    sentences = [found.sentence, *([margin_sentence] if margin_sentence else [])]
     if state.needs:
         sentences.append("The ladder isn't finished.")
     if state.trouble:

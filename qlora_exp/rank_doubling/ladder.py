@@ -26,6 +26,7 @@ from qlora_exp.errors import AnalysisError
 from qlora_exp.paths import StudyPaths
 from qlora_exp.rank_doubling.ladder_trials import LadderTrial, ended_trial, trial_key
 from qlora_exp.rank_doubling.learning_rates import LearningRateChoice, best_rate, carried_or_better_rate
+from qlora_exp.rank_doubling.margins import start_levels
 from qlora_exp.rank_doubling.settings import (
     EDITION,
     RANK,
@@ -214,7 +215,7 @@ class _LadderEvaluation:
                     raise
 
     def _rule(self, losses: Mapping[int, Array]) -> Rule:
-        return rule_of(self.spec)
+        return rule_of(self.spec, start_levels(self.spec, {rank: list(self._runs(rank)) for rank in losses}))
 
     def _request_runs(self, rank: int, seeds: int) -> None:
         self.seeds[rank] = max(self.seeds.get(rank, 0), seeds)

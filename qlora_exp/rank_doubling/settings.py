@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+from qlora_exp.analysis.margin import Levels, Margin, MarginUnit, parse_margin
 from qlora_exp.analysis.rank_rule import MAX_SEEDS, MIN_SEEDS, Rule, SeedPlan, make_rule
 from qlora_exp.config.compose import compose_raw
 from qlora_exp.config.interpolations import unresolved_texts
@@ -41,7 +42,14 @@ def ladder_of(settings: SweepConfig, fixed: Sequence[str], others: tuple[Axis, .
     hint = "set sweep.ladder.r_start, r_max, seeds and lr_factors instead, or use another sampler"
     raise_all([ConfigError("the ladder sets this key itself", f"{key}=…", hint) for key in fixed_keys])
     ladders = [_ladder_at(fixed, point, settings.ladder.r_start) for point in grid(others)]
-    return resolve(settings.ladder, int(compose_raw(fixed).seed), ladders)
+    raw = compose_raw(fixed)
+    spec = resolve(settings.ladder, int(raw.seed), ladders)
+    gain = spec.margin is not None and margin_of(spec).unit is MarginUnit.SHARE_OF_TUNING_GAIN
+    if gain and (not raw.evaluation.before or str(raw.training.engine) == "sleep"):
+        what = f"the margin {spec.margin} has no size: these runs have no score before tuning"
+        hint = "evaluation.before=true, or a margin of 0.25% (of the loss)"
+        raise ConfigError(what, f"sweep.ladder.margin={spec.margin}", hint)
+    return spec
 
 
 def _ladder_at(fixed: Sequence[str], point: dict[str, Any], r_start: int) -> LadderSettings:
@@ -72,18 +80,20 @@ def resolve(config: LadderConfig, first_seed: int, ladders: Sequence[LadderSetti
     where = "sweep.ladder"
     errors: list[QloraExpError] = []
     single = config.r_start == config.r_max
+    margin: Margin | None = None
     if config.margin is None and not single:
         what = "a ladder needs a margin, fixed before the first training"
         errors.append(
             ConfigError(
-                what, f"{where}.margin", "the smallest gain worth a doubling, in nats per item, for example 0.05"
+                what, f"{where}.margin", "the smallest gain worth a doubling: 0.25% (of the loss), or 0.1 nats_per_item"
             )
         )
-    elif config.margin is not None and doublings_of(config.r_start, config.r_max):
+    elif config.margin is not None:
         try:
-            make_rule(config.margin, config.half_zone)
+            margin = parse_margin(config.margin, where=f"{where}.margin={config.margin}")
+            make_rule(margin.number, config.half_zone)
         except AnalysisError as error:
-            errors.append(ConfigError(error.what, f"{where}.margin", error.hint))
+            errors.append(ConfigError(error.what, error.where or f"{where}.margin", error.hint))
     if config.r_start < 1 or not (single or config.r_start <= config.r_max // 2):
         what = f"there is no doubling from r = {config.r_start} to {config.r_max}"
         errors.append(ConfigError(what, f"{where}.r_max={config.r_max}", f"at least {2 * max(config.r_start, 1)}"))
@@ -126,7 +136,7 @@ def resolve(config: LadderConfig, first_seed: int, ladders: Sequence[LadderSetti
         seeds=config.seeds,
         first_seed=first_seed,
         pilot_seed=config.pilot_seed,
-        margin=config.margin,
+        margin=_stored(margin),
         half_zone=config.half_zone,
         lr_policy=config.lr_policy.value,
         lr_factors=tuple(factors),
@@ -177,10 +187,35 @@ def ranks_of(spec: LadderSpec) -> list[int]:
     return [spec.r_start << step for step in range(doublings_of(spec.r_start, spec.r_max) + 1)]
 
 
-def rule_of(spec: LadderSpec) -> Rule:
-    """Return the decision rule that the ladder's margin gives, for one doubling."""
+def _stored(margin: Margin | None) -> float | str | None:
+    """Return the margin as a study stores it: nats per item as a number, as earlier versions did."""
+    if margin is None:
+        return None
+    return margin.value if margin.unit is MarginUnit.NATS_PER_ITEM else str(margin)
+
+
+def margin_of(spec: LadderSpec) -> Margin:
     assert spec.margin is not None  # resolve() requires a margin unless there is a single rank
-    return make_rule(spec.margin, spec.half_zone)
+    return parse_margin(spec.margin)
+
+
+def rule_of(spec: LadderSpec, levels: Levels | None = None) -> Rule:
+    """Return the decision rule that the ladder's margin gives, for one doubling, in nats per item.
+
+    Args:
+        levels: what the margin is relative to; not needed for nats per item.
+
+    Raises:
+        AnalysisError: the margin is relative to something unknown.
+    """
+    margin = margin_of(spec)
+    size = margin.per_item(levels or Levels(math.nan))
+    return make_rule(size, None if spec.half_zone is None else spec.half_zone * size / margin.number)
+
+
+def rule_in_margin_units(spec: LadderSpec) -> Rule:
+    """Return the rule in the terms in which the user wrote the margin, e.g. in % of the loss."""
+    return make_rule(margin_of(spec).number, spec.half_zone)
 
 
 def seed_plan(spec: LadderSpec) -> SeedPlan:

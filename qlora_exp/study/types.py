@@ -65,8 +65,9 @@ class LadderSpec:
     first_seed: int
     pilot_seed: int
     """The pilots' first seed."""
-    margin: float | None
-    """Nats per test item; ``None`` only if a single rank is run and nothing is decided."""
+    margin: float | str | None
+    """As the user wrote it; a number is nats per test item. ``None`` only if a single rank is run and nothing is
+    decided."""
     half_zone: float | None
     lr_policy: str
     lr_factors: tuple[float, ...]
