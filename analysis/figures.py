@@ -283,7 +283,7 @@ def gains(
         labels = {"type": "scatter", "mode": "text", "x": x, "y": tops, "text": trace["text"], "hoverinfo": "skip"}
         labels |= {"textposition": "top center", "offsetgroup": str(number), "showlegend": False}
         traces += [trace, labels]
-    layout = _layout("doubling of the rank", f"gain, {unit}") | {"scattermode": "group", "scattergap": 0.6}
+    layout = _layout("doubling of the rank", f"gain, {unit}") | {"scattermode": "group", "scattergap": 0.25}
     shown = [(name, margin * scale) for name, (margin, _) in margins.items() if name in drawn]
     layout["shapes"], layout["annotations"] = [], []
     if shown and max(at for _, at in shown) <= MAX_MARGIN_RATIO * min(at for _, at in shown):

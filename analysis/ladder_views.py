@@ -167,7 +167,7 @@ def ladder_views(studies: Sequence[StudyInfo], records: Sequence[RunRecord]) -> 
     return views
 
 
-def rank_to_use(views: Sequence[LadderView]) -> Callable[[RunRecord], int | None]:
+def ladder_rank_of(views: Sequence[LadderView]) -> Callable[[RunRecord], int | None]:
     """Return a function that gives the rank to use of the ladder to which a run belongs; ``None``: it has none."""
     ranks = {run.run_id: view.use_rank for view in views for run in view.runs}
     return lambda run: ranks.get(run.run_id)

@@ -23,7 +23,7 @@ MAX_CURVES = 8
 """Configurations whose curves are drawn; each is read from at most MAX_SEEDS files."""
 MAX_SEEDS = 8
 MAX_FAINT = 24
-MAX_POINTS = 200
+MAX_DRAWN_POINTS = 200
 """Points drawn of a curve."""
 STOPPED = (Status.PRUNED, Status.DIVERGED, Status.OUT_OF_MEMORY, Status.INTERRUPTED, Status.FAILED)
 
@@ -113,7 +113,7 @@ def _curves_of(
 
 def _scaled(curve: Mapping[int, float], factor: float) -> dict[int, float]:
     steps = [step for step in sorted(curve) if math.isfinite(curve[step]) and curve[step] > 0]
-    kept = steps[:: max(1, -(-len(steps) // MAX_POINTS))]
+    kept = steps[:: max(1, -(-len(steps) // MAX_DRAWN_POINTS))]
     return {step: curve[step] * factor for step in kept}
 
 

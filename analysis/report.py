@@ -31,15 +31,22 @@ from qlora_exp.analysis.goals import GoalAnswer, goal_answer, goal_recommendatio
 from qlora_exp.analysis.instruct_base import InstructBase, compare_variants
 from qlora_exp.analysis.instruct_base_words import instruct_section, variant_recommendation
 from qlora_exp.analysis.ladder_sections import ladder_sections
-from qlora_exp.analysis.ladder_views import LadderView, ladder_views, rank_to_use
+from qlora_exp.analysis.ladder_views import LadderView, ladder_rank_of, ladder_views
 from qlora_exp.analysis.learning_curves import Curves, curves_section
 from qlora_exp.analysis.margin import Margin
 from qlora_exp.analysis.quantization import LevelComparison, compare_quantizations, compare_targets
 from qlora_exp.analysis.quantization_words import quantization_recommendation, targets_recommendation
 from qlora_exp.analysis.recommendation import study_margin
 from qlora_exp.analysis.report_cards import answer_card, baseline_card, not_asked_card, rank_card
-from qlora_exp.analysis.report_choice import Choice, TaskMetric, choose, ladder_picks, task_metric_of, use_sentence
-from qlora_exp.analysis.report_content import Card, CardStatus, ReportContent, Section, StudyInfo
+from qlora_exp.analysis.report_choice import (
+    ChosenConfiguration,
+    TaskMetric,
+    choose,
+    ladder_picks,
+    task_metric_of,
+    use_sentence,
+)
+from qlora_exp.analysis.report_content import AnswerCard, CardStatus, ReportContent, Section, StudyInfo
 from qlora_exp.analysis.searches import search_recommendation
 from qlora_exp.errors import AnalysisError, nearest
 from qlora_exp.records.types import RunRecord, Status
@@ -71,7 +78,7 @@ class _Compared:
     measure: Measure | None
     candidates: list[Configuration]
     comparison: InstructBase | None
-    choice: Choice | None
+    choice: ChosenConfiguration | None
     """The configuration to use; ``None`` without a score."""
     metric: TaskMetric | None
     quantizations: LevelComparison | None
@@ -122,7 +129,7 @@ def build(
         measure = measure_of(group.records)
         candidates = configurations(group.records, measure or Measure("loss_per_item", False))
         of_first = budgeted if group is groups[0] else ()
-        comparison = compare_variants(candidates, items, margin, runs.pilots, of_first, rank_to_use(views))
+        comparison = compare_variants(candidates, items, margin, runs.pilots, of_first, ladder_rank_of(views))
         choice = quantizations = targets = goal = None
         if measure is not None:
             choice = choose(candidates, views, measure)
@@ -202,7 +209,9 @@ def _split_words(group: Group) -> str:
     return f"{group.protocol.scored_items:,} {group.protocol.split} items"
 
 
-def _cards(first: _Compared, views: Sequence[LadderView], studies: Sequence[StudyInfo], margin: Margin) -> list[Card]:
+def _cards(
+    first: _Compared, views: Sequence[LadderView], studies: Sequence[StudyInfo], margin: Margin
+) -> list[AnswerCard]:
     """Return a card for each question: those that were asked first."""
     measure, candidates, choice = first.measure, first.candidates, first.choice
     if measure is None:
@@ -247,8 +256,8 @@ def only_section(report: ReportContent, name: str) -> ReportContent:
     if not chosen:
         names = [section.name for section in report.sections]
         raise AnalysisError(f"the report of these runs has no section {name!r}", "--only", nearest(name, names))
-    names = {section.name for section in chosen}
-    cards = tuple(card for card in report.cards if card.section in names)
+    shown = {section.name for section in chosen}
+    cards = tuple(card for card in report.cards if card.section in shown)
     return replace(report, question=None, headline=(), cards=cards, command=None, sections=tuple(chosen))
 
 

@@ -8,23 +8,23 @@ from qlora_exp.analysis.comparable import answering_scores
 from qlora_exp.analysis.configurations import Estimate
 from qlora_exp.analysis.ladder_views import LadderView
 from qlora_exp.analysis.recommendation import ComparisonVerdict, Recommendation
-from qlora_exp.analysis.report_choice import Choice, TaskMetric, difference_from_baseline, gain_words
-from qlora_exp.analysis.report_content import Card, CardStatus
+from qlora_exp.analysis.report_choice import ChosenConfiguration, TaskMetric, difference_from_baseline, gain_words
+from qlora_exp.analysis.report_content import AnswerCard, CardStatus
 from qlora_exp.formatting import bytes_text
 
 
-def rank_card(ladders: Sequence[LadderView], choice: Choice | None, ranks: Sequence[int]) -> Card:
+def rank_card(ladders: Sequence[LadderView], choice: ChosenConfiguration | None, ranks: Sequence[int]) -> AnswerCard:
     """Answer *which rank*: the chosen ladder first, the others after it."""
     question = "Which rank?"
     if not ladders:
         sweep = "qlora-exp sweep rank_doubling"
         if len(ranks) < 2:
             verdict = f"Only r = {ranks[0]} was run" if ranks else "No rank was scored"
-            return Card("rank", question, CardStatus.NOT_ASKED, verdict, command=sweep)
+            return AnswerCard("rank", question, CardStatus.NOT_ASKED, verdict, command=sweep)
         many = ", ".join(map(str, ranks))
         described = (f"r = {many} were run. The plots below describe them; a ladder decides.",)
         verdict = f"r = {choice.configuration.rank} for now: best on validation" if choice else "No rank was chosen"
-        return Card("rank", question, CardStatus.OPEN, verdict, described, command=sweep, section="rank")
+        return AnswerCard("rank", question, CardStatus.OPEN, verdict, described, command=sweep, section="rank")
     first = choice.ladder if choice is not None and choice.ladder is not None else ladders[0]
     ordered = [first, *(view for view in ladders if view is not first)]
     several = len(ordered) > 1
@@ -35,7 +35,7 @@ def rank_card(ladders: Sequence[LadderView], choice: Choice | None, ranks: Seque
     costs = [cost for view in ordered if (cost := _ladder_cost(view, several)) is not None]
     left = [view for view in ordered if not view.settled and view.answer.get("would_settle")]
     commands = [str(view.answer["settle_command"]) for view in left if view.answer.get("settle_command")]
-    return Card(
+    return AnswerCard(
         "rank",
         question,
         CardStatus.SETTLED if first.settled else CardStatus.OPEN,
@@ -90,14 +90,14 @@ def _ladder_cost(view: LadderView, several: bool) -> str | None:
     return _named(view, f"{sentence}.", several)
 
 
-def answer_card(name: str, answer: Recommendation, section: str | None) -> Card:
+def answer_card(name: str, answer: Recommendation, section: str | None) -> AnswerCard:
     """Return the card of a comparison's answer."""
     is_open = ComparisonVerdict.OPEN in answer.verdict
     verdict = f"Use {answer.use}" + (" for now" if is_open else "") if answer.use else "No answer"
     if name == "goal":
         verdict = f"{(answer.regret_against or 'the goal').removeprefix('the goal ').capitalize()}: {answer.verdict}"
     notes = [note for note in answer.notes if note]
-    return Card(
+    return AnswerCard(
         name,
         answer.question,
         CardStatus.OPEN if is_open else CardStatus.SETTLED,
@@ -110,13 +110,13 @@ def answer_card(name: str, answer: Recommendation, section: str | None) -> Card:
     )
 
 
-def not_asked_card(name: str, question: str, levels: Sequence[str], command: str) -> Card:
+def not_asked_card(name: str, question: str, levels: Sequence[str], command: str) -> AnswerCard:
     """Return the card of a question that these runs can't answer, with the sweep that asks it."""
     only = f"Only {levels[0]} was run" if len(levels) == 1 else "No two runs differ in this alone"
-    return Card(name, question, CardStatus.NOT_ASKED, only, command=command)
+    return AnswerCard(name, question, CardStatus.NOT_ASKED, only, command=command)
 
 
-def baseline_card(choice: Choice, metric: TaskMetric | None) -> Card | None:
+def baseline_card(choice: ChosenConfiguration, metric: TaskMetric | None) -> AnswerCard | None:
     """Compare the tuned model with the untuned one and with TF-IDF; ``None`` if there is no accuracy or baseline."""
     chosen = choice.configuration
     scores, baselines = answering_scores(chosen.first), chosen.first.baselines
@@ -144,7 +144,7 @@ def baseline_card(choice: Choice, metric: TaskMetric | None) -> Card | None:
         evidence.append(f"Before tuning it is {with_interval_short(before)}.")
     cost = "TF-IDF trains in seconds on a CPU." if high < 0 and linear is not None else None
     status = CardStatus.SETTLED if low > 0 or high < 0 else CardStatus.OPEN
-    return Card(
+    return AnswerCard(
         "baseline", "Better than a simple baseline?", status, verdict, tuple(evidence), cost, section="instruct-base"
     )
 

@@ -100,14 +100,16 @@ def difference_from_baseline(tuned: Estimate, baseline: float, items: int) -> Es
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenConfiguration:
     """The configuration to use, and the ladder that chose its rank, if one did."""
 
     configuration: Configuration
     ladder: LadderView | None
 
 
-def choose(configurations: Sequence[Configuration], ladders: Sequence[LadderView], measure: Measure) -> Choice | None:
+def choose(
+    configurations: Sequence[Configuration], ladders: Sequence[LadderView], measure: Measure
+) -> ChosenConfiguration | None:
     """Return what to use: each ladder's rank to use, and of these (without ladders, of all) the best on validation.
 
     The test split, on which the choice is then scored, chooses nothing. ``None`` without a score.
@@ -116,12 +118,12 @@ def choose(configurations: Sequence[Configuration], ladders: Sequence[LadderView
     best = best_on_validation([pick.configuration for pick in picks] or configurations, measure)
     if best is None:
         return None
-    return next((pick for pick in picks if pick.configuration is best), Choice(best, None))
+    return next((pick for pick in picks if pick.configuration is best), ChosenConfiguration(best, None))
 
 
 def ladder_picks(
     configurations: Sequence[Configuration], ladders: Sequence[LadderView], measure: Measure
-) -> list[Choice]:
+) -> list[ChosenConfiguration]:
     """Return the configuration at each ladder's rank to use; of several learning rates the best on validation."""
     picks = []
     for view in ladders:
@@ -129,11 +131,11 @@ def ladder_picks(
         at_rank = [c for c in configurations if c.rank == view.use_rank and any(run.run_id in runs for run in c.runs)]
         best = best_on_validation(at_rank, measure)
         if best is not None:
-            picks.append(Choice(best, view))
+            picks.append(ChosenConfiguration(best, view))
     return picks
 
 
-def use_sentence(choice: Choice, configurations: Sequence[Configuration], measure: Measure) -> str:
+def use_sentence(choice: ChosenConfiguration, configurations: Sequence[Configuration], measure: Measure) -> str:
     """Return the report's first line: variant, rank, quantization, learning rate, score with interval, cost, and what a
     doubling of the rank gains."""
     chosen = choice.configuration
@@ -150,7 +152,7 @@ def use_sentence(choice: Choice, configurations: Sequence[Configuration], measur
     return f"Use {', '.join(settings)}: {'; '.join(_results(choice, configurations, measure))}."
 
 
-def _results(choice: Choice, configurations: Sequence[Configuration], measure: Measure) -> list[str]:
+def _results(choice: ChosenConfiguration, configurations: Sequence[Configuration], measure: Measure) -> list[str]:
     chosen, metric = choice.configuration, task_metric_of(configurations)
     estimate = metric.tuned(chosen) if metric is not None else chosen.quality
     scores = answering_scores(chosen.first)

@@ -67,7 +67,7 @@ class CardStatus(StrEnum):
 
 
 @dataclass(frozen=True)
-class Card:
+class AnswerCard:
     """A question and its answer, short enough to be read at a glance."""
 
     name: str
@@ -98,7 +98,7 @@ class ReportContent:
     """All runs with raw values; the first column is the run's id."""
     made: str
     """When the report was made, and from how many runs."""
-    cards: tuple[Card, ...] = ()
+    cards: tuple[AnswerCard, ...] = ()
     command: str | None = None
     """Command that runs what the headline says to use."""
 

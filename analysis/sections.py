@@ -12,6 +12,7 @@ from qlora_exp.analysis.comparable import Group, answering_scores, base_model_sc
 from qlora_exp.analysis.configurations import (
     PEAK_PARTS,
     Configuration,
+    Estimate,
     Measure,
     known_mean,
     memory_by_part,
@@ -97,15 +98,14 @@ def configurations_section(
         *(("trainable state", "bytes"), ("memory", "bytes"), ("tokens/s", "figure"), ("training", "seconds")),
         ("cost", "usd"),
     )
-    rows = [
+    rows: list[tuple[DisplayedValue, ...]] = [
         (
-            *(c.label + (" ← use" if c is chosen else ""), c.first.config["training"]["learning_rate"]),
-            *(len(c.runs), c.quality and c.quality.mean, c.quality and c.quality.low, c.quality and c.quality.high),
-            *(e and e.mean, e and e.low, e and e.high),
+            *(c.label + (" ← use" if c is chosen else ""), c.first.config["training"]["learning_rate"], len(c.runs)),
+            *(*_ends(c.quality), *_ends(estimate)),
             *(known_mean(trainable_state_bytes(run) for run in c.runs), c.memory_bytes, c.tokens_per_second),
             *(c.train_seconds, c.cost_usd),
         )
-        for c, e in list(zip(ordered, estimates, strict=True))[:MAX_ROWS]
+        for c, estimate in list(zip(ordered, estimates, strict=True))[:MAX_ROWS]
     ]
     caption = f"{len(rows)} of {len(ordered)} configurations, the one to use first, then by the validation score"
     table = value_table(columns, rows, f"{caption}; low and high: 95 % CI")
@@ -114,6 +114,11 @@ def configurations_section(
     return Section(
         "configurations", "Configurations, and how to run the best", text, (table,), commands=commands, folded=False
     )
+
+
+def _ends(estimate: Estimate | None) -> tuple[float | None, float | None, float | None]:
+    """Return (mean, low, high); ``None`` is unknown."""
+    return (None, None, None) if estimate is None else (estimate.mean, estimate.low, estimate.high)
 
 
 def tradeoff_section(configurations: Sequence[Configuration], measure: Measure) -> Section:
@@ -279,10 +284,10 @@ def speed_section(records: Sequence[RunRecord]) -> Section:
 
 def importance_section(studies: Sequence[StudyInfo], completed: Sequence[RunRecord]) -> Section | None:
     importances = [
-        (objective, axes)
+        (objective, of_settings)
         for study in studies
         for objective, shares in study.importance.items()
-        if (axes := _of_settings(shares))
+        if (of_settings := _of_settings(shares))
     ]
     if not importances:
         return None

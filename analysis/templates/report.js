@@ -45,7 +45,8 @@ function draw(within = document) {
     if (!place.clientWidth) continue;
     const figure = data.figures[Number(place.dataset.figure)];
     const narrow = place.clientWidth < 500;
-    const layout = themed(coloured(figure.layout, isDark()), narrow, figure.data.length);
+    const named = figure.data.filter((trace) => trace.showlegend !== false).length;
+    const layout = themed(coloured(figure.layout, isDark()), narrow, named);
     Plotly.react(place, coloured(figure.data, isDark()), layout, {
       responsive: true,
       displaylogo: false,

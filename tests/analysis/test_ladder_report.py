@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,9 @@ def test_the_report_agrees_with_the_ladder_figure_by_figure(
     assert f"{ladder['margin']:.3g} nats per item" in section[1]
     assert re.search(r" USD |money", ladder["sentence"]) or not ladder["saves"]
     assert sum(ladder["seeds"].values()) == len((study.folder / "runs.csv").read_text().splitlines()) - 1
+
+    commands = re.findall(r"^\$ qlora-exp run (.*)$", text, re.MULTILINE)
+    assert len(commands) == 1, "the command that runs what to use stands in the report once"
+    assert f"lora.r={ladder['use_rank']}" in commands[0]
+    capsys.readouterr()
+    assert main(["plan", *shlex.split(commands[0])]) == 0

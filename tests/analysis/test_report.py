@@ -21,7 +21,15 @@ import made_up
 from qlora_exp.analysis import ladder_sections, sections
 from qlora_exp.analysis.ladder_views import ladder_views
 from qlora_exp.analysis.report import build
-from qlora_exp.analysis.report_content import Card, CardStatus, ReportContent, StudyInfo, to_csv, to_html, to_markdown
+from qlora_exp.analysis.report_content import (
+    AnswerCard,
+    CardStatus,
+    ReportContent,
+    StudyInfo,
+    to_csv,
+    to_html,
+    to_markdown,
+)
 from qlora_exp.cli import main
 from qlora_exp.errors import AnalysisError
 from qlora_exp.paths import OutputPaths
@@ -97,7 +105,7 @@ def test_costs_name_the_prices_that_they_are_counted_by() -> None:
     assert len(sections.speed_section([priced(3, None, None)]).paragraphs) == 1
 
 
-def card(report: ReportContent, name: str) -> Card:
+def card(report: ReportContent, name: str) -> AnswerCard:
     return next(card for card in report.cards if card.name == name)
 
 
