@@ -41,8 +41,8 @@ function themed(layout, narrow, traces) {
 
 function draw(within = document) {
   for (const place of within.querySelectorAll("[data-figure]")) {
-    // A folded plot has no width yet: it is drawn when its section opens.
-    if (!place.clientWidth) continue;
+    // A folded plot is drawn when its section opens.
+    if (place.closest("details:not([open])")) continue;
     const figure = data.figures[Number(place.dataset.figure)];
     const narrow = place.clientWidth < 500;
     const named = figure.data.filter((trace) => trace.showlegend !== false).length;
