@@ -143,7 +143,7 @@ def use_sentence(choice: ChosenConfiguration, configurations: Sequence[Configura
     targets = {targets_of(c.first) for c in configurations}
     settings = [
         variant_of(chosen),
-        *([str(chosen.settings["format"])] if chosen.settings.get("format") else []),
+        *([f"{chosen.settings['format']} prompts"] if chosen.settings.get("format") else []),
         f"r = {chosen.rank}",
         mode_of(chosen.first),
         *([targets_of(chosen.first)] if len(targets) > 1 else []),

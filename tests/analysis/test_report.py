@@ -396,7 +396,7 @@ def test_pilots_are_set_aside_and_the_headline_is_the_instruct_or_base_sentence(
     pilots = [as_pilot(run) for run in cells(500, range(1000, 1004), split="validation")]
     report = of([*cells(0, range(1, 4)), *pilots])
     assert report.why_none is None
-    assert report.headline[0].startswith("Use instruct, plain, r = 8")
+    assert report.headline[0].startswith("Use instruct, plain prompts, r = 8")
     assert card(report, "variant").verdict == "Use instruct"
     assert card(report, "variant").evidence[0].startswith("After tuning, the instruct model is better: ")
     section = next(s for s in report.sections if s.name == "instruct-base")
