@@ -60,4 +60,4 @@ def test_the_report_agrees_with_the_ladder_figure_by_figure(
     assert len(commands) == 1, "the command that runs what to use stands in the report once"
     assert f"lora.r={ladder['use_rank']}" in commands[0]
     capsys.readouterr()
-    assert main(["plan", *shlex.split(commands[0])]) == 0
+    assert main(["run", *shlex.split(commands[0])]) == 0
