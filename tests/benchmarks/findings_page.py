@@ -59,13 +59,14 @@ alpha / r with a fixed alpha, and all ranks have one learning rate.
 **Claim here**: the smallest and the largest rank differ by less than {margin} in the test loss, and by less than
 {margin} in the training loss, averaged over the logged steps. Between r = 4 and r = 64 this is 0.25 % per doubling. The
 rates follow the sweeps' law: {laws}.
+The published claim is about a fixed alpha; alpha = 2r is the default of this tool.
 
 {table}
 
 Differences are shares of the largest rank's loss; positive: the smaller rank is worse. The interval of the test loss is
 over seeds and items, that of the training loss over seeds. *Largest gap* is the largest difference between the mean
-training curves at a logged step after the first. *Bits per parameter* is an upper limit of what the training can teach:
-the surprise of all trained labels under the untuned model, divided by the number of trained parameters. Schulman et al.
+training curves at a logged step after the first. *Bits per parameter* is an upper limit of what the training can teach.
+It is the loss of the untuned model, summed over all trained labels, in bits per trained parameter. Schulman et al.
 assume a capacity of 2 bits per parameter.
 
 {sentences}
@@ -165,7 +166,9 @@ def table(titles: Sequence[str], rows: Iterator[Sequence[object]]) -> str:
 
 
 def _paragraph(text: str) -> str:
-    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+    """Return the text in lines of 120 characters; a number stays with its sign."""
+    joined = text.replace(" %", "\u00a0%").replace("× ", "×\u00a0").replace("r = ", "r\u00a0=\u00a0")
+    return textwrap.fill(joined, 120, break_long_words=False, break_on_hyphens=False).replace("\u00a0", " ")
 
 
 def _name(found: ModelAnswers) -> str:
@@ -177,7 +180,7 @@ def _summary(found: Sequence[ModelAnswers]) -> str:
         for each in found:
             if each.quantization is not None:
                 answer = each.quantization
-                what = "nf4 with double quantization costs less than 1 % of the loss of 16 bit"
+                what = f"nf4 with double quantization is within {100 * MARGIN:g} % of the loss of 16 bit"
                 yield what, _name(each), f"**{answer.verdict}**", f"nf4 − bf16: {percent_interval(answer.difference)}"
         for each in found:
             for curves in each.curves:
@@ -301,7 +304,20 @@ def _rates_table(found: Sequence[ModelAnswers]) -> str:
 
 
 def _rates_words(found: Sequence[ModelAnswers]) -> str:
-    return " ".join(_rates_sentence(each, answer) for each in found for answer in each.rates)
+    sentences = [_rates_sentence(each, answer) for each in found for answer in each.rates]
+    return " ".join([*sentences, *(_lowest_sentence(each) for each in found if each.rates)])
+
+
+def _lowest_sentence(each: ModelAnswers) -> str:
+    """Return the lowest losses at the largest rank: they show what alpha does at the best rate."""
+    rank = max(best.rank for answer in each.rates for best in answer.ranks)
+    lowest = [
+        f"{min(best.losses):.3f} with {POLICY_NAMES[answer.policy]}"
+        for answer in each.rates
+        for best in answer.ranks
+        if best.rank == rank
+    ]
+    return f"On {_name(each)} the lowest loss of r = {rank} is {' and '.join(lowest)}."
 
 
 def _rates_sentence(each: ModelAnswers, answer: RatesAnswer) -> str:
@@ -344,7 +360,16 @@ def _settings(found: Sequence[ModelAnswers], runs: Sequence[Run]) -> str:
             yield _name(each), model.steps, model.batch_size, model.items, rate, len(own), diverged, f"{minutes:.0f}"
 
     centre = f"rate at r = {CENTRE_RANK}, alpha = {FIXED_ALPHA}"
-    titles = ("model", "steps", "rows a step", "test items", centre, "runs", "diverged", "minutes of training")
+    titles = (
+        "model",
+        "steps",
+        "rows a step",
+        "test items",
+        centre,
+        "runs",
+        "diverged",
+        "minutes of training on shared cores",
+    )
     return table(titles, rows())
 
 

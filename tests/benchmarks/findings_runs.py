@@ -94,8 +94,10 @@ MODELS = (
         name="embedded-instruct",
         title="the embedded instruct model",
         variant="instruct",
+        ranks=(4, 16, 64),
         curve_policies=("fixed",),
-        curve_seeds=4,
+        quantization_seeds=3,
+        curve_seeds=3,
         rate_seeds=0,
     ),
     Model(
@@ -107,7 +109,7 @@ MODELS = (
         centre=2e-3,
         ranks=(4, 16, 64),
         curve_policies=("fixed",),
-        quantization_seeds=4,
+        quantization_seeds=3,
         curve_seeds=3,
         rate_seeds=2,
         rate_ranks=(8, 64),
@@ -136,16 +138,15 @@ def point(model: Model, policy: str, rank: int, factor: float, seed: int, quanti
 def planned(model: Model, runs: Iterable[Run] = ()) -> list[Point]:
     """Return all runs of the model's findings, without repetition.
 
-    Every finding begins with two seeds and every second rank; then these ranks get more seeds, then come the other
-    ranks. ``runs``: those that have ended; where the best learning rate is at the edge of a rank's grid, one rate
-    beyond it is added.
+    First come every second rank and two seeds at each rate, then the other ranks and seeds. ``runs``: those that have
+    ended; where the best learning rate is at the edge of a rank's grid, one rate beyond it is added.
     """
-    every_second = replace(model, ranks=model.ranks[::2] if len(model.ranks) > 3 else model.ranks, rate_seeds=2)
-    first = replace(every_second, quantization_seeds=2, curve_seeds=2)
-    if not model.rate_seeds:
-        first, every_second = replace(first, rate_seeds=0), replace(every_second, rate_seeds=0)
-    points = [*_stages(first), *_beyond(model, list(runs)), *_stages(every_second), *_stages(model)]
-    return list(dict.fromkeys(points))
+    first = replace(
+        model,
+        ranks=model.ranks[::2] if len(model.ranks) > 3 else model.ranks,
+        rate_seeds=min(2, model.rate_seeds),
+    )
+    return list(dict.fromkeys([*_stages(first), *_beyond(model, list(runs)), *_stages(model)]))
 
 
 def _stages(model: Model) -> Iterator[Point]:
@@ -154,7 +155,7 @@ def _stages(model: Model) -> Iterator[Point]:
             yield point(model, "2r", model.quantization_rank, 1.0, seed, mode)
     for seed, policy in product(range(1, model.curve_seeds + 1), model.curve_policies):
         yield from (point(model, policy, rank, 1.0, seed) for rank in model.ranks)
-    for seed, factor, policy in product(range(1, model.rate_seeds + 1), model.factors, POLICIES):
+    for policy, seed, factor in product(POLICIES, range(1, model.rate_seeds + 1), model.factors):
         yield from (point(model, policy, rank, factor, seed) for rank in rate_ranks(model))
 
 
