@@ -157,7 +157,7 @@ class CurvesAnswer:
 
 
 def curves_answer(model: Model, policy: str, runs: Sequence[Run]) -> CurvesAnswer | None:
-    """Compare each rank with the largest at the law's rate; ``None`` if fewer than two ranks have two seeds."""
+    """Compare each rank with the largest at the law's rate; ``None`` if fewer than two ranks share two seeds."""
     known = {run.point: run for run in runs}
     by_rank: dict[int, dict[int, Run]] = {}
     lost = 0
@@ -168,10 +168,9 @@ def curves_answer(model: Model, policy: str, runs: Sequence[Run]) -> CurvesAnswe
         complete = {run.point.seed: run for run in ended if run.losses is not None}
         if len(complete) >= 2:
             by_rank[rank] = complete
-    if len(by_rank) < 2:
-        return None
-    largest = by_rank[max(by_rank)]
-    return CurvesAnswer(policy, tuple(_curve(by_rank[rank], largest) for rank in sorted(by_rank)), lost)
+    largest = by_rank[max(by_rank)] if by_rank else {}
+    curves = [_curve(each, largest) for each in by_rank.values() if len(each.keys() & largest.keys()) >= 2]
+    return CurvesAnswer(policy, tuple(curves), lost) if len(curves) > 1 else None
 
 
 def _curve(runs: dict[int, Run], largest: dict[int, Run]) -> RankCurve:
@@ -235,9 +234,9 @@ class RatesAnswer:
 def rates_answer(model: Model, policy: str, runs: Sequence[Run], draws: int = DRAWS) -> RatesAnswer | None:
     """Fit best rate ∝ rank^exponent; ``None`` if fewer than two ranks have a grid with two seeds.
 
-    The interval is a bootstrap's, over seeds and items. All draws of a rank keep a seed's losses at all rates together;
-    items are drawn once for all ranks. A draw's deviations from the mean over seeds are scaled by √(S / (S − 1)), since
-    few seeds drawn with replacement vary too little (Rao and Wu 1988).
+    The interval is a bootstrap's, over seeds and items. Seeds are drawn for each rank, each with its losses at all
+    rates; items are drawn once for all ranks. A draw's deviations from the mean over seeds are scaled by
+    √(S / (S − 1)), since few seeds drawn with replacement vary too little (Rao and Wu 1988).
     """
     grids = {rank: grid for rank in rate_ranks(model) if (grid := rate_grid(model, runs, policy, rank)) is not None}
     if len(grids) < 2:

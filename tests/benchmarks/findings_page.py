@@ -67,7 +67,8 @@ Differences are shares of the largest rank's loss; positive: the smaller rank is
 over seeds and items, that of the training loss over seeds. *Largest gap* is the largest difference between the mean
 training curves at a logged step after the first. *Bits per parameter* is an upper limit of what the training can teach.
 It is the loss of the untuned model, summed over all trained labels, in bits per trained parameter. Schulman et al.
-assume a capacity of 2 bits per parameter.
+assume a capacity of 2 bits per parameter. Both kinds of alpha train the same parameters on the same rows: what differs
+between them isn't capacity.
 
 {sentences}
 
@@ -100,7 +101,9 @@ TAIL = """## How it was measured
 
 All runs train adapters on all linear layers with AdamW, a cosine schedule and 5 % warm-up. The task is the embedded
 one: the category of a WordNet definition. The loss is the sum over an answer's tokens, in nats per test item. Each run
-has one CPU thread. {versions}.
+has one CPU thread.
+
+{versions}
 
 ## What it does not say
 
@@ -251,7 +254,7 @@ def _curves_table(found: Sequence[ModelAnswers]) -> str:
                         f"{curve.learning_rate:g}",
                         curve.seeds,
                     )
-                    known = (f"{curve.test_loss:.3f}", f"{curve.bits_per_parameter:.3f}")
+                    known = (f"{curve.test_loss:.3f}", f"{curve.bits_per_parameter:.2g}")
                     if curve.test_difference is None or curve.curve_difference is None or curve.largest_gap is None:
                         yield *start, *known, "–", "–", "–"
                         continue
@@ -376,7 +379,7 @@ def _settings(found: Sequence[ModelAnswers], runs: Sequence[Run]) -> str:
 def _versions(runs: Sequence[Run]) -> str:
     days = sorted({run.measured for run in runs})
     between = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
-    return f"Measured {between} with " + "; ".join(sorted({run.versions for run in runs}))
+    return _paragraph(f"Measured {between} with {'; '.join(sorted({run.versions for run in runs}))}.")
 
 
 def _left_out(runs: Sequence[Run]) -> Iterator[str]:
