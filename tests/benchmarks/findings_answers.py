@@ -225,8 +225,13 @@ class RatesAnswer:
     """Of the best rate in the rank."""
 
     @property
+    def resolved(self) -> bool:
+        """Return whether each rank's grid contains the interval of its best rate."""
+        return all(best.resolved for best in self.ranks)
+
+    @property
     def verdict(self) -> str:
-        if not all(best.resolved for best in self.ranks):
+        if not self.resolved:
             return "not decided"
         return within(self.exponent, LITTLE) if self.policy == "fixed" else below_zero(self.exponent)
 

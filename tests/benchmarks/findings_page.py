@@ -199,7 +199,9 @@ def _summary(found: Sequence[ModelAnswers]) -> str:
             for each in found:
                 for rates in each.rates:
                     if rates.policy == policy:
-                        yield what, _name(each), f"**{rates.verdict}**", f"exponent {number_interval(rates.exponent)}"
+                        narrow = "" if rates.resolved else "; the grid of rates is too narrow"
+                        figure = f"exponent {number_interval(rates.exponent)}{narrow}"
+                        yield what, _name(each), f"**{rates.verdict}**", figure
 
     return table(("finding", "model", "here", "estimate (95 % CI)"), rows())
 
