@@ -76,8 +76,8 @@ between them isn't capacity.
 RATES = """## The best learning rate and the rank
 
 **Published**: under a fixed alpha the best learning rate hardly depends on the rank (Schulman et al. 2025). Under
-alpha = 2r the factor alpha / r doesn't shrink as the rank grows, so the best rate falls. The sweeps' law is
-rate ∝ r^−½ there.
+alpha = 2r the factor alpha / r doesn't shrink as the rank grows, so the best rate should fall. This second part is a
+conclusion, not a published measurement; the sweeps' law is rate ∝ r^−½ there.
 
 **Claim here**: fit best rate ∝ r^e. Under a fixed alpha, e is within ± {little}: 16 times the rank moves the best rate
 by less than a factor of 2. Under alpha = 2r, e is below 0.
