@@ -87,6 +87,7 @@ class SpecialTokens(Enum):
 class Checkpointing(Enum):
     auto = "auto"
     on = "on"
+    selective = "selective"
     off = "off"
 
 

@@ -171,7 +171,12 @@ class MeanRow:
 
 
 def train_flops_per_token(
-    architecture: Architecture, adapter_parameters: int, row: MeanRow, recomputed: bool, fused_head: bool = True
+    architecture: Architecture,
+    adapter_parameters: int,
+    row: MeanRow,
+    recomputed: bool,
+    fused_head: bool = True,
+    keeps_attention: bool = False,
 ) -> float:
     """Return the operations to train one unpadded token of rows like ``row``.
 
@@ -179,7 +184,7 @@ def train_flops_per_token(
       experts of one token, not the embedding table. 2N more if layers are recomputed, and 2 per adapter parameter for
       its own gradient.
     * Attention, per attended token: 4 forward and 8 backward per query width and position, over the half of the
-      positions that a causal mask leaves.
+      positions that a causal mask leaves. 4 more if layers are recomputed, unless attention's output is kept.
     * Head, per token with a loss: 4 per weight, and 2 more if TRL's fused head recomputes its logits.
     """
     width = architecture.hidden_size
@@ -192,7 +197,7 @@ def train_flops_per_token(
     attention = sum(layer.query for layer, _ in layers_of(architecture)) * row.attended / 2
     passes = 6.0 if recomputed else 4.0
     in_layers = passes * layers + (passes + 2.0) * adapter_parameters
-    in_attention = (2 * passes + 4.0) * attention
+    in_attention = (16.0 if recomputed and not keeps_attention else 12.0) * attention
     in_head = (6.0 if fused_head else 4.0) * head
     return (row.padded * in_layers + row.attended * in_attention + row.scored * in_head) / row.tokens
 
