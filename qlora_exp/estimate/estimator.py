@@ -146,7 +146,7 @@ class Estimator:
         """
         rows, longest = self.rows(config), config.training.max_length
         if rows is not None:
-            longest = min(longest, rows.longest_tokens)
+            longest = rows.longest_read_tokens(config.training)
         elif config.training.padding_free is PaddingFree.on:
             longest = 0  # unknown: the run compares its rows with a layer's window
         return planned_padding_reason(self.architecture, config, longest)

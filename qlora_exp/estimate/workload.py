@@ -42,6 +42,8 @@ class RowLengths:
     row_max_loss_tokens: int
     expected_longest_tokens: tuple[float, ...]
     tokens_deviation: float = 0.0
+    longest_validation_tokens: int = 0
+    """The longest validation row, which is read if ``training.evaluate_every_steps`` is set; 0: unknown."""
     sorted_tokens: tuple[int, ...] = ()
     """The rows' lengths; of many rows, :data:`KEPT_LENGTHS` evenly spaced ones. Empty: unknown."""
 
@@ -59,6 +61,11 @@ class RowLengths:
             expected_longest_tokens=_expected_max(tokens),
             sorted_tokens=_evenly_spaced(sorted(tokens)),
         )
+
+    def longest_read_tokens(self, training: TrainingConfig) -> int:
+        """Return the longest row that a training reads: of its training rows, and of what it validates on."""
+        validated = self.longest_validation_tokens if training.evaluate_every_steps is not None else 0
+        return min(max(self.longest_tokens, validated), training.max_length)
 
     @property
     def mean_tokens(self) -> float:
