@@ -24,6 +24,7 @@ from qlora_exp.estimate.memory_fit import (
     MemoryEstimate,
     MemoryLimit,
     PredictedOutOfMemory,
+    correction_key,
     corrections,
     fit_into,
     memory_limit_bytes,
@@ -345,6 +346,18 @@ def test_only_kin_count() -> None:
     other = ended(Status.COMPLETED, 100, 200)
     other = other.replace(config={**other.config, "quantization": {"mode": "fp32"}})
     assert len(corrections([other, ended(Status.COMPLETED, 100, 100)], None)) == 2
+
+
+def test_runs_with_padding_do_not_correct_those_without() -> None:
+    done = {choice: ended(Status.COMPLETED, 100, 150) for choice in (True, False, None)}
+    for choice, record in done.items():
+        assert record.plan is not None
+        done[choice] = record.replace(plan=replace(record.plan, padding_free=choice))
+    free, padded = corrections(done.values(), None)
+    assert (free.count, padded.count) == (1, 2), "records of earlier versions are of padded runs"
+    config, device = done[True].config, done[True].environment.device
+    assert free.key == correction_key(config, device, padding_free=True)
+    assert padded.key == correction_key(config, device, padding_free=False)
 
 
 def test_what_ran_out_of_memory_bounds_its_kin_from_below() -> None:
