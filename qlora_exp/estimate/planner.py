@@ -328,6 +328,7 @@ def _pads_unasked(config: Config, estimate: RunEstimate) -> bool:
 
 
 def _settings(config: Config) -> dict[str, Any]:
+    """Return what the plan is of, with every key of ``training`` by its name."""
     training = config.training
     return {
         "model": config.model.family,
@@ -335,10 +336,8 @@ def _settings(config: Config) -> dict[str, Any]:
         "quantization": config.quantization.mode.value,
         "r": config.lora.r,
         "targets": config.targets.modules or config.targets.set,
-        "optimizer": training.optimizer,
-        "batch_size": training.batch_size,
+        **to_plain(config)["training"],
         "micro_batch_size": training.micro_batch_size or training.batch_size,
-        "max_length": training.max_length,
     }
 
 
