@@ -2,7 +2,7 @@
 
 TRL's policy (``trl/models/selective_activation_checkpointing.py``) keeps what torch's fused attention operations and
 those of FlashAttention return, and recomputes all else of a layer. Attention that is computed otherwise would be
-recomputed, too, so that nothing were gained over ``on``.
+recomputed, too, and ``selective`` would be the same as ``on``.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from qlora_exp.estimate.workload import RowLengths
 
 SAMPLED_ROWS, LONGEST_ROWS = 1000, 50
 """If there are more rows, this many are sampled and counted; the longest ones by characters are counted, too, to find
-the longest in tokens. Of the validation rows only the longest are counted."""
+the longest in tokens. Of so many validation rows only the longest are."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class _Row:
 @dataclass(frozen=True)
 class _TokenizedRows:
     """The tokenized rows of a task. Of a large file, ``drawn`` is a sample, and ``longest`` are its longest rows.
-    ``refused``: the sampled rows that can't be encoded. ``validated``: the longest validation rows."""
+    ``refused``: the sampled rows that can't be encoded. ``validated``: validation rows; of many, the longest."""
 
     rows: int
     refused: int
@@ -146,13 +146,16 @@ def _tokenize_rows(config: Config) -> _TokenizedRows | None:
     if len(rows) > SAMPLED_ROWS + LONGEST_ROWS:
         drawn = random.Random(0).sample(rows, SAMPLED_ROWS)
         longest = _longest_by_characters(rows)
+    validated: Sequence[Example] = splits.validation
+    if len(validated) > SAMPLED_ROWS + LONGEST_ROWS:
+        validated = _longest_by_characters(validated)
     tokens = _tokens(drawn, tokenizer, format, config)
     return _TokenizedRows(
         rows=len(rows),
         refused=len(drawn) - len(tokens),
         drawn=tokens,
         longest=_tokens(longest, tokenizer, format, config),
-        validated=_tokens(_longest_by_characters(splits.validation), tokenizer, format, config),
+        validated=_tokens(validated, tokenizer, format, config),
         options=config.task.kind is TaskKind.classification,
         drop=config.task.invalid_rows is InvalidRows.drop,
     )
