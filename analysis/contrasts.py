@@ -13,15 +13,20 @@ from qlora_exp.analysis.comparable import answering_scores, base_model_scores, f
 from qlora_exp.analysis.variance import Array, split_variance
 from qlora_exp.records.types import RunRecord, Scores
 
-INTERVAL = 0.90
+INTERVAL = 0.95
 """Level of the two-sided intervals."""
 MIN_SEEDS = 2
 """With fewer, the variation from seed to seed is unknown."""
-LOWER_BETTER_METRICS = ("bits_per_byte", "forgetting")
+LOWER_BETTER_METRICS = ("loss_per_item", "loss", "bits_per_byte", "forgetting")
 
 ItemScores = Callable[[RunRecord, str, str], Mapping[str, float] | None]
 """(run, moment, score) → the score of each test item, scaled so that their mean is the run's; ``None`` if there are
-none. Moments: ``before``, ``after``, ``few_shot_DRAW``; scores: ``bits_per_byte``, ``accuracy``, ``exact_match``."""
+none. Moments: ``before``, ``after``, ``few_shot_DRAW``; scores: ``loss_per_item``, ``bits_per_byte``, ``accuracy``,
+``exact_match``."""
+
+
+class GroupScores(dict[str, float]):
+    """Group → mean score of its items, where the task has a group column: a group counts as one item."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Difference:
-    """How much better the first side is; ``low`` and ``high``: its two-sided 90 % interval. ``None`` is unknown."""
+    """How much better the first side is; ``low`` and ``high``: its two-sided 95 % interval. ``None`` is unknown."""
 
     value: float
     low: float | None
@@ -45,12 +50,33 @@ class Difference:
     """What the interval is over, e.g. ``3 seeds and 300 items``."""
     p: float | None = None
     """Two-sided p-value of no difference."""
+    se: float | None = None
+    df: float | None = None
+    item_variance: float = 0.0
+    """The items' part of se², which more seeds leave as it is."""
+    item_df: float = math.inf
 
     def __str__(self) -> str:
-        """Return e.g. ``+0.21 (90 % CI +0.18 to +0.24, 3 seeds and 300 items)``."""
+        """Return e.g. ``+0.21 (95 % CI +0.18 to +0.24, 3 seeds and 300 items)``."""
         if self.low is None or self.high is None:
             return f"{self.value:+.3g} (no interval: {self.over})"
-        return f"{self.value:+.3g} (90 % CI {self.low:+.3g} to {self.high:+.3g}, {self.over})"
+        return f"{self.value:+.3g} (95 % CI {self.low:+.3g} to {self.high:+.3g}, {self.over})"
+
+    def upper(self, alpha: float) -> float | None:
+        """Return the one-sided upper bound at error rate ``alpha``; ``None`` if it is unknown."""
+        if self.se is None or self.df is None or self.seeds < MIN_SEEDS:
+            return None
+        return self.value + float(stats.t.isf(alpha, self.df)) * self.se
+
+    def half_width_with(self, seeds: int) -> float | None:
+        """Return the expected half-width of the interval with this many seeds; ``None`` if the noise is unknown."""
+        if self.se is None or self.seeds < MIN_SEEDS or seeds < MIN_SEEDS:
+            return None
+        seed_part = max(0.0, self.se**2 - self.item_variance) * self.seeds / seeds
+        variance = seed_part + self.item_variance
+        spread = seed_part**2 / (seeds - 1) + self.item_variance**2 / self.item_df
+        df = variance**2 / spread if spread > 0 else seeds - 1.0
+        return float(stats.t.ppf((1 + INTERVAL) / 2, df)) * math.sqrt(variance)
 
 
 def difference(first: Side, second: Side, score: str, items: ItemScores | None) -> Difference | None:
@@ -64,13 +90,34 @@ def difference(first: Side, second: Side, score: str, items: ItemScores | None) 
     moments = {first.moment, second.moment}
     unit = "seed" if "after" in moments else "draw" if "few_shot" in moments else "model"
     over = f"{len(pairs)} {unit}" + ("" if len(pairs) == 1 else "s")
-    gains = _item_gains(pairs, score, items)
-    if gains is not None:
-        over += f" and {gains.shape[1]} items"
-    else:
-        values = np.array([[_value(row, score) for row in pair] for pair in pairs], dtype=float)
-        gains = _sign(score) * (values[:, :1] - values[:, 1:])
-    return interval(gains, over, trained="after" in moments)
+    gains, of_items = _gains(pairs, score, items)
+    return interval(gains, over + of_items, trained="after" in moments)
+
+
+def stratified_difference(
+    strata: Sequence[tuple[Sequence[RunRecord], Sequence[RunRecord]]], score: str, items: ItemScores | None
+) -> Difference | None:
+    """Return how much better the tuned first sides are than the second ones, as the mean over ``strata``.
+
+    The two sides of a stratum differ in one setting only. If all strata share at least two seeds, these seeds are the
+    rows: what a seed does to all strata counts once. Otherwise each seed is a row, with the mean of its pairs: pairs of
+    one seed aren't independent.
+    """
+    paired = [_scored_pairs(Side(tuple(a), "after"), Side(tuple(b), "after"), score) for a, b in strata if a and b]
+    by_seed = [{pair[0][0].seed: pair for pair in pairs} for pairs in paired if pairs]
+    if not by_seed:
+        return None
+    shared = [seed for seed in by_seed[0] if all(seed in stratum for stratum in by_seed)]
+    if len(by_seed) > 1 and len(shared) < MIN_SEEDS:
+        keyed = [(seed, pair) for stratum in by_seed for seed, pair in stratum.items()]
+        gains, of_items = _gains([pair for _, pair in keyed], score, items)
+        seeds = list(dict.fromkeys(seed for seed, _ in keyed))
+        rows = np.array([gains[[own == seed for own, _ in keyed]].mean(axis=0) for seed in seeds])
+        return interval(rows, f"{len(seeds)} seed{'s' * (len(seeds) > 1)}{of_items}", trained=True)
+    gains, of_items = _gains([stratum[seed] for stratum in by_seed for seed in shared], score, items)
+    over = f"{len(shared)} seed{'s' * (len(shared) > 1)}{of_items}"
+    by_stratum = gains.reshape(len(by_seed), len(shared), -1)
+    return interval(by_stratum.mean(axis=0), over, trained=True)
 
 
 def gain_difference(
@@ -82,8 +129,8 @@ def gain_difference(
     if before is None or after is None:
         return None
     pairs = [_scored_pairs(a, b, score) for a, b in sides]
-    gains = _item_gains([*pairs[0], *pairs[1]], score, items)
-    if gains is not None:
+    gains, of_items = _gains([*pairs[0], *pairs[1]], score, items)
+    if of_items:
         return interval(gains[len(pairs[0]) :] - gains[: len(pairs[0])], after.over, trained=True)
     low, high = (None if bound is None else bound - before.value for bound in (after.low, after.high))
     # The difference before tuning counts as exact: its uncertainty is over items, whose values are missing here.
@@ -91,7 +138,7 @@ def gain_difference(
 
 
 def interval(values: Array, over: str, trained: bool) -> Difference:
-    """Return the mean of (rows, items) with its 90 % interval: over both, over the items of a single row, or none.
+    """Return the mean of (rows, items) with its 95 % interval: over both, over the items of a single row, or none.
 
     Args:
         trained: a row is a seed of a training. With a single one the interval is over its items alone, and there is no
@@ -102,9 +149,10 @@ def interval(values: Array, over: str, trained: bool) -> Difference:
     if rows > 1:
         # NaN: no mean square is pooled over other ranks, so the seeds' part comes from these rows alone.
         split = split_variance(values, np.array(np.nan), np.array(rows - 1.0))
-        se, df = math.sqrt(float(split.variance)), float(split.df)
+        se, df, item_variance = math.sqrt(float(split.variance)), float(split.df), float(split.item_part)
     elif items > 1:
-        se, df, over = float(values.std(ddof=1)) / math.sqrt(items), items - 1.0, f"{items} items alone"
+        se, df = float(values.std(ddof=1)) / math.sqrt(items), items - 1.0
+        item_variance, over = se**2, f"{over.partition(' and ')[2] or f'{items} items'} alone"
     else:
         return Difference(value, None, None, rows, over)
     half = float(stats.t.ppf((1 + INTERVAL) / 2, df)) * se
@@ -114,7 +162,8 @@ def interval(values: Array, over: str, trained: bool) -> Difference:
         p = 1.0 if value == 0 else 0.0
     else:
         p = float(2 * stats.t.sf(abs(value) / se, df))
-    return Difference(value, value - half, value + half, rows, over, p)
+    item_df = items - 1.0 if items > 1 else math.inf
+    return Difference(value, value - half, value + half, rows, over, p, se, df, item_variance, item_df)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -180,16 +229,20 @@ def _value(row: _Row, score: str) -> float | None:
     return finite_score(scores_at(run, moment), score)
 
 
-def _item_gains(pairs: Sequence[tuple[_Row, _Row]], score: str, items: ItemScores | None) -> Array | None:
-    """Return how much better the first side is, (rows, items); ``None`` if values are missing or of other items."""
-    if items is None:
-        return None
-    values = [[items(*row, score) or {} for row in pair] for pair in pairs]
+def _gains(pairs: Sequence[tuple[_Row, _Row]], score: str, items: ItemScores | None) -> tuple[Array, str]:
+    """Return how much better the first sides are, (rows, items), and e.g. `` and 300 items``.
+
+    (rows, 1) and no text if per-item values are missing or of other items.
+    """
+    values = [[(items(*row, score) if items is not None else None) or {} for row in pair] for pair in pairs]
     names = values[0][0].keys()
-    if not names or any(side.keys() != names for pair in values for side in pair):
-        return None
-    gains = _sign(score) * np.array([[a[name] - b[name] for name in names] for a, b in values], dtype=float)
-    return gains if np.isfinite(gains).all() else None
+    if names and all(side.keys() == names for pair in values for side in pair):
+        gains = _sign(score) * np.array([[a[name] - b[name] for name in names] for a, b in values], dtype=float)
+        if np.isfinite(gains).all():
+            grouped = isinstance(values[0][0], GroupScores)
+            return gains, f" and {len(names)} {'groups of items' if grouped else 'items'}"
+    scores = np.array([[_value(row, score) for row in pair] for pair in pairs], dtype=float)
+    return _sign(score) * (scores[:, :1] - scores[:, 1:]), ""
 
 
 def _sign(score: str) -> float:

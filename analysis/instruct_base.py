@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +27,8 @@ from qlora_exp.analysis.contrasts import (
     holm,
     scores_at,
 )
+from qlora_exp.analysis.margin import Margin
+from qlora_exp.analysis.recommendation import ComparisonVerdict, comparison_verdict, margin_in_score
 from qlora_exp.records.types import RunRecord, Scores
 
 CELLS = (("base", "plain"), ("base", "chat"), ("instruct", "plain"), ("instruct", "chat"))
@@ -73,7 +75,7 @@ class VariantCell:
     forgetting: float | None
     """Nats per byte of general text."""
     seed_sd: float | None
-    """Standard deviation over seeds of the tuned bits per byte; low and high: its 90 % interval."""
+    """Standard deviation over seeds of the tuned bits per byte; low and high: its 95 % interval."""
     seed_sd_low: float | None
     seed_sd_high: float | None
     tokens: float | None
@@ -128,29 +130,43 @@ class InstructBase:
     secondary: tuple[VariantContrast, ...]
     tokens: TokenCheck
     margin: float | None
+    """In bits per byte."""
+    margin_text: str | None
+    """As the user wrote it."""
     notes: tuple[str, ...]
     """What weakens the comparison, e.g. a single seed."""
+
+    @property
+    def verdict(self) -> ComparisonVerdict:
+        """Return whether instruct is better or worse than base after tuning, or equivalent."""
+        return comparison_verdict(self.tuned, self.margin)
 
 
 def compare_variants(
     configurations: Sequence[Configuration],
     items: ItemScores | None = None,
-    margin: float | None = None,
+    margin: Margin | None = None,
     pilots: Sequence[RunRecord] = (),
     budgeted: Sequence[RunRecord] = (),
+    rank_of: Callable[[RunRecord], int | None] = lambda run: None,
 ) -> InstructBase | None:
     """Return the cells that were run, and their contrasts; ``None`` if only one variant was run.
 
     Args:
         items: per-item values; without them intervals are over seeds alone.
-        margin: bits per byte within which both count as equivalent; ``None``: equivalence is never concluded.
+        margin: within which both count as equivalent, relative to the base cell; ``None``: equivalence is never
+            concluded. A number without a unit is in bits per byte.
         pilots: runs that were scored on validation only. They choose the cells if every cell has some whose seeds no
             answering run uses; else the answering runs' validation scores choose.
         budgeted: runs that were trained to a number of tokens, for the equal-token check.
+        rank_of: the rank that a ladder says to use for a run's configuration. A cell that has it is compared at it.
     """
     by_cell: dict[tuple[str, str], list[Configuration]] = defaultdict(list)
     for configuration in configurations:
         by_cell[cell_of(configuration.first)].append(configuration)
+    for key, of_cell in by_cell.items():
+        at_rank = [c for c in of_cell if c.rank == rank_of(c.first)]
+        by_cell[key] = at_rank or of_cell
     if {"base", "instruct"} - {variant for variant, _ in by_cell}:
         return None
     pilots_of = _pilots_by_cell(by_cell, pilots)
@@ -184,20 +200,10 @@ def compare_variants(
         tuned=tuned,
         secondary=_secondary(cells, instruct, base, before_tuning, gain, items),
         tokens=check_equal_tokens(instruct.runs, base.runs, budgeted, items),
-        margin=margin,
+        margin=margin_in_score(margin, base.runs, BITS_PER_BYTE),
+        margin_text=str(margin) if margin is not None else None,
         notes=tuple(_notes(instruct, base, tuned, items)),
     )
-
-
-def verdict(contrast: Difference | None, margin: float | None) -> str:
-    """Return ``better``, ``worse``, ``equivalent within ±m`` or ``not settled``: instruct against base, tuned."""
-    if contrast is None or contrast.low is None or contrast.high is None or contrast.seeds < MIN_SEEDS:
-        return "not settled"
-    if margin is not None and -margin < contrast.low and contrast.high < margin:
-        return f"equivalent within ±{margin:g}"
-    if contrast.low > 0:
-        return "better"
-    return "worse" if contrast.high < 0 else "not settled"
 
 
 def check_equal_tokens(
@@ -284,7 +290,7 @@ def _level(several_scores: Sequence[Scores | None]) -> Level:
 
 
 def _sd_with_interval(values: Sequence[float]) -> tuple[float | None, float | None, float | None]:
-    """Return the standard deviation over seeds and its 90 % interval: (n − 1)·s²/σ² is chi-squared distributed."""
+    """Return the standard deviation over seeds and its 95 % interval: (n − 1)·s²/σ² is chi-squared distributed."""
     if len(values) < MIN_SEEDS:
         return None, None, None
     df, sd = len(values) - 1, float(np.std(values, ddof=1))
@@ -350,6 +356,6 @@ def _notes(instruct: VariantCell, base: VariantCell, tuned: Difference | None, i
         notes.append("One seed: the variation from seed to seed is unknown. Run seed=1,2,3.")
     if unscored := shared - (tuned.seeds if tuned is not None else 0):
         notes.append(f"{unscored} of {shared} shared seeds have no finite score on both sides and are left out.")
-    if tuned is not None and items is not None and "items" not in tuned.over:
+    if tuned is not None and items is not None and "item" not in tuned.over:
         notes.append("Per-item results are missing, or are of other items: the interval is over seeds alone.")
     return notes

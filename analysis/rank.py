@@ -6,39 +6,50 @@ The rule, its formulas and its sources are in docs/statistics.md, its measured e
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qlora_exp.analysis.power import Noise, items_needed, requirement_sentence, seeds_needed
+from qlora_exp.analysis.power import Noise, items_needed, requirement_sentence
 from qlora_exp.analysis.rank_rule import (
-    FIRST_LOOK,
-    LAST_LOOK,
+    FUTILE,
     MAX_SEEDS,
-    MarginBounds,
+    ONE_LOOK,
     Rule,
+    SeedPlan,
     StepVerdict,
     bounds,
+    decision_probability,
+    lost_run_splits,
     make_rule,
-    needs_more_items,
-    seeds_at_last_look,
-    t_quantiles,
     verdicts,
 )
 from qlora_exp.analysis.variance import Array, VarianceSplit, as_losses, rank_seed_mean_square, split_variance
 from qlora_exp.errors import AnalysisError
 
+LIKELY = 0.8
+"""Advice names the fewest seeds with which the last look decides with at least this probability."""
+
 
 @dataclass(frozen=True)
-class SampleIncrease:
-    """The totals to run before the last look: seeds, or items if no number of seeds is enough."""
+class Look:
+    """One look of a ladder at a step."""
 
-    seeds: int | None
-    items: int | None
+    plan: SeedPlan
+    seeds: int
+    """Seeds requested at both ranks. A run before this number that is missing at one rank only was lost."""
+
+    @property
+    def share(self) -> float:
+        return self.plan.share(self.seeds)
+
+    @property
+    def may_add(self) -> bool:
+        return self.seeds < self.plan.most
 
 
 @dataclass(frozen=True)
@@ -54,21 +65,45 @@ class Decision:
     se: float | None
     df: float | None = None
     seeds: int = 1
+    """Seeds that both ranks share."""
     items: int | None = None
+    """Test items, or groups of items."""
+    lost_runs: int = 0
+    """Runs of one rank that left no result although the other rank's run with the same seed did."""
     seed_part: float | None = None
     """A: the seeds' share of se², squared units."""
     item_part: float | None = None
     """B: the items' share of se²."""
-    increase: SampleIncrease | None = None
+    hopeless: bool = False
+    """The last look would decide with a probability below 10 %: no seeds are added."""
     would_settle: str | None = None
     """What would settle the step, if the verdict is *inconclusive* or *buy*."""
+    settling_seeds: int | None = None
+    """Seeds per rank with which the step would probably be decided; ``None``: more than 64, or unknown."""
 
 
 @dataclass(frozen=True)
 class Comparison:
+    """One step of a ladder, from a rank to a larger one: two or four times as large, or any other in a table."""
+
     from_rank: int
     to_rank: int
     decision: Decision
+
+    @property
+    def doublings(self) -> float:
+        """How many doublings the step is; each of them has to gain the margin."""
+        return float(np.log2(self.to_rank / self.from_rank))
+
+
+@dataclass(frozen=True)
+class Regret:
+    """The most that a rank may cost in the score against any other rank that was run."""
+
+    bound: float
+    """In units of the score, ≥ 0."""
+    rank: int
+    """The other rank."""
 
 
 @dataclass(frozen=True)
@@ -77,34 +112,57 @@ class RankAnswer:
 
     verdict: StepVerdict
     recommended_rank: int | None
+    use_rank: int
+    """The rank to use now: the recommended one, or the one at which the ladder couldn't decide."""
     rule: Rule
     comparisons: tuple[Comparison, ...]
     sentence: str
+    regret: Regret | None = None
+    """``None``: unknown."""
+
+    @property
+    def deciding(self) -> Decision:
+        return deciding_step(self.comparisons).decision
 
 
-def decide(smaller: Array, larger: Array, ladder: Sequence[Array], rule: Rule, look: int) -> Decision:
-    """Decide one doubling.
+def decide(
+    smaller: Array,
+    larger: Array,
+    ladder: Sequence[Array],
+    rule: Rule,
+    look: Look | None = None,
+) -> Decision:
+    """Decide one step.
 
     Args:
         smaller, larger: losses of the two ranks, (seeds, items) or, for scores without items, (seeds,). Row s is the
-            same seed and column i the same test item in both; a missing run is a row of NaN.
+            same seed and column i the same test item (or group of items) in both; a missing run is a row of NaN.
         ladder: losses of all ranks run, these two among them: they show how much the seeds vary.
-        look: FIRST_LOOK, or LAST_LOOK after seeds or items were added.
+        rule: the margin of the whole step (:meth:`~qlora_exp.analysis.rank_rule.Rule.over`).
+        look: ``None``: a single look at results that were all there beforehand.
 
     Raises:
         AnalysisError: shapes that don't pair, missing items, no shared seed.
     """
-    difference = _paired(smaller, larger)
+    differences = _paired(smaller, larger)
     pooled = rank_seed_mean_square(np.stack([as_losses(losses).mean(axis=-1) for losses in ladder]))
-    split = split_variance(difference, *pooled)
-    interval = bounds(split, rule, look)
+    split = split_variance(differences, *pooled)
+    requested = np.arange(len(differences)) < (look.seeds if look is not None else 0)
+    lost = [
+        requested & np.isnan(as_losses(a)).all(axis=1) & ~np.isnan(as_losses(b)).any(axis=1)
+        for a, b in ((larger, smaller), (smaller, larger))
+    ]
+    for_low, for_high = lost_run_splits(split, differences.mean(axis=-1), lost[0], lost[1], rule, *pooled)
+    interval = bounds(for_low, for_high, ONE_LOOK if look is None else look.share)
     continues, stops = verdicts(split.gain, interval, rule)
-    items = difference.shape[1] if np.ndim(smaller) > 1 else None
-    verdict, increase, requirement = StepVerdict.CONTINUE if continues else StepVerdict.STOP, None, None
-    if not continues and not stops:
-        requirement = _requirement(split, items, rule)
-        increase = _sample_increase(split, interval, items, rule) if look == FIRST_LOOK else None
-        verdict = StepVerdict.INCONCLUSIVE if increase is None else StepVerdict.BUY
+    items = differences.shape[1] if np.ndim(smaller) > 1 else None
+    verdict = StepVerdict.CONTINUE if continues else StepVerdict.STOP if stops else StepVerdict.INCONCLUSIVE
+    hopeless, requirement, settling = False, None, None
+    if verdict is StepVerdict.INCONCLUSIVE:
+        requirement, settling = _requirement(split, items, rule, look.plan if look is not None else SeedPlan())
+        if look is not None and look.may_add:
+            hopeless = is_hopeless(split, rule, look.plan)
+            verdict = verdict if hopeless else StepVerdict.BUY
     return Decision(
         verdict=verdict,
         gain=float(split.gain),
@@ -114,44 +172,23 @@ def decide(smaller: Array, larger: Array, ladder: Sequence[Array], rule: Rule, l
         df=_known(interval.df),
         seeds=int(split.seeds),
         items=items,
+        lost_runs=int(lost[0].sum() + lost[1].sum()),
         seed_part=_known(split.seed_part),
         item_part=_known(split.item_part) if items is not None else None,
-        increase=increase,
+        hopeless=hopeless,
         would_settle=requirement,
+        settling_seeds=settling,
     )
 
 
-def decide_doubling(
-    run: Callable[[int], Sequence[Array] | None], first_seeds: int, rule: Rule, max_seeds: int = MAX_SEEDS
-) -> Decision | None:
-    """Decide one doubling with two looks; seeds are added between them at most once.
+def share_a_seed(smaller: Array, larger: Array) -> bool:
+    """Return whether a seed left a result at both ranks; losses as :func:`decide` takes them."""
+    return bool((~np.isnan(as_losses(smaller)) & ~np.isnan(as_losses(larger))).all(axis=1).any())
 
-    Args:
-        run: total number of seeds → losses of the ladder's ranks so far, with that many seeds for the doubling's two
-            ranks, which come last; ``None`` if runs are missing.
-        first_seeds: seeds at the first look.
-        max_seeds: the most seeds in total; if no seed can be added, the first look is the last.
 
-    Returns:
-        The decision; *buy* while added runs are missing, ``None`` while runs of the first look are missing.
-    """
-    ladder = run(first_seeds)
-    if ladder is None:
-        return None
-    decision = decide(ladder[-2], ladder[-1], ladder, rule, FIRST_LOOK)
-    if decision.increase is None:
-        return decision
-    if decision.increase.seeds is None:
-        items = f"about {decision.increase.items}" if decision.increase.items else "many more"
-        requirement = f"It would take {items} test items: more seeds can't settle it."
-        return replace(decision, verdict=StepVerdict.INCONCLUSIVE, increase=None, would_settle=requirement)
-    total_seeds = min(max(decision.increase.seeds, first_seeds + 1), max_seeds)
-    if total_seeds <= first_seeds:
-        return replace(decision, verdict=StepVerdict.INCONCLUSIVE, increase=None)
-    ladder = run(total_seeds)
-    if ladder is None:
-        return replace(decision, increase=SampleIncrease(total_seeds, None))
-    return decide(ladder[-2], ladder[-1], ladder, rule, LAST_LOOK)
+def is_hopeless(split: VarianceSplit, rule: Rule, plan: SeedPlan) -> bool:
+    """Return whether the last look of the plan would decide with a probability below 10 %."""
+    return bool(decision_probability(split, rule, plan.most, plan.share(plan.most)) < FUTILE)
 
 
 def decide_from_summary(gain: float, se: float, rule: Rule, df: float = np.inf) -> Decision:
@@ -159,32 +196,25 @@ def decide_from_summary(gain: float, se: float, rule: Rule, df: float = np.inf) 
 
     ``df``: degrees of freedom of ``se``; infinite: ``se`` is exact, and the gain is normal.
     """
-    t_continue, t_stop = t_quantiles(np.array(df), rule, LAST_LOOK)
     split = VarianceSplit(*(np.array(x) for x in (gain, se**2, 0.0, df, np.inf, 1.0)))
-    interval = bounds(split, rule, LAST_LOOK)
+    interval = bounds(split, split)
     continues, stops = verdicts(split.gain, interval, rule)
     verdict = StepVerdict.CONTINUE if continues else StepVerdict.STOP if stops else StepVerdict.INCONCLUSIVE
     requirement = None
     if verdict is StepVerdict.INCONCLUSIVE:
-        needed = 2 * rule.half_zone / float(t_continue + t_stop)
+        needed = se * rule.half_zone / float(interval.half_width)
         requirement = f"It would take a standard error of the gain of at most {needed:.3g}; it is {se:.3g}."
     return Decision(verdict, gain, float(interval.low), float(interval.high), se, would_settle=requirement)
 
 
-def decide_ladder(
-    ladder: Mapping[int, Array],
-    rule: Rule,
-    bought: Collection[int] = (),
-    complete: bool = False,
-    unit: str = "nats per item",
-) -> RankAnswer:
-    """Return the answer of the ladder as far as it was run: *continue* asks for the next doubling, *buy* for seeds.
+def decide_ladder(ladder: Mapping[int, Array], rule: Rule, unit: str = "nats per item") -> RankAnswer:
+    """Return the answer of a ladder of which all ranks were run before anything was decided: a table, or a grid.
+
+    Noise is pooled over all ranks, and each step has a single look.
 
     Args:
         ladder: rank → losses as :func:`decide` takes them, with the same seeds and items at every rank.
-        bought: the larger rank of each doubling to which seeds or items were added.
-        complete: all ranks were run before anything was decided (a table, a grid). Then noise is pooled over all of
-            them, and there is no second look. Otherwise each doubling uses the ranks up to its own.
+        rule: the margin of one doubling.
         unit: unit of the scores, for the sentence.
 
     Raises:
@@ -196,38 +226,85 @@ def decide_ladder(
     shapes = {np.shape(ladder[rank]) for rank in ranks}
     if len(shapes) > 1:
         raise AnalysisError(f"the ranks' results have different shapes: {sorted(shapes)}", "ladder", "pair them first")
-    comparisons = []
-    for position, (smaller, larger) in enumerate(pairwise(ranks)):
-        run = [ladder[rank] for rank in (ranks if complete else ranks[: position + 2])]
-        look = LAST_LOOK if complete or larger in bought else FIRST_LOOK
-        decision = decide(ladder[smaller], ladder[larger], run, rule, look)
-        comparisons.append(Comparison(smaller, larger, decision))
-    return answer(comparisons, rule, unit)
+    runs = [ladder[rank] for rank in ranks]
+    comparisons = [
+        Comparison(a, b, decide(ladder[a], ladder[b], runs, rule.over(float(np.log2(b / a)))))
+        for a, b in pairwise(ranks)
+    ]
+    return answer(comparisons, rule, unit, regret_of(ladder, rank_to_use(comparisons), rule))
 
 
-def answer(comparisons: Sequence[Comparison], rule: Rule, unit: str) -> RankAnswer:
+def rank_to_use(comparisons: Sequence[Comparison]) -> int:
+    """Return the rank to use now: where returns diminished, else the smaller rank of the step that is undecided.
+
+    A larger rank has to earn its cost, so an undecided step doesn't recommend it.
+    """
+    last = deciding_step(comparisons)
+    return last.to_rank if last.decision.verdict is StepVerdict.CONTINUE else last.from_rank
+
+
+def regret_of(
+    ladder: Mapping[int, Array],
+    use: int,
+    rule: Rule,
+    plan: SeedPlan | None = None,
+    requested: Mapping[int, int] | None = None,
+) -> Regret | None:
+    """Return the largest upper bound of what another rank gains over ``use``; ``None`` if a bound is unknown.
+
+    Args:
+        ladder: rank → losses as :func:`decide` takes them, of every rank that was run.
+        plan, requested: the looks of the ladder, and rank → seeds requested.
+    """
+    runs = list(ladder.values())
+    worst: Regret | None = None
+    for rank in sorted(ladder.keys() - {use}):
+        look = Look(plan, min(requested[use], requested[rank])) if plan and requested else None
+        try:
+            of_step = rule.over(max(1.0, abs(float(np.log2(rank / use)))))
+            high = decide(ladder[use], ladder[rank], runs, of_step, look).high
+        except AnalysisError:
+            return None
+        if high is None:
+            return None
+        if worst is None or high > worst.bound:
+            worst = Regret(high, rank)
+    return worst and Regret(max(worst.bound, 0.0), worst.rank)
+
+
+def answer(comparisons: Sequence[Comparison], rule: Rule, unit: str, regret: Regret | None = None) -> RankAnswer:
     """Return the ladder's answer: the first step that isn't *continue* decides; later steps are listed, not used."""
-    last = _deciding_step(comparisons)
+    last = deciding_step(comparisons)
     verdict = last.decision.verdict
-    recommended = {StepVerdict.CONTINUE: last.to_rank, StepVerdict.STOP: last.from_rank}.get(verdict)
-    return RankAnswer(verdict, recommended, rule, tuple(comparisons), _sentence(last, rule, unit))
+    use = rank_to_use(comparisons)
+    recommended = use if verdict in (StepVerdict.CONTINUE, StepVerdict.STOP) else None
+    sentence = _sentence(last, tuple(comparisons), use, rule, unit, regret)
+    return RankAnswer(verdict, recommended, use, rule, tuple(comparisons), sentence, regret)
 
 
 def as_object(result: RankAnswer) -> dict[str, Any]:
     """Return the answer in plain JSON types, as ``analyze --json`` prints it and a sweep's record stores it."""
-    last = _deciding_step(result.comparisons).decision
+    last = result.deciding
     return {
         "decision": str(result.verdict),
         "recommended_rank": result.recommended_rank,
+        "use_rank": result.use_rank,
+        "regret_bound": result.regret.bound if result.regret is not None else None,
+        "regret_rank": result.regret.rank if result.regret is not None else None,
         "margin": result.rule.margin,
         "half_zone": result.rule.half_zone,
         "comparisons": [
             {
                 "from_rank": step.from_rank,
                 "to_rank": step.to_rank,
+                "doublings": step.doublings,
+                "margin": result.rule.margin * step.doublings,
                 "gain": step.decision.gain,
                 "low": step.decision.low,
                 "high": step.decision.high,
+                "seeds": step.decision.seeds,
+                "items": step.decision.items,
+                "lost_runs": step.decision.lost_runs,
                 "decision": str(step.decision.verdict),
             }
             for step in result.comparisons
@@ -237,27 +314,56 @@ def as_object(result: RankAnswer) -> dict[str, Any]:
     }
 
 
-def _deciding_step(comparisons: Sequence[Comparison]) -> Comparison:
-    """Return the first step that isn't *continue*, else the last one."""
-    return next((c for c in comparisons if c.decision.verdict is not StepVerdict.CONTINUE), comparisons[-1])
+def deciding_step(comparisons: Sequence[Comparison]) -> Comparison:
+    """Return the step that decides: the first one that isn't *continue*, else the last one.
+
+    A step r → 4r that isn't *continue* decides only if no step r → 2r follows it.
+    """
+    for position, step in enumerate(comparisons):
+        bisected = position + 1 < len(comparisons) and comparisons[position + 1].from_rank == step.from_rank
+        if step.decision.verdict is not StepVerdict.CONTINUE and not bisected:
+            return step
+    return comparisons[-1]
 
 
-def _sentence(last: Comparison, rule: Rule, unit: str) -> str:
-    decision, increase = last.decision, last.decision.increase
+def _sentence(
+    last: Comparison, comparisons: Sequence[Comparison], use: int, rule: Rule, unit: str, regret: Regret | None
+) -> str:
+    decision = last.decision
     gain = f"going from r = {last.from_rank} to {last.to_rank} gains {decision.gain:+.3g} {unit}"
     if decision.low is not None and decision.high is not None:
-        gain += f" [{decision.low:+.3g}, {decision.high:+.3g}]"
-    gain += f", against a margin of {rule.margin:g}"
+        gain += f" (95 % CI {decision.low:+.3g} to {decision.high:+.3g})"
+    of_step = rule.over(last.doublings)
+    limits = f"stop below {of_step.margin + of_step.half_zone:.3g}, continue above"
+    limits += f" {of_step.margin - of_step.half_zone:.3g}"
+    if last.doublings != 1:
+        limits = f"{rule.margin:.3g} per doubling; {limits}"
+    gain += f", against a margin of {of_step.margin:.3g} ({limits})"
+    cost = " What it may cost at most is unknown."
+    if regret is not None:
+        cost = f" It costs at most {regret.bound:.3g} {unit} against r = {regret.rank}."
+    if decision.verdict is StepVerdict.BUY:
+        return f"Use r = {use} for now.{cost} Not settled yet: {gain}. The next look needs one more seed."
     if decision.verdict is StepVerdict.CONTINUE:
-        return f"Returns still continue at r = {last.to_rank}, the largest rank compared: {gain}."
-    if decision.verdict is StepVerdict.STOP:
-        return f"Returns have diminished at r = {last.from_rank}: {gain}."
-    if increase is not None:
-        added = (
-            f"{increase.seeds} seeds" if increase.seeds is not None else f"{increase.items or 'many more'} test items"
-        )
-        return f"Not settled yet: {gain}. Run {added} in total and decide again."
-    return f"Inconclusive: {gain}. {decision.would_settle}"
+        verdict = f"Returns still continue at r = {last.to_rank}, the largest rank compared: {gain}."
+    elif decision.verdict is StepVerdict.STOP:
+        verdict = f"Returns have diminished at r = {last.from_rank}: {gain}."
+    else:
+        verdict = f"Inconclusive: {gain}. {decision.would_settle}"
+    lost = f" {decision.lost_runs} lost runs count against their rank." if decision.lost_runs else ""
+    return f"Use r = {use}.{cost} {verdict}{_probe(last, comparisons, unit)}{lost}"
+
+
+def _probe(last: Comparison, comparisons: Sequence[Comparison], unit: str) -> str:
+    """Return what the larger rank of an earlier comparison gains over the one at which returns have diminished."""
+    probes = [step for step in comparisons if step.from_rank == last.from_rank and step.to_rank > last.to_rank]
+    if last.decision.verdict is not StepVerdict.STOP or not probes:
+        return ""
+    probe = probes[-1].decision
+    interval = ""
+    if probe.low is not None and probe.high is not None:
+        interval = f" (95 % CI {probe.low:+.3g} to {probe.high:+.3g})"
+    return f" r = {probes[-1].to_rank} gains {probe.gain:+.3g} {unit}{interval} over r = {last.from_rank} in all."
 
 
 def _paired(smaller: Array, larger: Array) -> Array:
@@ -279,33 +385,20 @@ def _paired(smaller: Array, larger: Array) -> Array:
         )
     if missing.all():
         raise AnalysisError("the two ranks share no seed", "a doubling", "run both ranks with the same seeds")
-    return difference[~missing.all(axis=1)]
+    difference[missing.all(axis=1)] = np.nan
+    return difference
 
 
-def _sample_increase(
-    split: VarianceSplit, interval: MarginBounds, items: int | None, rule: Rule
-) -> SampleIncrease | None:
-    """Return the totals to run; ``None`` if all allowed seeds were run."""
-    if items is not None and needs_more_items(split, rule):
-        item_sd = float(np.sqrt(split.item_part * items))
-        # If eight seeds aren't enough with any number of items: the items needed for their part of the variance alone.
-        needed = items_needed(_noise(split, items), MAX_SEEDS, rule) or items_needed(Noise(0.0, item_sd), 2, rule)
-        return SampleIncrease(None, needed)
-    if split.seeds >= MAX_SEEDS:
-        return None
-    return SampleIncrease(int(seeds_at_last_look(interval.half_width, split.seeds, rule)), None)
-
-
-def _noise(split: VarianceSplit, items: int | None) -> Noise:
-    return Noise(float(np.sqrt(split.seed_part * split.seeds)), float(np.sqrt(split.item_part * (items or 1))))
-
-
-def _requirement(split: VarianceSplit, items: int | None, rule: Rule) -> str:
+def _requirement(split: VarianceSplit, items: int | None, rule: Rule, plan: SeedPlan) -> tuple[str, int | None]:
+    """Return what would settle the step in words, and the seeds that would probably do it."""
     if np.isnan(split.seed_part):
-        return "It would take more than one seed a rank."
-    noise = _noise(split, items)
-    seeds = seeds_needed(noise, items or 1, rule)
-    return requirement_sentence(seeds, items_needed(noise, MAX_SEEDS, rule) if items is not None else None)
+        return "It would take more than one seed a rank.", None
+    for most in range(max(int(split.seeds) + 1, plan.first), MAX_SEEDS + 1):
+        looks = SeedPlan(min(plan.first, most), most)
+        if decision_probability(split, rule, most, looks.share(most)) >= LIKELY:
+            return f"It would take about {most} seeds a rank.", most
+    noise = Noise(float(np.sqrt(split.seed_part * split.seeds)), float(np.sqrt(split.item_part * (items or 1))))
+    return requirement_sentence(None, items_needed(noise, plan, rule) if items is not None else None, plan), None
 
 
 def _known(value: Array) -> float | None:
@@ -322,13 +415,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rng = np.random.default_rng(0)
     item = rng.normal(0.9, 0.4, 1000)
     losses = {
-        rank: item + level + rng.normal(0, 0.003, (MAX_SEEDS, 1)) + rng.normal(0, 0.1, (MAX_SEEDS, 1000))
+        rank: item + level + rng.normal(0, 0.003, (8, 1)) + rng.normal(0, 0.1, (8, 1000))
         for rank, level in zip((8, 16, 32, 64), np.cumsum([0.0, -0.09, -0.05, -0.005]), strict=True)
     }
     print("| seeds | step | gain | low | high | decision |\n|---|---|---|---|---|---|")
-    for seeds in (3, MAX_SEEDS):
-        ladder = {rank: values[:seeds] for rank, values in losses.items()}
-        result = decide_ladder(ladder, make_rule(0.02, 3), bought=(16, 32, 64) if seeds > 3 else ())
+    for seeds in (3, 8):
+        result = decide_ladder({rank: values[:seeds] for rank, values in losses.items()}, make_rule(0.02))
         for step in result.comparisons:
             d, ranks = step.decision, f"{step.from_rank} → {step.to_rank}"
             print(f"| {seeds} | {ranks} | {d.gain:.4f} | {d.low:.4f} | {d.high:.4f} | {d.verdict} |")

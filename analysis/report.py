@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
@@ -17,12 +17,37 @@ from qlora_exp.analysis.comparable import (
     setting_differences,
     split_budgeted,
 )
-from qlora_exp.analysis.configurations import Configuration, Measure, best_on_validation, configurations, measure_of
+from qlora_exp.analysis.configurations import (
+    Configuration,
+    Measure,
+    configurations,
+    measure_of,
+    mode_of,
+    targets_of,
+    variant_of,
+)
 from qlora_exp.analysis.contrasts import ItemScores
+from qlora_exp.analysis.goals import GoalAnswer, goal_answer, goal_recommendation
 from qlora_exp.analysis.instruct_base import InstructBase, compare_variants
-from qlora_exp.analysis.instruct_base_words import baseline_note, instruct_section, primary_lead, primary_sentence
-from qlora_exp.analysis.report_content import ReportContent, Section, StudyInfo
-from qlora_exp.analysis.tradeoffs import goal_answer
+from qlora_exp.analysis.instruct_base_words import instruct_section, variant_recommendation
+from qlora_exp.analysis.ladder_sections import ladder_sections
+from qlora_exp.analysis.ladder_views import LadderView, ladder_rank_of, ladder_views
+from qlora_exp.analysis.learning_curves import Curves, curves_section
+from qlora_exp.analysis.margin import Margin
+from qlora_exp.analysis.quantization import LevelComparison, compare_quantizations, compare_targets
+from qlora_exp.analysis.quantization_words import quantization_recommendation, targets_recommendation
+from qlora_exp.analysis.recommendation import study_margin
+from qlora_exp.analysis.report_cards import answer_card, baseline_card, not_asked_card, rank_card, screening_card
+from qlora_exp.analysis.report_choice import (
+    ChosenConfiguration,
+    TaskMetric,
+    choose,
+    ladder_picks,
+    task_metric_of,
+    use_sentence,
+)
+from qlora_exp.analysis.report_content import AnswerCard, CardStatus, ReportContent, Section, StudyInfo
+from qlora_exp.analysis.searches import search_recommendation
 from qlora_exp.errors import AnalysisError, nearest
 from qlora_exp.records.types import RunRecord, Status
 
@@ -53,23 +78,34 @@ class _Compared:
     measure: Measure | None
     candidates: list[Configuration]
     comparison: InstructBase | None
+    choice: ChosenConfiguration | None
+    """The configuration to use; ``None`` without a score."""
+    metric: TaskMetric | None
+    quantizations: LevelComparison | None
+    targets: LevelComparison | None
+    goal: GoalAnswer | None
 
 
 def build(
     records: Sequence[RunRecord],
     studies: Sequence[StudyInfo],
     items: ItemScores | None = None,
-    margin: float | None = None,
+    margin: Margin | None = None,
     unreadable: int = 0,
+    curves: Curves | None = None,
+    command_of: Callable[[RunRecord], str | None] | None = None,
 ) -> ReportContent:
     """Return the report of these runs.
 
     Args:
         records: all runs of the studies, including failed ones.
         studies: one entry per study.
-        items: per-item values for the instruct-or-base intervals; without them, those intervals are over seeds alone.
-        margin: bits per byte within which instruct and base count as equivalent.
+        items: per-item values for the intervals of comparisons; without them, those intervals are over seeds alone.
+        margin: within which two sides count as equivalent; ``None``: that of the studies' ladder, else 0.25 % of the
+            loss. A number without a unit is in bits per byte.
         unreadable: number of records that could not be read.
+        curves: training curves of runs; without them there are no learning curves.
+        command_of: run → command that runs its configuration; ``None`` if none is known.
 
     Raises:
         AnalysisError: no runs, SYNTHETIC ones, or none that has finished.
@@ -87,37 +123,130 @@ def build(
         raise AnalysisError(
             f"no run has finished: {len(records)} are {states}", where, "wait for one, or qlora-exp resume"
         )
+    margin, views = margin or study_margin(studies), ladder_views(studies, records)
     shown = []
     for group in groups[:MAX_GROUPS]:
         measure = measure_of(group.records)
         candidates = configurations(group.records, measure or Measure("loss_per_item", False))
         of_first = budgeted if group is groups[0] else ()
-        comparison = compare_variants(candidates, items, margin, runs.pilots, of_first)
-        shown.append(_Compared(group, measure, candidates, comparison))
-    why_none = _why_no_headline(groups, studies, shown[0].measure)
-    headline = _ladder_sentences(studies)
-    if why_none is None:
-        headline += _headline(shown[0], with_best=not headline)
-        why_none = None if headline else "No headline: no configuration has a finite score."
+        comparison = compare_variants(candidates, items, margin, runs.pilots, of_first, ladder_rank_of(views))
+        choice = quantizations = targets = goal = None
+        if measure is not None:
+            choice = choose(candidates, views, measure)
+            quantizations = compare_quantizations(candidates, measure, items, margin)
+            targets = compare_targets(candidates, measure, items, margin)
+            by_ladder = choice.configuration if choice is not None and choice.ladder is not None else None
+            goal = goal_answer(candidates, by_ladder, items)
+        metric = task_metric_of(candidates)
+        shown.append(_Compared(group, measure, candidates, comparison, choice, metric, quantizations, targets, goal))
+    first = shown[0]
+    headline, why_none = [], None
+    if first.choice is None:
+        whose = "finished run has a score" if first.measure is None else "configuration has a finite score"
+        why_none = f"No answer: no {whose}."
+    else:
+        assert first.measure is not None
+        line = use_sentence(first.choice, first.candidates, first.measure)
+        headline = [line, *_why(first, views), *_cautions(groups, studies)]
     completed = [record for record in records if record.status is Status.COMPLETED]
+    chosen = first.choice.configuration if first.choice is not None else None
+    command = command_of(chosen.first) if chosen is not None and command_of is not None else None
     parts = [
-        *sections.ladder_sections(studies),
-        *(section for compared in shown for section in _group_sections(compared, groups, studies)),
+        *_first_sections(first, runs, views, curves, command),
+        *ladder_sections(views),
+        *(section for compared in shown for section in _group_sections(compared, groups)),
         sections.importance_section(studies, completed),
         sections.failure_section(records),
         sections.feasibility_section(studies),
-        sections.method_section(groups, records, shown[0].measure, studies),
-        _limits_section(runs, shown[0], studies, why_none),
+        sections.method_section(groups, records, first.measure, views),
+        _limits_section(runs, first),
     ]
     return ReportContent(
         title=", ".join(study.name for study in studies),
         question=next((study.question for study in studies if study.question), None),
         headline=tuple(headline),
-        why_none=None if headline else why_none,
+        why_none=why_none,
         sections=tuple(part for part in parts if part is not None),
         runs=sections.table_of_runs(records),
         made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {len(records)} runs",
+        cards=tuple(_cards(first, views, studies, margin)),
+        command=command,
     )
+
+
+def _first_sections(
+    first: _Compared, runs: _Runs, views: Sequence[LadderView], curves: Curves | None, command: str | None
+) -> list[Section | None]:
+    """Return the sections that are open on the page: quality by rank, learning curves, the configurations."""
+    if first.measure is None:
+        return []
+    drawn = [pick.configuration for pick in ladder_picks(first.candidates, views, first.measure)]
+    if first.choice is not None:
+        drawn = [first.choice.configuration, *(c for c in drawn if c is not first.choice.configuration)]
+    chosen = first.choice.configuration if first.choice is not None else None
+    return [
+        sections.rank_section(first.candidates, first.measure, views, first.metric),
+        curves_section(first.candidates, runs.records, first.measure, drawn, curves),
+        sections.configurations_section(first.candidates, first.measure, first.metric, chosen, command),
+    ]
+
+
+def _why(first: _Compared, views: Sequence[LadderView]) -> list[str]:
+    """Return how the first line's configuration was chosen."""
+    assert first.choice is not None
+    if len(first.candidates) < 2:
+        return ["It is the only configuration that was scored."]
+    if first.choice.ladder is None:
+        return [f"Of {len(first.candidates)} configurations it is the best on validation."]
+    ladders = sum(view.use_rank is not None for view in views)
+    by = "A ladder chose the rank"
+    if ladders > 1:
+        by = f"{ladders} ladders chose the ranks, and the validation score chose among these"
+    return [f"{by}; the scores are of {_split_words(first.group)}."]
+
+
+def _split_words(group: Group) -> str:
+    return f"{group.protocol.scored_items:,} {group.protocol.split} items"
+
+
+def _cards(
+    first: _Compared, views: Sequence[LadderView], studies: Sequence[StudyInfo], margin: Margin
+) -> list[AnswerCard]:
+    """Return a card for each question: those that were asked first."""
+    measure, candidates, choice = first.measure, first.candidates, first.choice
+    if measure is None:
+        return []
+    variants = list(dict.fromkeys(variant_of(c) for c in candidates))
+    modes = list(dict.fromkeys(mode_of(c.first) for c in candidates))
+    targets = list(dict.fromkeys(targets_of(c.first) for c in candidates))
+    cards = [rank_card(views, choice, sorted({c.rank for c in candidates}))]
+    if first.comparison is not None:
+        cards.append(answer_card("variant", variant_recommendation(first.comparison, studies), "instruct-base"))
+    else:
+        cards.append(not_asked_card("variant", "Instruct or base?", variants, "qlora-exp sweep instruct_or_base"))
+    if first.quantizations is not None:
+        answer = quantization_recommendation(first.quantizations, studies)
+        cards.append(answer_card("quantization", answer, "equal"))
+    else:
+        cards.append(not_asked_card("quantization", "Which quantization?", modes, "qlora-exp sweep pareto"))
+    if first.targets is not None:
+        cards.append(answer_card("targets", targets_recommendation(first.targets, studies), "equal"))
+    else:
+        sweep = "qlora-exp sweep rank_doubling targets=all_linear,attention"
+        cards.append(not_asked_card("targets", "Which target modules?", targets, sweep))
+    search = search_recommendation(candidates, measure, margin, studies) if not views else None
+    if search is not None:
+        cards.append(answer_card("configuration", search, "configurations"))
+    if first.goal is not None and first.goal.split == first.group.protocol.split:
+        cards.append(answer_card("goal", goal_recommendation(first.goal, studies), None))
+    screenings = [(study.screening, study.name) for study in studies if study.screening is not None]
+    if any(not screening.get("chosen") for screening, _ in screenings):
+        # These questions are what the study is about: it just hasn't compared anything yet.
+        cards = [card for card in cards if card.status is not CardStatus.NOT_ASKED or card.name == "targets"]
+    cards = [*(screening_card(screening, name) for screening, name in screenings), *cards]
+    baseline = baseline_card(choice, first.metric) if choice is not None else None
+    cards += [baseline] if baseline is not None else []
+    return sorted(cards, key=lambda card: card.status is CardStatus.NOT_ASKED)
 
 
 def only_section(report: ReportContent, name: str) -> ReportContent:
@@ -132,24 +261,28 @@ def only_section(report: ReportContent, name: str) -> ReportContent:
     if not chosen:
         names = [section.name for section in report.sections]
         raise AnalysisError(f"the report of these runs has no section {name!r}", "--only", nearest(name, names))
-    return replace(report, question=None, headline=(), sections=tuple(chosen))
+    shown = {section.name for section in chosen} | ({"ladder-1"} if name == "rank" else set())
+    cards = tuple(card for card in report.cards if card.section in shown)
+    return replace(report, question=None, headline=(), cards=cards, command=None, sections=tuple(chosen))
 
 
-def _group_sections(compared: _Compared, groups: Sequence[Group], studies: Sequence[StudyInfo]) -> list[Section]:
+def _group_sections(compared: _Compared, groups: Sequence[Group]) -> list[Section]:
     """Return the sections that compare within one group; if there are several groups, each title names the group."""
     group, measure, candidates = compared.group, compared.measure, compared.candidates
     parts: list[Section | None] = []
     if measure is not None:
-        goal = goal_answer(candidates)
+        levels = (compared.quantizations, compared.targets)
+        # The cards have the first group's answers.
+        answers = () if group is groups[0] else _answers(compared)
         parts = [
-            sections.rank_section(candidates, measure, any(study.ladders for study in studies)),
-            sections.tradeoff_section(candidates, measure),
-            sections.equal_everything_section(candidates, measure),
-            Section("goal", "The cheapest that is good enough", (goal.sentence,)) if goal else None,
+            None if group is groups[0] else sections.rank_section(candidates, measure, (), compared.metric),
+            Section("answers", "Answers", answers) if answers else None,
             instruct_section(compared.comparison) if compared.comparison else None,
+            sections.equal_everything_section(candidates, measure, *levels),
+            sections.tradeoff_section(candidates, measure),
         ]
     parts += [sections.memory_section(candidates, group.records), sections.speed_section(group.records)]
-    known = [part for part in parts if part is not None]
+    known = [replace(part, folded=True) for part in parts if part is not None]
     if len(groups) == 1:
         return known
     p = group.protocol
@@ -160,92 +293,50 @@ def _group_sections(compared: _Compared, groups: Sequence[Group], studies: Seque
     return [replace(part, name=part.name + anchor, title=f"{part.title} ({subtitle})") for part in known]
 
 
-def _why_no_headline(groups: Sequence[Group], studies: Sequence[StudyInfo], measure: Measure | None) -> str | None:
-    """Return why there is no headline; ``None`` with a score, one protocol, and a split that nothing was chosen on."""
-    if measure is None:
-        return "No headline: no finished run has a score."
+def _answers(compared: _Compared) -> tuple[str, ...]:
+    """Return what a group without cards answers, in one sentence a question."""
+    answers = []
+    if compared.comparison is not None:
+        answers.append(variant_recommendation(compared.comparison))
+    if compared.quantizations is not None:
+        answers.append(quantization_recommendation(compared.quantizations))
+    if compared.targets is not None:
+        answers.append(targets_recommendation(compared.targets))
+    return tuple(answer.sentence for answer in answers)
+
+
+def _cautions(groups: Sequence[Group], studies: Sequence[StudyInfo]) -> list[str]:
+    """Return what weakens the first line: runs that aren't comparable, and splits on which something was chosen."""
+    cautions = []
     if len(groups) > 1:
         differences = "; ".join(setting_differences(groups))
-        return f"No headline: the runs aren't all comparable ({differences}); the report shows them separately."
+        cautions.append(
+            f"The runs aren't all comparable ({differences}): this is of the {len(groups[0].records)} runs of the first"
+            " kind, and the others are shown separately."
+        )
     searched = [text for study in studies for text in study.objectives if "scores.test" in text]
-    if searched:
-        return (
-            f"No headline: the test split was searched ({searched[0]}), so its scores flatter the best configuration."
-        )
     split = groups[0].protocol.split
-    if split != "test":
-        return (
-            f"No headline: these are scores of the {split} split, which the search itself used. Score the finalists on"
-            " the test split: evaluation.split=test with other seeds."
+    if searched:
+        cautions.append(
+            f"The test split was searched ({searched[0]}), so this score flatters the configuration: score it on data"
+            " that the search didn't use."
         )
-    return None
+    elif split != "test":
+        cautions.append(
+            f"These are scores of the {split} split, which the search itself used: they flatter the best. Score this"
+            " configuration on the test split: evaluation.split=test, with other seeds."
+        )
+    return cautions
 
 
-def _ladder_sentences(studies: Sequence[StudyInfo]) -> list[str]:
-    """Return each ladder's sentence, and its error rates."""
-    ladders = sections.ladders_of(studies)
-    sentences, error_rates = [], []
-    for name, answer in ladders:
-        sentence = str(answer.get("sentence") or answer["decision"])
-        sentences.append(f"{name}: {sentence}" if len(ladders) > 1 else sentence)
-        error_rates.append(sections.error_rate_sentence(answer))
-    return [*sentences, *dict.fromkeys(rate for rate in error_rates if rate is not None)]
-
-
-def _headline(compared: _Compared, with_best: bool) -> list[str]:
-    """Return instruct or base, the best configuration (unless a ladder has chosen one), and the goal's answer."""
-    measure, comparison = compared.measure, compared.comparison
-    sentences = [f"{primary_lead(comparison)} {primary_sentence(comparison)}"] if comparison is not None else []
-    best = best_on_validation(compared.candidates, measure) if measure is not None and with_best else None
-    if best is not None and measure is not None:
-        sentences.append(_best_sentence(best, compared.candidates, measure))
-        sentences += [note] if (note := baseline_note(best)) else []
-    goal = goal_answer(compared.candidates)
-    if goal is not None and goal.split == compared.group.protocol.split:
-        sentences.append(goal.sentence)
-    return sentences
-
-
-def _best_sentence(best: Configuration, candidates: Sequence[Configuration], measure: Measure) -> str:
-    """Return the test score of the configuration that validation chose, and whether it is shown to be the best."""
-    estimate = best.quality
-    assert estimate is not None
-    score = f"{measure.words} {estimate.mean:.4g}"
-    if estimate.low is not None and estimate.high is not None:
-        seeds = f"{estimate.seeds} seed{'s' * (estimate.seeds > 1)}"
-        score += f" (95 % CI {estimate.low:.4g} to {estimate.high:.4g}, {seeds})"
-    else:
-        score += " (one seed: no interval)"
-    if len(candidates) < 2:
-        return f"The only configuration is {best.label}; on test it has {score}."
-    sentence = f"Of {len(candidates)} configurations, {best.label} is best on validation; on test it has {score}"
-    if estimate.se is None:
-        return f"{sentence}."
-    others = [other for other in candidates if other is not best]
-    ties = sum(not measure.shows_better(estimate, other.quality) for other in others)
-    if ties:
-        return f"{sentence}. It isn't shown to be better than {ties} of the others."
-    return f"{sentence}. It is shown to be better than all others."
-
-
-def _limits_section(
-    runs: _Runs, first: _Compared, studies: Sequence[StudyInfo], why_no_headline: str | None
-) -> Section:
-    """Return the section on what can't be concluded, and what would settle it."""
+def _limits_section(runs: _Runs, first: _Compared) -> Section:
+    """Return the section on what can't be concluded besides the cards' questions, and what would settle it."""
     groups, measure, candidates = runs.groups, first.measure, first.candidates
-    points = [why_no_headline] if why_no_headline else []
-    points += sections.undecided_ladders(studies)
-    if first.comparison is not None and not first.comparison.tokens.done:
-        points.append(first.comparison.tokens.sentence)
-    if len(groups) > 1:
-        points.append(f"The groups can't be compared with each other: {'; '.join(setting_differences(groups))}.")
+    points: list[str] = []
     if len(groups) > MAX_GROUPS:
         points.append(f"{len(groups) - MAX_GROUPS} smaller groups of runs are only in the table of runs.")
     if all(len(c.runs) < MIN_SEEDS_SHOWN for c in candidates):
         points.append("One seed per configuration: no difference can be distinguished from chance. Run seed=1,2,3.")
-    ranks = {c.rank for c in candidates}
-    if len(ranks) == 1:
-        points.append(f"Only r = {ranks.pop()} was run: nothing follows about the rank. Run lora.r=8,16,32.")
     if running := sum(not record.status.ended for record in runs.records):
         points.append(f"{running} runs have not ended: the answer may change.")
     finished = [record for group in groups for record in group.records]
@@ -259,7 +350,7 @@ def _limits_section(
     if runs.pilots:
         points.append(f"{len(runs.pilots)} pilots chose learning rates on validation and are in no comparison.")
     points.append(
-        "Intervals are over seeds, on these items. A ladder's intervals, and those that name items, are also over items"
-        " of this kind. Another task may give another answer."
+        "Every interval is a 95 % interval over seeds, on these items. A ladder's intervals, and those that name items,"
+        " are also over items of this kind. Another task may give another answer."
     )
     return Section("limits", "What can't be concluded, and what it would take", points=tuple(points))

@@ -6,9 +6,12 @@ import base64
 import csv
 import gzip
 import io
+import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,6 @@ from qlora_exp.formatting import UNKNOWN_CELL, bytes_text
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 DIGITS = 5
 """Significant digits in the page's data: more than are shown, and fewer bytes than all of them."""
-MAX_LEAD_CHARACTERS = 180
-"""Characters; a longer first sentence is not emphasised."""
 MIN_SHOWN_P = 0.0001
 """Smaller p-values depend on the tails of a distribution more than on the runs."""
 
@@ -29,7 +30,8 @@ DisplayedValue = str | int | float | None
 
 @dataclass(frozen=True)
 class Column:
-    """``kind``, the format: text, integer, figure (4 digits), p (2 digits), bytes, seconds, percent (of 1) or usd."""
+    """``kind``, the format: text, integer, figure (4 digits), p (2 digits), bytes, seconds, percent (of 1),
+    share (of 1, signed, 3 digits) or usd."""
 
     name: str
     kind: str = "text"
@@ -52,6 +54,35 @@ class Section:
     figures: tuple[dict[str, Any], ...] = ()
     points: tuple[str, ...] = ()
     """Bullet points after the paragraphs."""
+    commands: tuple[str, ...] = ()
+    """Commands to copy, one a line."""
+    folded: bool = True
+    """On the page, the section opens with a click."""
+
+
+class CardStatus(StrEnum):
+    SETTLED = "settled"
+    OPEN = "not settled"
+    NOT_ASKED = "not asked"
+
+
+@dataclass(frozen=True)
+class AnswerCard:
+    """A question and its answer, short enough to be read at a glance."""
+
+    name: str
+    question: str
+    status: CardStatus
+    verdict: str
+    evidence: tuple[str, ...] = ()
+    cost: str | None = None
+    """What the answer may cost, and what it saves."""
+    settle: str | None = None
+    """What would settle the question; ``None`` if it is settled, or unknown."""
+    command: str | None = None
+    """A command that would settle it."""
+    section: str | None = None
+    """Name of the section with the details; ``None`` if there is none."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +90,17 @@ class ReportContent:
     title: str
     question: str | None
     headline: tuple[str, ...]
-    """Empty if no conclusion may be drawn (``why_none`` then says why), and in a report of one section."""
+    """The first sentence says what to use, the others how far that holds. Empty without a score (``why_none`` then says
+    why), and in a report of one section."""
     why_none: str | None
     sections: tuple[Section, ...]
     runs: Table
     """All runs with raw values; the first column is the run's id."""
     made: str
     """When the report was made, and from how many runs."""
+    cards: tuple[AnswerCard, ...] = ()
+    command: str | None = None
+    """Command that runs what the headline says to use."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +117,10 @@ class StudyInfo:
     predicted_memory: Mapping[str, Any] = field(default_factory=dict)
     """How many trials were skipped because they were predicted not to fit, and how accurate the predictions were; empty
     if the study has no memory limit."""
+    overrides: tuple[str, ...] | None = None
+    """Overrides of every trial besides its axes, for commands that run more of them; ``None``: unknown."""
+    screening: Mapping[str, Any] | None = None
+    """``ladder.json``'s successive halving, which chooses the configuration that gets a ladder."""
 
 
 def formatted_value(value: DisplayedValue, kind: str) -> str:
@@ -103,15 +142,11 @@ def formatted_value(value: DisplayedValue, kind: str) -> str:
             return f"{value:,.1f} s"
         case "percent":
             return f"{value:.0%}"
+        case "share":
+            return f"{100 * value:+.3g} %"
         case "usd":
             return f"${value:,.2f}"
     return str(value)
-
-
-def lead_sentence(sentence: str) -> tuple[str, str]:
-    """Return an answer's first sentence, to be emphasised, and the rest. A long first sentence is left in the rest."""
-    first, dot, rest = sentence.partition(". ")
-    return (first + dot.strip(), rest) if len(first) <= MAX_LEAD_CHARACTERS else ("", sentence)
 
 
 def value_table(
@@ -142,7 +177,10 @@ def to_html(report: ReportContent, runs_at: str | None = None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"shown": formatted_value, "led": lead_sentence}
+    environment.filters |= {"shown": formatted_value, "lead": _lead}
+    counts = itertools.accumulate((len(section.figures) for section in report.sections), initial=0)
+    # Section → number of its first figure. Macros see only what the environment has.
+    environment.globals["numbers"] = dict(zip((section.name for section in report.sections), counts, strict=False))
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False}
     figures = [figure for section in report.sections for figure in section.figures]
     columns = [_rounded(list(column)) for column in zip(*report.runs.rows, strict=True)]
@@ -163,17 +201,29 @@ def to_html(report: ReportContent, runs_at: str | None = None) -> str:
     )
 
 
+def _lead(sentence: str) -> tuple[str, str]:
+    """Return the first line up to its first colon, which is emphasised, and the rest."""
+    first, colon, rest = sentence.partition(": ")
+    return (first + colon.strip(), f" {rest}") if colon else (sentence, "")
+
+
 def to_markdown(report: ReportContent) -> str:
     """Return the same sentences and tables as Markdown; the runs are in the CSV."""
     lines = [f"# {_plain(report.title)}", ""]
     lines += [_plain(report.question), ""] if report.question else []
-    for sentence in report.headline or [report.why_none]:
-        lines += [f"**{_plain(sentence)}**", ""] if sentence else []
+    for number, sentence in enumerate(report.headline or [report.why_none]):
+        lines += [_plain(sentence) if number else f"**{_plain(sentence)}**", ""] if sentence else []
+    for card in report.cards:
+        lines += [f"**{_plain(card.question)}** {_plain(card.verdict)} ({card.status})", ""]
+        points = [*card.evidence, *(text for text in (card.cost, card.settle) if text)]
+        lines += [*(f"* {_plain(point)}" for point in points), ""] if points else []
+        lines += [*_code(card.command), ""] if card.command else []
     for section in report.sections:
         lines += [f"## {_plain(section.title)}", ""]
         for paragraph in section.paragraphs:
             lines += [_plain(paragraph), ""]
         lines += [*(f"* {_plain(point)}" for point in section.points), ""] if section.points else []
+        lines += [*_code("\n".join(section.commands)), ""] if section.commands else []
         for table in section.tables:
             lines += [f"{_plain(table.caption)}:", ""] if table.caption else []
             lines += [*_markdown_table(table), ""]
@@ -187,6 +237,13 @@ def to_csv(report: ReportContent) -> str:
     writer.writerow([column.name.replace(" ", "_") for column in report.runs.columns])
     writer.writerows(report.runs.rows)
     return stream.getvalue()
+
+
+def _code(commands: str) -> list[str]:
+    # A longer fence than any in the text: a command is untrusted text, too.
+    longest = max((len(run) for run in re.findall("`+", commands)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return [f"{fence}console", *(f"$ {line}" for line in commands.splitlines()), fence]
 
 
 def _markdown_table(table: Table) -> Iterator[str]:

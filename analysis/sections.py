@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,13 +12,20 @@ from qlora_exp.analysis.comparable import Group, answering_scores, base_model_sc
 from qlora_exp.analysis.configurations import (
     PEAK_PARTS,
     Configuration,
+    Estimate,
     Measure,
     known_mean,
     memory_by_part,
+    memory_spread,
     mode_of,
     targets_of,
 )
-from qlora_exp.analysis.report_content import DisplayedValue, Section, StudyInfo, Table, formatted_value, value_table
+from qlora_exp.analysis.ladder_sections import error_rate_sentence, gains_figure
+from qlora_exp.analysis.ladder_views import LadderView
+from qlora_exp.analysis.quantization import LevelComparison
+from qlora_exp.analysis.quantization_words import level_table
+from qlora_exp.analysis.report_choice import TaskMetric, trainable_state_bytes
+from qlora_exp.analysis.report_content import DisplayedValue, Section, StudyInfo, Table, value_table
 from qlora_exp.formatting import bytes_text
 from qlora_exp.records.types import RunRecord, Status
 
@@ -25,8 +33,8 @@ MAX_ROWS = 25
 """Rows shown of a long table; the report's last table has all runs."""
 MIN_TRIALS_FOR_IMPORTANCE = 10
 """Per axis; with fewer, an importance is a guess."""
-MAX_ERROR_RATE, MAX_ERROR_RATE_WITH_GROWING_NOISE = 0.05, 0.06
-"""Shares of simulated ladders with a wrong answer: the largest in docs/calibration.md, rounded up."""
+NOT_SETTINGS = ("seed", "evaluation.split")
+"""Axes of a ladder that are no settings of a configuration."""
 QUANTIZATION_BITS = {32: ("fp32",), 16: ("fp16", "bf16"), 8: ("int8",), 4: ("nf4", "fp4")}
 
 FEASIBILITY_COLUMNS = {
@@ -41,98 +49,76 @@ FEASIBILITY_COLUMNS = {
 }
 
 
-# Ladders.
-
-
-def ladders_of(studies: Sequence[StudyInfo]) -> list[tuple[str, Mapping[str, Any]]]:
-    """Return (name, answer) of each ladder that compares ranks."""
-    return [
-        (", ".join(f"{key}={value}" for key, value in (answer.get("axes") or {}).items()) or study.name, answer)
-        for study in studies
-        for answer in study.ladders
-        if "decision" in answer
-    ]
-
-
-def ladder_sections(studies: Sequence[StudyInfo]) -> list[Section]:
-    ladders = ladders_of(studies)
-    columns = ("doubling", "decision", ("gain", "figure"), ("low", "figure"), ("high", "figure"))
-    sections = []
-    for number, (name, answer) in enumerate(ladders, start=1):
-        figure = figures.ladder(answer)
-        rows = [
-            (f"{step.get('from_rank')} → {step.get('to_rank')}", *map(step.get, ("decision", "gain", "low", "high")))
-            for step in answer.get("comparisons") or []
-        ]
-        sentence = str(answer.get("sentence") or f"The ladder's answer: {answer['decision']}.")
-        more = (_ladder_cost(answer), error_rate_sentence(answer))
-        section = Section(
-            name=f"ladder-{number}",
-            title="Rank doubling" + (f": {name}" if len(ladders) > 1 else ""),
-            paragraphs=(sentence, *(text for text in more if text is not None)),
-            tables=(value_table(columns, rows, f"margin {_figure(answer.get('margin'))}"),) if rows else (),
-            figures=(figure,) if figure else (),
-            points=tuple(str(warning) for warning in answer.get("warnings") or []),
-        )
-        sections.append(section)
-    return sections
-
-
-def _ladder_cost(answer: Mapping[str, Any]) -> str | None:
-    """Return what the ladder cost and was decided from; ``None`` if the answer doesn't have it."""
-    spent, seeds, items = answer.get("spent") or {}, answer.get("seeds") or {}, answer.get("items")
-    if not spent:
-        return None
-    usd = f", {formatted_value(spent['cost_usd'], 'usd')}" if spent.get("cost_usd") is not None else ""
-    stopped = f" ({spent['pilots_stopped']} stopped early)" if spent.get("pilots_stopped") else ""
-    runs = f"{spent['runs']} runs, {spent['pilots']} of them pilots{stopped}"
-    summary = f"{runs}, took {spent['seconds'] / 60:,.1f} minutes{usd}."
-    if seeds and items:
-        summary += (
-            f" Decided from {items} test items and {', '.join(f'{n} seeds at r = {r}' for r, n in seeds.items())}."
-        )
-    return summary
-
-
-def error_rate_sentence(answer: Mapping[str, Any]) -> str | None:
-    """Return how to read a ladder's interval, and how often its answers are wrong; ``None`` if nothing was decided."""
-    margin, zone = answer.get("margin"), answer.get("half_zone")
-    if margin is None or zone is None or not answer.get("comparisons"):
-        return None
-    return (
-        f"How sure: the answer is continue if the lower bound of a gain is above {margin - zone:.4g}, and stop if the"
-        f" upper bound is below {margin + zone:.4g}. Of simulated ladders, at most {100 * MAX_ERROR_RATE:g} % got a"
-        f" wrong answer, {100 * MAX_ERROR_RATE_WITH_GROWING_NOISE:g} % if the seeds' noise grows with the rank"
-        " (docs/calibration.md)."
-    )
-
-
-def undecided_ladders(studies: Sequence[StudyInfo]) -> list[str]:
-    """Return what each undecided ladder leaves open, and what would settle it."""
-    points = []
-    for name, answer in ladders_of(studies):
-        if answer["decision"] == "inconclusive" and answer.get("comparisons"):
-            last = answer["comparisons"][-1]
-            step = f"whether r = {last['to_rank']} is worth its cost over r = {last['from_rank']}"
-            points.append(f"{name}: it is not settled {step}. {answer.get('would_settle') or ''}".rstrip())
-    return points
-
-
 # A group of comparable runs.
 
 
-def rank_section(configurations: Sequence[Configuration], measure: Measure, with_ladder: bool) -> Section | None:
-    figure = figures.rank_curve(configurations, measure)
-    if figure is None:
+def rank_section(
+    configurations: Sequence[Configuration], measure: Measure, views: Sequence[LadderView], metric: TaskMetric | None
+) -> Section | None:
+    """Return quality by rank: in the compared measure, in the task's own metric, and what each doubling gains."""
+    curve = figures.rank_curve(configurations, measure)
+    plots = [gains_figure(views) if len(views) > 1 else None, curve]
+    if metric is not None and metric.name != measure.name:
+        plots.append(figures.rank_curve(configurations, Measure(metric.name, True), metric.tuned))
+    drawn = tuple(plot for plot in plots if plot is not None)
+    if not drawn:
         return None
-    note = "Means over seeds; bars are 95 % intervals from the variance over seeds, pooled over the configurations."
+    notes = ["Means over seeds with 95 % intervals; the variance over seeds is pooled over the configurations."]
     if all(c.quality is None or c.quality.se is None for c in configurations):
-        note = "One seed per configuration: how much of a difference is due to the seed is unknown."
-    if len(figure["data"]) == figures.MAX_LINES:
-        note += f" At most {figures.MAX_LINES} lines are drawn, those with the most ranks."
-    if not with_ladder:
-        note += " This describes the runs and decides nothing; qlora-exp sweep rank_doubling decides."
-    return Section("rank", "Quality by rank", (note,), (), (figure,))
+        notes = ["One seed per configuration: how much of a difference is due to the seed is unknown."]
+    if metric is not None and metric.name != measure.name:
+        notes.append(f"Intervals of {metric.words} are over seeds and items.")
+    if curve is not None and len(curve["data"]) == figures.MAX_LINES:
+        notes.append(f"At most {figures.MAX_LINES} lines are drawn, those with the most ranks.")
+    if not views:
+        notes.append("This describes the runs and decides nothing; qlora-exp sweep rank_doubling decides.")
+    return Section("rank", "Quality by rank", (" ".join(notes),), (), drawn, folded=False)
+
+
+def configurations_section(
+    configurations: Sequence[Configuration],
+    measure: Measure,
+    metric: TaskMetric | None,
+    chosen: Configuration | None,
+    command: str | None,
+) -> Section:
+    """Return the table of the configurations, the one to use first, and how to run it."""
+
+    def on_validation(c: Configuration) -> tuple[bool, float]:
+        value = known_mean(measure.of(run.scores.after) for run in c.runs)
+        return c is not chosen, math.inf if value is None else -measure.sign * value
+
+    ordered = sorted(configurations, key=on_validation)
+    estimates = [metric.tuned(c) if metric is not None and metric.name != measure.name else None for c in ordered]
+    name = metric.words if metric is not None else "metric"
+    columns = (
+        *("configuration", ("learning rate", "figure"), ("seeds", "integer")),
+        *((measure.unit, "figure"), ("low", "figure"), ("high", "figure")),
+        *((name, "figure"), (f"{name}, low", "figure"), (f"{name}, high", "figure")),
+        *(("trainable state", "bytes"), ("memory", "bytes"), ("tokens/s", "figure"), ("training", "seconds")),
+        ("cost", "usd"),
+    )
+    rows: list[tuple[DisplayedValue, ...]] = [
+        (
+            *(c.label + (" ← use" if c is chosen else ""), c.first.config["training"]["learning_rate"], len(c.runs)),
+            *(*_ends(c.quality), *_ends(estimate)),
+            *(known_mean(trainable_state_bytes(run) for run in c.runs), c.memory_bytes, c.tokens_per_second),
+            *(c.train_seconds, c.cost_usd),
+        )
+        for c, estimate in list(zip(ordered, estimates, strict=True))[:MAX_ROWS]
+    ]
+    caption = f"{len(rows)} of {len(ordered)} configurations, the one to use first, then by the validation score"
+    table = value_table(columns, rows, f"{caption}; low and high: 95 % CI")
+    commands = (command,) if command is not None else ()
+    text = (f"To run {ordered[0].label} again:",) if commands else ()
+    return Section(
+        "configurations", "Configurations, and how to run the best", text, (table,), commands=commands, folded=False
+    )
+
+
+def _ends(estimate: Estimate | None) -> tuple[float | None, float | None, float | None]:
+    """Return (mean, low, high); ``None`` is unknown."""
+    return (None, None, None) if estimate is None else (estimate.mean, estimate.low, estimate.high)
 
 
 def tradeoff_section(configurations: Sequence[Configuration], measure: Measure) -> Section:
@@ -179,42 +165,53 @@ def _front_sentence(front: tradeoffs.Front) -> str:
     )
 
 
-def equal_everything_section(configurations: Sequence[Configuration], measure: Measure) -> Section:
+def equal_everything_section(
+    configurations: Sequence[Configuration],
+    measure: Measure,
+    quantizations: LevelComparison | None,
+    targets: LevelComparison | None,
+) -> Section:
     """Compare quantization modes and target sets between runs that agree in everything else."""
     at_equal_size = tradeoffs.targets_at_equal_parameters(configurations, measure)
     hint = None if at_equal_size else tradeoffs.equal_parameters_hint(configurations)
-    comparisons = {
-        "Quantizations, everything else equal": tradeoffs.quantization_contrasts(configurations, measure),
-        "Target modules at equal rank": tradeoffs.target_contrasts(configurations, measure),
-        "Target modules at equally many parameters": at_equal_size,
-    }
     columns = (
         *("against", ("pairs", "integer"), ("gain", "figure"), ("low", "figure"), ("high", "figure")),
         *(("memory", "percent"), ("speed", "percent"), ("parameters", "percent")),
     )
-    tables = []
-    for caption, contrasts in comparisons.items():
-        rows = [
-            (
-                *(f"{c.level} against {c.reference}", c.gain.seeds, c.gain.mean, c.gain.low, c.gain.high),
-                *(c.memory_ratio, c.speed_ratio, c.parameters_ratio),
-            )
-            for c in contrasts
-        ]
-        tables += [value_table(columns, rows, caption)] if rows else []
-    note = (
-        f"Gain in {measure.label}: above 0, the one named first is better. Runs are paired by configuration and seed;"
-        " the 95 % interval is over these pairs, on these items."
-    )
+    rows = [
+        (
+            *(f"{c.level} against {c.reference}", c.gain.seeds, c.gain.mean, c.gain.low, c.gain.high),
+            *(c.memory_ratio, c.speed_ratio, c.parameters_ratio),
+        )
+        for c in at_equal_size
+    ]
+    levels = {"Quantizations, everything else equal": quantizations, "Target modules at equal rank": targets}
+    known = {caption: comparison for caption, comparison in levels.items() if comparison is not None}
+    tables = [level_table(comparison, f"{caption}; low and high: 95 % CI") for caption, comparison in known.items()]
+    caption = "Target modules at equally many parameters; low and high: 95 % CI over pairs"
+    tables += [value_table(columns, rows, caption)] if rows else []
+    note = f"Gain in {measure.label}: above 0, the one named first is better."
     if not tables:
         note = "No two runs differ only in their quantization or target modules: there is nothing to compare."
-    return Section("equal", "At equal everything else", (note,), tuple(tables), points=(hint,) if hint else ())
+    points = [
+        figures.ContrastPoint(
+            f"{c.level} against {c.reference}", c.difference.value, c.difference.low, c.difference.high
+        )
+        for comparison in known.values()
+        for c in comparison.contrasts
+    ]
+    figure = figures.contrasts(points, f"gain, {measure.unit}<br>(above 0: the first is better)")
+    return Section(
+        *("equal", "Quantization and target modules, everything else equal", (note,), tuple(tables)),
+        figures=(figure,) if figure else (),
+        points=(hint,) if hint else (),
+    )
 
 
 def memory_section(configurations: Sequence[Configuration], records: Sequence[RunRecord]) -> Section:
     """Show what uses the memory, and how large weights and adapters are."""
     parts_of = memory_by_part(configurations)
-    figure = figures.memory_bars(parts_of)
+    figure = figures.memory_bars(parts_of, memory_spread(configurations))
     rows = [(label, *(parts[part] for part in PEAK_PARTS)) for label, parts in parts_of.items()][:MAX_ROWS]
     by_part = value_table(("configuration", *((part, "bytes") for part in PEAK_PARTS)), rows, "Memory by part")
     tables = (by_part, _weight_sizes(records), _adapter_sizes(records))
@@ -286,7 +283,12 @@ def speed_section(records: Sequence[RunRecord]) -> Section:
 
 
 def importance_section(studies: Sequence[StudyInfo], completed: Sequence[RunRecord]) -> Section | None:
-    importances = [(objective, shares) for study in studies for objective, shares in study.importance.items() if shares]
+    importances = [
+        (objective, of_settings)
+        for study in studies
+        for objective, shares in study.importance.items()
+        if (of_settings := _of_settings(shares))
+    ]
     if not importances:
         return None
     rows = [(objective, axis, share) for objective, shares in importances for axis, share in shares.items()]
@@ -303,11 +305,18 @@ def importance_section(studies: Sequence[StudyInfo], completed: Sequence[RunReco
         points.append(
             f"{trials} trials for {axes} axes are too few to trust: run at least {MIN_TRIALS_FOR_IMPORTANCE} an axis."
         )
-    if ladders_of(studies):
+    if any("decision" in answer for study in studies for answer in study.ladders):
         points.append("A ladder's trials don't cover the axes evenly: rank and learning rate change together.")
     columns = ("objective", "axis", ("share", "percent"))
-    drawn = tuple(figures.importance_bars(shares) for _, shares in importances)
-    return Section("importance", "What mattered", (note,), (value_table(columns, rows),), drawn, tuple(points))
+    return Section("importance", "What mattered", (note,), (value_table(columns, rows),), points=tuple(points))
+
+
+def _of_settings(shares: Mapping[str, float]) -> dict[str, float]:
+    """Return the shares without those of seed and split, which nobody chooses; importance.json of earlier versions has
+    them."""
+    kept = {axis: share for axis, share in shares.items() if axis not in NOT_SETTINGS}
+    total = sum(kept.values())
+    return {axis: share / total for axis, share in kept.items()} if total > 0 else {}
 
 
 def failure_section(records: Sequence[RunRecord]) -> Section:
@@ -361,17 +370,12 @@ def feasibility_section(studies: Sequence[StudyInfo]) -> Section | None:
 
 
 def method_section(
-    groups: Sequence[Group], records: Sequence[RunRecord], measure: Measure | None, studies: Sequence[StudyInfo]
+    groups: Sequence[Group], records: Sequence[RunRecord], measure: Measure | None, views: Sequence[LadderView]
 ) -> Section:
     rows: list[tuple[str, str]] = []
     if measure is not None:
         rows.append(("quality", f"{measure.label}, {'higher' if measure.higher_is_better else 'lower'} is better"))
-    margins = []
-    for _, answer in ladders_of(studies):
-        zone = answer.get("half_zone")
-        either = "" if zone is None else f"; within ± {_figure(zone)} of it, either answer counts as right"
-        margins.append(f"{_figure(answer.get('margin'))} nats per item per doubling{either}")
-    rows += [("margin, fixed beforehand", margin) for margin in dict.fromkeys(margins)]
+    rows += [("error rates", rates)] if (rates := error_rate_sentence(views)) else []
     for number, group in enumerate(groups[:3], start=1):
         p = group.protocol
         rows += [

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from qlora_exp.analysis.table_columns import Columns, Options, find_columns, nam
 from qlora_exp.analysis.table_decisions import decide_results
 from qlora_exp.analysis.table_files import RANK_FROM_PATH, SEED_FROM_PATH, read_table_rows
 from qlora_exp.analysis.table_layouts import to_long
+from qlora_exp.analysis.table_margin import TableMargin, table_margin
 from qlora_exp.analysis.table_results import (
     ConfigurationRows,
     Result,
@@ -32,8 +33,6 @@ from qlora_exp.analysis.table_results import (
 from qlora_exp.analysis.table_values import is_missing, read_number
 from qlora_exp.errors import AnalysisError
 
-ASSUMED_MARGIN_SHARE = 0.01
-"""Default margin as a share of the smallest rank's mean score; every answer that uses it says so."""
 SETTING_WORDS = frozenset(
     ("config", "params", "hparams", "training", "lora", "optimizer", "learning", "lr", "alpha", "use")
 )
@@ -53,6 +52,7 @@ class TableAnswer:
 
     configuration: str | None
     answer: RankAnswer
+    margin: TableMargin
     notes: tuple[str, ...]
 
 
@@ -84,13 +84,23 @@ def analyze_table(files: Sequence[Path], options: Options) -> list[TableAnswer]:
         # The hint has the rows that were left out: they may be why a rank is missing.
         texts = tuple(f"No answer for {error.where}: {error.what}; {error.hint}" for error in unanswered)
         first = answers[0]
-        answers[0] = TableAnswer(first.configuration, first.answer, (*first.notes, *texts))
+        answers[0] = replace(first, notes=(*first.notes, *texts))
     return answers
 
 
 def table_as_json(answers: Sequence[TableAnswer]) -> dict[str, Any]:
     """Return the object that ``--json`` prints: one answer, or ``configurations`` with one answer each."""
-    objects = [{"configuration": a.configuration, **as_object(a.answer), "notes": list(a.notes)} for a in answers]
+    objects = [
+        {
+            "configuration": one.configuration,
+            **as_object(one.answer),
+            "margin_text": one.margin.text,
+            "margin_units": one.margin.units.as_object(),
+            "settle_command": None,
+            "notes": list(one.notes),
+        }
+        for one in answers
+    ]
     return objects[0] if len(objects) == 1 else {"configurations": objects}
 
 
@@ -114,26 +124,16 @@ def _answer(
     _check_unique(results, where)
     if "group" in columns.named:
         results = averaged_in_groups(results, columns.named["group"], where, said)
-    margin = options.margin
-    if margin is None:
-        level = abs(float(np.mean([result.score for result in results if result.rank == ranks[0]])))
-        # Two digits, so that the note and the decision name the same margin.
-        margin = float(f"{ASSUMED_MARGIN_SHARE * level:.2g}")
-        if margin <= 0:
-            raise AnalysisError(
-                f"no margin can be assumed from a score of {level:g}",
-                "--margin",
-                "say how much a step must gain to be worth its cost",
-            )
-        said.append(
-            f"No margin was given: {margin:g} is assumed, {ASSUMED_MARGIN_SHARE:.0%} of the score at r = {ranks[0]}."
-            " Decide beforehand how much a step must gain to be worth its cost, and give it with --margin."
-        )
+    margin = table_margin(options.margin, results, columns)
+    said += margin.notes
     other_steps = [f"{a} → {b}" for a, b in pairwise(ranks) if b != 2 * a]
     if other_steps:
-        said.append(f"Not every step is a doubling ({', '.join(other_steps)}): the same margin applies to each.")
-    result, decision_notes = decide_results(results, ranks, make_rule(margin, len(ranks) - 1), columns, where)
-    return TableAnswer(name, result, (*said, *decision_notes, *_savings(result, results)))
+        said.append(
+            f"Not every step is a doubling ({', '.join(other_steps)}): such a step is held to the margin times log2 of"
+            " its ratio."
+        )
+    result, decision_notes = decide_results(results, ranks, make_rule(margin.value), columns, where)
+    return TableAnswer(name, result, margin, (*said, *decision_notes, *_savings(result, results)))
 
 
 def _check_protocol(results: Sequence[Result], columns: Columns, where: str) -> None:

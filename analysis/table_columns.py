@@ -120,7 +120,8 @@ class Options:
     score_column: str | None = None
     configuration_columns: tuple[str, ...] = ()
     higher_is_better: bool | None = None
-    margin: float | None = None
+    margin: tuple[str, ...] = ()
+    """As written, of one doubling; a number is in the score's units. Empty: the default for the score."""
     se: float | None = None
     """A published standard error of every score, in the score's units."""
     group_column: str | None = None

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 
-from qlora_exp.analysis.rank import Comparison, Decision, RankAnswer, answer, decide, decide_from_summary
-from qlora_exp.analysis.rank_rule import LAST_LOOK, Rule, StepVerdict
+from qlora_exp.analysis.rank import (
+    Comparison,
+    Decision,
+    RankAnswer,
+    Regret,
+    answer,
+    decide,
+    decide_from_summary,
+    rank_to_use,
+)
+from qlora_exp.analysis.rank_rule import Rule, StepVerdict
 from qlora_exp.analysis.table_columns import Columns
 from qlora_exp.analysis.table_results import Result
 from qlora_exp.analysis.variance import Array
@@ -19,11 +28,14 @@ from qlora_exp.errors import AnalysisError
 LossesByRank = dict[int, Array]
 """Rank → (seeds, items), NaN for a missing run."""
 
+StepDecision = Callable[[int, int, Rule], Decision]
+"""(rank, larger or other rank, the rule of the whole step) → its decision."""
+
 
 def decide_results(
     results: Sequence[Result], ranks: Sequence[int], rule: Rule, columns: Columns, where: str
 ) -> tuple[RankAnswer, list[str]]:
-    """Return the answer, and notes on what it rests on.
+    """Return the answer, and notes on what it rests on. ``rule`` is that of one doubling.
 
     Raises:
         AnalysisError: a run lacks some of the items.
@@ -36,8 +48,11 @@ def decide_results(
     one_run_a_rank = len({(result.rank, result.seed) for result in results}) == len(ranks)
     unit = f"in {columns.score}"
     if one_run_a_rank and not items and len(with_se) == len(results):
-        steps, notes = _published_steps(losses, ranks, rule, columns)
-        return answer(steps, rule, unit), [*notes, *_near_resolution(rule, step)]
+        published, notes = _published_steps(losses, columns)
+        steps = _steps(published, ranks, rule)
+        # Intervals that lack the seeds' noise don't bound what a rank may cost.
+        regret = None if columns.items_only else _regret(published, steps, ranks, rule)
+        return answer(steps, rule, unit, regret), [*notes, *_near_resolution(rule, step)]
     notes = []
     if one_run_a_rank:
         notes.append(
@@ -51,13 +66,17 @@ def decide_results(
     elif with_se:
         notes.append("The standard errors are not used: only some rows have one.")
     ladder = _loss_arrays(losses, ranks, seeds, items, where)
-    steps = [Comparison(a, b, _step(ladder, a, b, rule, notes, bool(items))) for a, b in pairwise(ranks)]
+
+    def decided(a: int, b: int, of_step: Rule) -> Decision:
+        return _with_rounding(_step(ladder, a, b, of_step, [], bool(items)), of_step, step)
+
+    steps = _steps(lambda a, b, of_step: _step(ladder, a, b, of_step, notes, bool(items)), ranks, rule)
     if any(one.decision.se is not None and one.decision.se < 1e-12 for one in steps):
         notes.append(
             "At some step every seed gave exactly the same gain: the seed changed nothing, or the scores are rounded."
             " The interval may be too narrow."
         )
-    widened = [_with_rounding(one, rule, step) for one in steps]
+    widened = _steps(decided, ranks, rule)
     if changed := [
         f"r = {one.from_rank} → {one.to_rank}" for one, old in zip(widened, steps, strict=True) if one != old
     ]:
@@ -67,14 +86,33 @@ def decide_results(
         )
     else:
         notes += _near_resolution(rule, step)
-    return answer(widened, rule, unit), notes
+    return answer(widened, rule, unit, _regret(decided, widened, ranks, rule)), notes
 
 
-def _published_steps(
-    losses: Sequence[Result], ranks: Sequence[int], rule: Rule, columns: Columns
-) -> tuple[list[Comparison], list[str]]:
+def _steps(decided: StepDecision, ranks: Sequence[int], rule: Rule) -> list[Comparison]:
+    """Return the decision of each step between neighbouring ranks; each of its doublings has to gain the margin."""
+    return [Comparison(a, b, decided(a, b, rule.over(math.log2(b / a)))) for a, b in pairwise(ranks)]
+
+
+def _regret(decided: StepDecision, steps: Sequence[Comparison], ranks: Sequence[int], rule: Rule) -> Regret | None:
+    """Return the most that the rank to use may cost against any other rank; ``None`` if one bound is unknown."""
+    use = rank_to_use(steps)
+    highs = [(decided(use, rank, rule).high, rank) for rank in ranks if rank != use]
+    known = [(high, rank) for high, rank in highs if high is not None]
+    if len(known) < len(highs):
+        return None
+    bound, rank = max(known)
+    return Regret(max(bound, 0.0), rank)
+
+
+def _published_steps(losses: Sequence[Result], columns: Columns) -> tuple[StepDecision, list[str]]:
     by_rank = {result.rank: result for result in losses}
-    steps = [Comparison(a, b, _decide_published(by_rank[a], by_rank[b], rule)) for a, b in pairwise(ranks)]
+    only_items = columns.items_only
+
+    def decided(a: int, b: int, rule: Rule) -> Decision:
+        decision = _decide_published(by_rank[a], by_rank[b], rule)
+        return _without_seeds(decision) if only_items else decision
+
     known = "come from the runs of each score (Welch's degrees of freedom), and two ranks' scores count as"
     if all(math.isinf(result.df) for result in losses):
         known = "count as exact, and two ranks' scores as"
@@ -88,8 +126,7 @@ def _published_steps(
             " returns continue nor that they have diminished. If it is the standard error over several seeds, call the"
             " column se."
         ]
-        steps = [replace(step, decision=_without_seeds(step.decision)) for step in steps]
-    return steps, notes
+    return decided, notes
 
 
 def _without_seeds(decision: Decision) -> Decision:
@@ -113,7 +150,7 @@ def _step(ladder: LossesByRank, a: int, b: int, rule: Rule, notes: list[str], ha
     shared = int((runs[a] & runs[b]).sum())
     if shared >= 2 or (shared == 1 and min(counts.values()) == 1):
         values = {rank: array if has_items else array[:, 0] for rank, array in ladder.items()}
-        decision = decide(values[a], values[b], list(values.values()), rule, LAST_LOOK)
+        decision = decide(values[a], values[b], list(values.values()), rule)
         if shared < max(counts.values()):
             notes.append(
                 f"r = {a} and r = {b} share {shared} of their seeds ({counts[a]} and {counts[b]} runs): only these are"
@@ -164,18 +201,17 @@ def _unpaired(smaller: Array, larger: Array, ranks: tuple[int, int], rule: Rule)
     return replace(decision, df=df, seeds=min(len(smaller), len(larger)), items=items if items > 1 else None)
 
 
-def _with_rounding(comparison: Comparison, rule: Rule, step: float) -> Comparison:
-    """Return the comparison with bounds that contain rounding, where the seeds' noise is smaller than the rounding.
+def _with_rounding(decision: Decision, rule: Rule, step: float) -> Decision:
+    """Return the decision with bounds that contain rounding, where the seeds' noise is smaller than the rounding.
 
     Noise larger than a step averages rounding errors out, and its variance contains theirs. Without such noise all
     seeds are rounded alike: each mean is off by half a step at most, and the gain by a step.
     """
-    decision = comparison.decision
     if decision.low is None or decision.high is None or decision.se is None:
-        return comparison
+        return decision
     # A difference of two rounded scores has the standard deviation step / √6.
     if decision.se * math.sqrt(decision.seeds) >= step / math.sqrt(6):
-        return comparison
+        return decision
     low, high = min(decision.low, decision.gain - step), max(decision.high, decision.gain + step)
     continues, stops = low > rule.margin - rule.half_zone, high < rule.margin + rule.half_zone
     if continues and stops:
@@ -184,7 +220,7 @@ def _with_rounding(comparison: Comparison, rule: Rule, step: float) -> Compariso
     settle = decision.would_settle
     if verdict is StepVerdict.INCONCLUSIVE and decision.verdict is not verdict:
         settle = f"It would take scores with more decimals: these are written to {step:g}."
-    return replace(comparison, decision=replace(decision, verdict=verdict, low=low, high=high, would_settle=settle))
+    return replace(decision, verdict=verdict, low=low, high=high, would_settle=settle)
 
 
 def _near_resolution(rule: Rule, step: float) -> list[str]:

@@ -1,5 +1,4 @@
-"""What does quality cost in memory and speed? Pareto fronts, contrasts of one axis, and the cheapest configuration that
-meets the goal."""
+"""What does quality cost in memory and speed? Pareto fronts, and contrasts of target modules."""
 
 from __future__ import annotations
 
@@ -8,22 +7,19 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from qlora_exp.analysis.comparable import answering_scores
-from qlora_exp.analysis.configurations import Configuration, Estimate, Measure, mean, mode_of, pooled_sd, targets_of
+from qlora_exp.analysis.configurations import Configuration, Estimate, Measure, mean, mode_of, targets_of
 from qlora_exp.records.types import RunRecord
 
 PRECISION_ORDER = ("fp32", "bf16", "fp16", "int8", "nf4", "fp4")
-"""Most bits first; the first of these that was run is the reference."""
+"""Most bits first."""
 MIN_MODES = 2
 EQUAL_PARAMETERS = 0.10
 """Two target sets count as equally large if their parameters differ by at most this share."""
-ONE_SIDED = 0.05
 
 
 class ParetoStatus(StrEnum):
@@ -53,16 +49,6 @@ class QuantizationContrast:
     memory_ratio: float | None
     speed_ratio: float | None
     parameters_ratio: float | None
-
-
-@dataclass(frozen=True)
-class GoalAnswer:
-    """``cheapest``: among the configurations shown to meet the goal, the one with the least memory."""
-
-    split: str
-    shown: int
-    cheapest: Configuration | None
-    sentence: str
 
 
 def front(configurations: Sequence[Configuration], measure: Measure) -> Front:
@@ -97,19 +83,6 @@ def front(configurations: Sequence[Configuration], measure: Measure) -> Front:
     return Front(tuple(known), tuple(statuses))
 
 
-def quantization_contrasts(configurations: Sequence[Configuration], measure: Measure) -> list[QuantizationContrast]:
-    """Compare each quantization with the one of the most bits, between runs that agree in everything else."""
-    modes = {mode_of(c.first) for c in configurations}
-    order = [mode for mode in PRECISION_ORDER if mode in modes]
-    return _contrasts(configurations, measure, order, mode_of, ("quantization.",))
-
-
-def target_contrasts(configurations: Sequence[Configuration], measure: Measure) -> list[QuantizationContrast]:
-    """Compare each target set with the largest one, between runs that agree in rank and everything else."""
-    order = list(_parameters_per_rank(configurations))
-    return _contrasts(configurations, measure, order, targets_of, ("targets.",))
-
-
 def targets_at_equal_parameters(
     configurations: Sequence[Configuration], measure: Measure
 ) -> list[QuantizationContrast]:
@@ -131,44 +104,6 @@ def equal_parameters_hint(configurations: Sequence[Configuration]) -> str | None
         f"No two target sets were run with equally many parameters: {', '.join(as_large)} would have as many as"
         f" {largest} at r = {rank}."
     )
-
-
-def goal_answer(configurations: Sequence[Configuration]) -> GoalAnswer | None:
-    """Return the cheapest configuration that is shown to meet ``task.goal``; ``None`` if no run had a goal.
-
-    Shown: the one-sided bound over seeds and items meets the goal, at 5 % divided by the number of configurations
-    (Bonferroni), because the best of many may pass by luck. Cheapest: least memory, then least time.
-    """
-
-    def memory_then_time(c: Configuration) -> list[float]:
-        return [math.inf if value is None else value for value in (c.memory_bytes, c.train_seconds)]
-
-    with_goals = [(c, [run.goal for run in c.runs if run.goal is not None]) for c in configurations]
-    with_goals = [(c, goals) for c, goals in with_goals if goals]
-    if not with_goals:
-        return None
-    texts = {goal.text for _, goals in with_goals for goal in goals}
-    text, split = with_goals[0][1][0].text, with_goals[0][1][0].split
-    if len(texts) > 1:
-        return GoalAnswer(split, 0, None, f"The runs have {len(texts)} different goals: no answer.")
-    sd, df = pooled_sd([[goal.value for goal in goals if goal.value is not None] for _, goals in with_goals])
-    met = [c for c, goals in with_goals if _meets_goal(goals, text, ONE_SIDED / len(with_goals), sd, df)]
-    cheapest = min(met, key=memory_then_time) if met else None
-    over = "seeds and items" if sd is not None else "items alone: no configuration has a second seed"
-    divided = (
-        f" / {len(with_goals)}, because {len(with_goals)} configurations are compared" if len(with_goals) > 1 else ""
-    )
-    qualifier = f" (each bound at 5 %{divided}; over {over})"
-    if cheapest is None:
-        best = max((goal.value for _, goals in with_goals for goal in goals if goal.value is not None), default=None)
-        highest = "" if best is None or "<" in text else f" The highest value of a run was {best:.3g}."
-        sentence = f"No configuration is shown to meet {text} on {split}{qualifier}.{highest}"
-    else:
-        sentence = (
-            f"The cheapest configuration (least memory, then time) that is shown to meet {text} on {split} is"
-            f" {cheapest.label}; {len(met)} of {len(with_goals)} are shown to meet it{qualifier}."
-        )
-    return GoalAnswer(split, len(met), cheapest, sentence)
 
 
 def _non_dominated(points: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -257,21 +192,3 @@ def _parameters_per_rank(configurations: Sequence[Configuration]) -> dict[str, f
     """Return target set → parameters per unit of rank, the largest first: sets may be run at different ranks."""
     sizes = {targets_of(c.first): _parameters(c) / c.rank for c in configurations}
     return dict(sorted(sizes.items(), key=lambda item: -item[1]))
-
-
-def _meets_goal(goals: Sequence[Any], text: str, alpha: float, seed_sd: float | None, seed_df: int) -> bool:
-    """Return whether the bound over seeds and items meets the goal. The records' bounds are at 5 % over items."""
-    values = [goal.value for goal in goals if goal.value is not None]
-    rising = ">" in text
-    edges = [goal.low if rising else goal.high for goal in goals if goal.value is not None]
-    if not values or None in edges:
-        return False
-    threshold = float(text.replace("=", "").split(">" if rising else "<")[1])
-    # The records have one-sided 5 % bounds over items: dividing by the normal quantile gives the standard error.
-    item_se = max(abs(v - e) for v, e in zip(values, edges, strict=True)) / float(stats.norm.isf(ONE_SIDED))
-    seed_variance = 0.0 if seed_sd is None else seed_sd**2 / len(values)
-    variance = item_se**2 + seed_variance
-    # Welch–Satterthwaite, with infinite degrees of freedom for the items: there are many.
-    df = variance**2 / seed_variance**2 * seed_df if seed_variance > 0 else math.inf
-    bound = float(np.mean(values)) + (-1 if rising else 1) * float(stats.t.isf(alpha, df)) * math.sqrt(variance)
-    return bound >= threshold if rising else bound <= threshold

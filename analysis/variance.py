@@ -95,7 +95,7 @@ def item_mean_squares(differences: Array) -> tuple[Array, Array]:
 
 
 def split_variance(differences: Array, mean_square: Array, df: Array) -> VarianceSplit:
-    """Return the variance split of one doubling.
+    """Return the variance split of one comparison.
 
     Args:
         differences: loss(smaller) − loss(larger), (..., seeds, items), or (..., seeds, 1) for scores without items;
@@ -103,21 +103,54 @@ def split_variance(differences: Array, mean_square: Array, df: Array) -> Varianc
         mean_square: MS_rank×seed pooled over all ranks run, (...).
         df: its degrees of freedom, (...).
     """
-    present = ~np.isnan(differences[..., 0])
-    seeds, items = present.sum(axis=-1).astype(float), differences.shape[-1]
-    seed_means = differences.mean(axis=-1)
+    seeds, items = (~np.isnan(differences[..., 0])).sum(axis=-1).astype(float), differences.shape[-1]
+    gain, seed_part, seed_df = _seed_part(differences.mean(axis=-1), mean_square, df)
+    item_part = np.zeros_like(gain)
+    if items > 1:
+        by_item, by_item_and_seed = item_mean_squares(differences)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            item_part = np.maximum(0.0, by_item - by_item_and_seed) / (seeds * items)
+    item_df = np.full_like(gain, items - 1 if items > 1 else np.inf)
+    return VarianceSplit(gain, seed_part, item_part, seed_df, item_df, seeds)
+
+
+def with_lost_runs(
+    split: VarianceSplit, seed_means: Array, lost: NDArray[np.bool_], value: Array, mean_square: Array, df: Array
+) -> VarianceSplit:
+    """Return the split with each lost run counted as a seed whose mean difference is ``value``.
+
+    Args:
+        split: the split without the lost runs; its items' part stays.
+        seed_means: mean differences of the seeds, (..., seeds), NaN where a seed isn't shared.
+        lost: seeds at which one rank's run is there and the other's was lost, (..., seeds).
+        value: (...), the difference to count.
+        mean_square, df: as for :func:`split_variance`.
+    """
+    counted = np.where(lost, value[..., None], seed_means)
+    gain, seed_part, seed_df = _seed_part(counted, mean_square, df)
+    seeds = (~np.isnan(counted)).sum(axis=-1).astype(float)
+    return VarianceSplit(gain, seed_part, split.item_part, seed_df, split.item_df, seeds)
+
+
+def _seed_part(seed_means: Array, mean_square: Array, df: Array) -> tuple[Array, Array, Array]:
+    """Return the gain, the seeds' part A and its degrees of freedom.
+
+    A uses the larger of the pair's variance and the pooled one, each with its degrees of freedom: the pair's are
+    S − 1. With the pooled ones, a pair that is noisier than the other ranks would get too narrow an interval.
+    """
+    present = ~np.isnan(seed_means)
+    seeds = present.sum(axis=-1).astype(float)
     with np.errstate(divide="ignore", invalid="ignore"):
         gain = np.where(present, seed_means, 0.0).sum(axis=-1) / seeds
         deviations = np.where(present, seed_means - gain[..., None], 0.0)
-        seed_mean_square = np.where(seeds > 1, (deviations**2).sum(axis=-1) / (seeds - 1), np.nan)
-        # The larger of the pair's own variance and the pooled one; fmax ignores a NaN, i.e. whichever is unknown.
-        seed_part = np.fmax(seed_mean_square, 2 * mean_square) / seeds
-        item_part = np.zeros_like(gain)
-        if items > 1:
-            by_item, by_item_and_seed = item_mean_squares(differences)
-            item_part = np.maximum(0.0, by_item - by_item_and_seed) / (seeds * items)
-    item_df = np.full_like(gain, items - 1 if items > 1 else np.inf)
-    return VarianceSplit(gain, seed_part, item_part, np.asarray(df, dtype=float), item_df, seeds)
+        of_pair = np.where(seeds > 1, (deviations**2).sum(axis=-1) / (seeds - 1), np.nan)
+        pooled = np.asarray(2 * mean_square)
+        # A NaN is unknown: then the other one is used. Rounding must not decide which of two equal ones is larger:
+        # with two ranks they are the same number, and so are their degrees of freedom.
+        pair_is_larger = np.isnan(pooled) | (of_pair > pooled * (1 + 1e-9))
+        part = np.fmax(of_pair, pooled) / seeds
+        seed_df = np.where(pair_is_larger & ~np.isnan(of_pair), seeds - 1, np.asarray(df, dtype=float))
+    return gain, part, seed_df
 
 
 def as_losses(values: Any) -> Array:

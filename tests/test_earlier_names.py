@@ -34,6 +34,7 @@ from qlora_exp.records.upgrade import (
     SKIPPED_TRIAL_KEYS,
     renamed,
 )
+from qlora_exp.study.spec import read_spec
 from qlora_exp.training.checkpoints import newest_valid
 from tests.analysis import made_up
 from tests.contracts import store
@@ -180,7 +181,7 @@ def said(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 
 def test_a_version_1_ladder_goes_on_and_shows_the_same(capsys: pytest.CaptureFixture[str]) -> None:
-    ladder = ("sweeps=rank_doubling", "sweep.name=old", "sweep.ladder.r_max=16", "sweep.ladder.lr_policy=transfer")
+    ladder = ("sweeps=rank_doubling", "sweep.name=old", "sweep.ladder.r_max=16")
     assert sweep(*ladder, "sweep.ladder.max_seeds=4") == 0
     before = [said(capsys, "trials", "old", "--csv"), said(capsys, "best", "old"), said(capsys, "status", "old")]
     to_version_1(Path("outputs"), "old")
@@ -190,8 +191,45 @@ def test_a_version_1_ladder_goes_on_and_shows_the_same(capsys: pytest.CaptureFix
     assert sweep(*ladder, "sweep.ladder.max_seeds=4") == 0, "the same command is still the same study"
     assert main(["resume", "old"]) == 0
     assert said(capsys, "trials", "old", "--csv") == before[0]
-    assert sweep(*ladder, "sweep.ladder.max_seeds=5") == 2, "another limit isn't"
+    assert sweep(*ladder, "sweep.ladder.max_seeds=3") == 2, "a smaller limit isn't"
     assert "max_seeds" in capsys.readouterr().err
+
+
+def test_a_ladder_of_the_rules_first_edition_goes_on_with_its_settings_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its ``study.json`` says ``lr_policy: transfer``, knows one pilot seed, and its seed axis lists eight seeds."""
+    monkeypatch.chdir(store.unpacked("v2", tmp_path))
+    before = said(capsys, "trials", "ladder", "--csv")
+    with sqlite3.connect("outputs/optuna.db") as database:  # its last trial has not run yet
+        [(last,)] = database.execute(
+            "select max(trial_id) from trials join studies using (study_id) where study_name = 'ladder'"
+        )
+        tables = [name for (name,) in database.execute("select name from sqlite_master where name like 'trial%'")]
+        for table in tables:
+            database.execute(f"delete from {table} where trial_id = ?", (last,))
+    database.close()
+    assert main(["resume", "ladder"]) == 0
+    shown = capsys.readouterr()
+    assert "keeps its settings (lr_policy=carry, max_seeds=8) and continues with the present rule" in shown.err
+    assert "(carry) chosen at r = 8 by 1 pilot seed and carried over" in shown.out
+    assert said(capsys, "trials", "ladder", "--csv").count("\n") == before.count("\n")
+    for ladder in json.loads(Path("outputs/studies/ladder/ladder.json").read_text())["ladders"]:
+        assert (ladder["decision"], ladder["use_rank"], ladder["seeds"]) == ("stop", 8, {"8": 3, "16": 3})
+    spec = read_spec(OutputPaths.of("outputs").study("ladder"))
+    assert spec.ladder is not None
+    assert (spec.ladder.lr_policy, spec.ladder.pilot_seeds, spec.ladder.max_seeds) == ("carry", 1, 8)
+    assert main(["resume", "ladder", "sweep.ladder.max_seeds=16"]) == 2
+    assert "8 in the study, 16 now" in capsys.readouterr().err
+
+
+def test_the_earlier_name_of_a_learning_rate_policy_is_answered_with_the_new_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("mine.yaml").write_text("sweep:\n  ladder:\n    lr_policy: transfer\n")
+    for words in (("sweep.ladder.lr_policy=transfer",), ("--from", "mine.yaml")):
+        assert main(["plan", "sweeps=rank_doubling", *words]) == 2
+        assert "sweep.ladder.lr_policy=carry" in capsys.readouterr().err
 
 
 def test_trials_that_version_1_skipped_stay_skipped(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ from qlora_exp.estimate.memory_fit import (
     MemoryEstimate,
     MemoryLimit,
     PredictedOutOfMemory,
+    correction_key,
     corrections,
     fit_into,
     memory_limit_bytes,
@@ -172,7 +173,7 @@ def test_a_trial_that_ran_out_of_memory_keeps_its_larger_kin_from_being_started(
 def test_a_ladder_ends_below_the_rank_that_does_not_fit_and_says_why(capsys: pytest.CaptureFixture[str]) -> None:
     ladder = ["sweep.sampler=ladder", "sweep.ladder.r_start=4", "sweep.ladder.r_max=64", "sweep.ladder.margin=0.001"]
     assert sweep(*ladder, "sweep.ladder.seeds=2", "training.learning_rate=1e-3", "budget.memory_bytes=560000") == 0
-    assert "no pilot at r = 16 left a validation loss: predicted not to fit into memory" in capsys.readouterr().out
+    assert "no run at r = 16 completed: predicted not to fit into memory" in capsys.readouterr().out
     rows = trials(capsys)
     assert {row["lora.r"] for row in rows if row["status"] == "DOES_NOT_FIT"} == {"16"}
     assert all(row["status"] == "COMPLETED" for row in rows if int(row["lora.r"]) < 16)
@@ -345,6 +346,18 @@ def test_only_kin_count() -> None:
     other = ended(Status.COMPLETED, 100, 200)
     other = other.replace(config={**other.config, "quantization": {"mode": "fp32"}})
     assert len(corrections([other, ended(Status.COMPLETED, 100, 100)], None)) == 2
+
+
+def test_runs_with_padding_do_not_correct_those_without() -> None:
+    done = {choice: ended(Status.COMPLETED, 100, 150) for choice in (True, False, None)}
+    for choice, record in done.items():
+        assert record.plan is not None
+        done[choice] = record.replace(plan=replace(record.plan, padding_free=choice))
+    free, padded = corrections(done.values(), None)
+    assert (free.count, padded.count) == (1, 2), "records of earlier versions are of padded runs"
+    config, device = done[True].config, done[True].environment.device
+    assert free.key == correction_key(config, device, padding_free=True)
+    assert padded.key == correction_key(config, device, padding_free=False)
 
 
 def test_what_ran_out_of_memory_bounds_its_kin_from_below() -> None:

@@ -15,8 +15,10 @@ import torch
 import transformers
 
 from qlora_exp import run
+from qlora_exp.config.compose import compose
 from qlora_exp.config.schema import DeviceChoice, Engine
 from qlora_exp.errors import ConfigError
+from qlora_exp.estimate.budget import check_energy
 from qlora_exp.orchestration.devices import assign_slots
 from qlora_exp.records.types import Status
 from qlora_exp.system import gpus
@@ -153,6 +155,35 @@ def test_an_instance_of_a_partitioned_gpu_is_a_gpu(monkeypatch: Kept) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", nvml({"uuid": "GPU-aaa", "mig": parts}))
     environment: dict[str, str] = {}
     assert use_one_gpu(environment) == environment["CUDA_VISIBLE_DEVICES"] == "MIG-2"
+
+
+@pytest.mark.parametrize(
+    ("visible", "counted"), [(None, False), ("GPU-aaa", True), ("MIG-1", False), ("0", True), ("GPU-bbb", False)]
+)
+def test_a_limit_of_energy_is_refused_where_the_gpu_does_not_count_it(
+    visible: str | None, counted: bool, monkeypatch: Kept
+) -> None:
+    """An instance of a partitioned GPU has no counter: the limit would never stop a run."""
+    whole: dict[str, Any] = {"uuid": "GPU-aaa"}
+    part = {"uuid": "MIG-1"}
+    module = nvml(whole, {"uuid": "GPU-bbb", "mig": [part]})
+
+    def consumption(handle: dict[str, Any]) -> int:
+        if handle is part:
+            raise NVMLError
+        return 1000
+
+    by_uuid = {"GPU-aaa": whole, "MIG-1": part, "GPU-bbb": {"uuid": "GPU-bbb", "mig": [part]}}
+    vars(module)["nvmlDeviceGetTotalEnergyConsumption"] = consumption
+    vars(module)["nvmlDeviceGetHandleByUUID"] = by_uuid.__getitem__
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    if counted:
+        check_energy(compose(["budget.kwh=1"]).budget, DeviceChoice.auto)
+        return
+    with pytest.raises(ConfigError, match=r"energy can't be measured here: .*MIG"):
+        run("budget.kwh=1", "training.device=auto", "model=local", "model.path=nowhere")
 
 
 @pytest.mark.parametrize("found_by", ["nvidia-smi", "driver", "devices"])

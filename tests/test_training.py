@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_exp.architecture.run_plan import shape_multiples
 from qlora_exp.config.compose import compose
@@ -181,7 +182,53 @@ def test_logits_are_computed_for_the_tokens_that_carry_a_loss_alone(
     assert head._use_triton is before
 
 
-@pytest.mark.parametrize("settings", [["micro_batch_size=1"], ["batch_size=16"], ["gradient_checkpointing=on"]])
+class Attentions(TorchDispatchMode):
+    """Counts the calls of torch's fused attention."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "settings", [["quantization=nf4"], ["quantization=int8", "training.padding_free=off"]], ids=["nf4", "int8, padded"]
+)
+def test_selective_checkpointing_computes_attention_once_and_trains_the_same_adapters(
+    settings: list[str], tiny_models: dict[str, Path], colour_task: Path, tmp_path: Path
+) -> None:
+    calls, trained = [], []
+    for choice in ("off", "selective", "on"):
+        checkpointing = f"training.gradient_checkpointing={choice}"
+        config = configured(tiny_models["llama"], colour_task, checkpointing, *settings)
+        with Attentions() as attentions:
+            trained.append(adapters(train_once(config, tmp_path / choice)[1]))
+        calls.append(attentions.calls)
+    assert calls[1] == calls[0]
+    assert calls[2] == calls[0] + 6 * 2, "six steps and two layers"
+    for other in trained[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in trained[0].items())
+
+
+def test_selective_checkpointing_is_refused_where_it_would_keep_nothing(
+    tiny_models: dict[str, Path], colour_task: Path
+) -> None:
+    for family, settings in (("llama", ["model.attention=eager"]), ("gpt2", [])):
+        selective = "training.gradient_checkpointing=selective"
+        config = configured(tiny_models[family], colour_task, selective, *settings)
+        with pytest.raises(ConfigError, match=f"can't keep the attention of {family}") as refused:
+            prepare(config, environment.probe("cpu"))
+        assert "training.gradient_checkpointing=on" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *(["micro_batch_size=1"], ["batch_size=16"], ["gradient_checkpointing=on"]),
+        ["gradient_checkpointing=selective"],
+    ],
+)
 def test_operations_are_counted_as_a_training_does_them(settings: list[str], tmp_path: Path) -> None:
     """By torch's own count of matrix products, which has no attention; the first layer's inputs get no gradient."""
     from torch.utils.flop_counter import FlopCounterMode

@@ -9,8 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -19,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_exp.analysis.power import Noise, half_width
-from qlora_exp.analysis.rank import Comparison, RankAnswer, answer, decide_doubling, decide_ladder
-from qlora_exp.analysis.rank_rule import FIRST_SEEDS, MAX_SEEDS, Rule, StepVerdict, make_rule
+from qlora_exp.analysis.rank import Comparison, RankAnswer, decide, decide_ladder, deciding_step
+from qlora_exp.analysis.rank_rule import Rule, SeedPlan, StepVerdict, make_rule
+from qlora_exp.analysis.rank_walk import walk
 from qlora_exp.analysis.variance import Array, split_variance
 from qlora_exp.errors import AnalysisError
 
@@ -29,6 +29,7 @@ COMMAND = "python -m qlora_exp.analysis.error_rates.replay"
 MARGINS = (0.02, 0.05, 0.1, 0.2)
 """In nats per item."""
 STARTS = (1, 2, 4, 8)
+PLAN = SeedPlan()
 HALVES = 50
 """Random divisions of all seeds into two halves, to measure how often two whole grids agree."""
 
@@ -44,7 +45,7 @@ class ReferenceGrid:
     run_flops: Array
     """(ranks,): training and test evaluation of one run."""
     pilot_flops: Array
-    """(ranks,): all pilots that chose the rank's learning rate, training and validation."""
+    """(ranks,): the pilots of a ladder that starts at this rank, training and validation."""
     provenance: Mapping[str, Any]
 
     def starting_at(self, r_start: int) -> ReferenceGrid:
@@ -59,8 +60,14 @@ class ReferenceGrid:
         )
 
     def answer(self, rule: Rule) -> RankAnswer:
-        """Return the ladder's rule applied to the whole grid: no second look, noise pooled over all ranks."""
-        return decide_ladder(dict(zip(self.ranks, self.grid, strict=True)), rule, complete=True)
+        """Return the rule applied to the whole grid: a single look, noise pooled over all ranks."""
+        return decide_ladder(dict(zip(self.ranks, self.grid, strict=True)), rule)
+
+    def judge(self, comparison: Comparison, rule: Rule) -> Comparison:
+        """Return the whole grid's decision on the same two ranks."""
+        smaller, larger = (self.grid[self.ranks.index(rank)] for rank in (comparison.from_rank, comparison.to_rank))
+        decision = decide(smaller, larger, list(self.grid), rule.over(comparison.doublings))
+        return Comparison(comparison.from_rank, comparison.to_rank, decision)
 
 
 def load(path: Path) -> ReferenceGrid:
@@ -104,50 +111,58 @@ class Ladder:
     comparisons: tuple[Comparison, ...]
     found: RankAnswer
     seeds: NDArray[np.int_]
-    """(ranks,): runs at each rank; 0 if the ladder ended before it."""
+    """(ranks,): runs at each rank; 0 if the ladder didn't run it."""
 
 
-def decide_from_pool(losses: Array, ranks: Sequence[int], rule: Rule) -> Ladder:
-    """Decide a ladder from existing runs: three seeds per rank, more seeds at most once a doubling, up to its end.
+def decide_from_pool(losses: Array, ranks: Sequence[int], rule: Rule, plan: SeedPlan = PLAN) -> Ladder:
+    """Decide a ladder from existing runs.
 
     Args:
-        losses: (ranks, available seeds, items).
+        losses: (ranks, available seeds, items), with at least the seeds of ``plan``.
     """
     seeds = np.zeros(len(ranks), dtype=int)
-    comparisons: list[Comparison] = []
-    for step, (smaller, larger) in enumerate(pairwise(ranks)):
 
-        def run(requested: int, step: int = step) -> list[Array]:
-            seeds[step : step + 2] = np.maximum(seeds[step : step + 2], min(requested, losses.shape[1]))
-            available = np.arange(losses.shape[1]) < seeds[: step + 2, None]
-            return list(np.where(available[..., None], losses[: step + 2], np.nan))
+    def run(wanted: Mapping[int, int]) -> dict[int, Array]:
+        for rank, number in wanted.items():
+            position = ranks.index(rank)
+            seeds[position] = max(seeds[position], number)
+        made = np.arange(losses.shape[1]) < seeds[:, None]
+        return {
+            rank: np.where(made[position, :, None], losses[position], np.nan)
+            for position, rank in enumerate(ranks)
+            if seeds[position]
+        }
 
-        decision = decide_doubling(run, FIRST_SEEDS, rule)
-        assert decision is not None
-        comparisons.append(Comparison(smaller, larger, decision))
-        if decision.verdict is not StepVerdict.CONTINUE:
-            break
-    return Ladder(tuple(comparisons), answer(comparisons, rule, "nats per item"), seeds)
+    path = walk(ranks, plan, lambda _: rule, run)
+    found = path.answer(plan, "nats per item")
+    assert found is not None  # no run is missing
+    return Ladder(path.comparisons, found, seeds)
 
 
 def allowed_verdicts(comparison: Comparison, rule: Rule) -> frozenset[StepVerdict]:
-    """Return the verdicts of a ladder on one doubling that agree with the grid.
+    """Return the verdicts of a ladder on one step that agree with the grid's comparison of the same two ranks.
 
     Both agree if the grid's interval lies within margin ± half-zone. The set is empty if the grid is inconclusive.
     """
     low, high = comparison.decision.low, comparison.decision.high
-    consistent = {StepVerdict.CONTINUE: low is not None and low > rule.margin - rule.half_zone}
-    consistent[StepVerdict.STOP] = high is not None and high < rule.margin + rule.half_zone
+    of_step = rule.over(comparison.doublings)
+    consistent = {StepVerdict.CONTINUE: low is not None and low > of_step.margin - of_step.half_zone}
+    consistent[StepVerdict.STOP] = high is not None and high < of_step.margin + of_step.half_zone
     return frozenset(verdict for verdict, holds in consistent.items() if holds)
 
 
-def compatible(ladder: Ladder, grid: RankAnswer) -> bool | None:
-    """Return whether the grid allows every step; ``None`` if the grid is inconclusive at a step."""
-    limits = [allowed_verdicts(comparison, grid.rule) for comparison in grid.comparisons[: len(ladder.comparisons)]]
-    pairs = [(c.decision.verdict, limit) for c, limit in zip(ladder.comparisons, limits, strict=True)]
+def claims(ladder: Ladder) -> list[Comparison]:
+    """Return the steps that the answer rests on: each *continue*, and the *stop* that decided."""
+    last = deciding_step(ladder.comparisons)
+    return [c for c in ladder.comparisons if c is last or c.decision.verdict is StepVerdict.CONTINUE]
+
+
+def compatible(ladder: Ladder, reference: ReferenceGrid, rule: Rule) -> bool | None:
+    """Return whether the grid allows every step of the answer; ``None`` if the grid is inconclusive at a step."""
+    pairs = [(step.decision.verdict, allowed_verdicts(reference.judge(step, rule), rule)) for step in claims(ladder)]
     if any(limit and verdict not in limit for verdict, limit in pairs):
         return False
-    return None if not all(limits) else True
+    return None if not all(limit for _, limit in pairs) else True
 
 
 @dataclass(frozen=True)
@@ -172,7 +187,13 @@ class Row:
     in_halves: tuple[int, int]
     """Compatible ladders, and those decided and judged, with one half as the grid and the other as the pool."""
     regret: tuple[float, float] | None
-    """Nats per item above the best rank of the whole grid, by the grid's means: median and 90th percentile."""
+    """Nats per item of the decided ladders' rank above the best rank from ``r_start`` on, by the grid's means: median
+    and 90th percentile."""
+    priced_regret: tuple[float, float]
+    """The same of all ladders' rank to use, if each doubling costs one margin: nats per item by which loss plus margins
+    is above its minimum over the ranks; median and 90th percentile."""
+    bound_holds: float
+    """Share of all draws in which the rank to use costs at most ``regret_bound`` against the ranks that were run."""
     flops: tuple[float, float]
     """Share of the whole reference grid's FLOPs: median and 90th percentile."""
     flops_of_own: float
@@ -184,25 +205,23 @@ def replay(reference_grid: ReferenceGrid, margin: float, r_start: int, draws: in
     """Replay ``draws`` ladders: the pool's seeds in random order, its items drawn with replacement."""
     rng = np.random.default_rng([seed, r_start])
     reference = reference_grid.starting_at(r_start)
-    rule = make_rule(margin, len(reference.ranks) - 1)
+    rule = make_rule(margin)
     grid = reference.answer(rule)
     ladders = [decide_from_pool(_resample(reference.pool, rng), reference.ranks, rule) for _ in range(draws)]
     decided = [ladder for ladder in ladders if ladder.found.recommended_rank is not None]
-    judged = _judged([(ladder, grid) for ladder in ladders])
+    judged = _judged([(ladder, reference) for ladder in ladders], rule)
     grids_agree, in_halves = _halves(reference, rule, rng)
     exact = [_same(ladder.found, grid) for ladder in decided]
     noise = noise_of(all_seeds(reference)[:2])
     shares = np.array([_flops(reference, ladder) for ladder in ladders])
-    levels = dict(zip(reference_grid.ranks, np.nanmean(reference_grid.grid, axis=(1, 2)), strict=True))
-    regrets = [
-        levels[ladder.found.recommended_rank] - min(levels.values())
-        for ladder in decided
-        if ladder.found.recommended_rank
-    ]
+    levels = np.nanmean(reference.grid, axis=(1, 2))
+    priced = levels + margin * np.arange(len(levels))
+    at = {rank: position for position, rank in enumerate(reference.ranks)}
+    regrets = [float(levels[at[ladder.found.use_rank]] - levels.min()) for ladder in decided]
     return Row(
         margin=margin,
         r_start=r_start,
-        planned=half_width(noise, MAX_SEEDS, reference.pool.shape[2], rule) / rule.half_zone,
+        planned=half_width(noise, PLAN, reference.pool.shape[2]) / rule.half_zone,
         grid=grid,
         decided=len(decided) / draws,
         compatible=_share(judged),
@@ -211,8 +230,10 @@ def replay(reference_grid: ReferenceGrid, margin: float, r_start: int, draws: in
         grids_agree=grids_agree,
         in_halves=in_halves,
         regret=_middle_and_high(regrets) if regrets else None,
+        priced_regret=_middle_and_high([float(priced[at[ladder.found.use_rank]] - priced.min()) for ladder in ladders]),
+        bound_holds=float(np.mean([_bound_holds(ladder, levels, at) for ladder in ladders])),
         flops=_middle_and_high(shares / _grid_flops(reference_grid, reference_grid.grid.shape[1])),
-        flops_of_own=float(np.median(shares) / _grid_flops(reference, FIRST_SEEDS)),
+        flops_of_own=float(np.median(shares) / _grid_flops(reference, PLAN.first)),
         seeds_per_rank=float(
             sum(ladder.seeds.sum() for ladder in ladders) / sum((ladder.seeds > 0).sum() for ladder in ladders)
         ),
@@ -235,25 +256,31 @@ def _resample(pool: Array, rng: np.random.Generator) -> Array:
     return np.asarray(pool[:, seeds][:, :, items])
 
 
+def _bound_holds(ladder: Ladder, levels: Array, at: Mapping[int, int]) -> bool:
+    """Return whether no rank that was run is better than the rank to use by more than the bound (the grid's means)."""
+    regret, best = ladder.found.regret, min(levels[ladder.seeds > 0])
+    return regret is None or bool(levels[at[ladder.found.use_rank]] - best <= regret.bound)
+
+
 def _halves(reference: ReferenceGrid, rule: Rule, rng: np.random.Generator) -> tuple[float, tuple[int, int]]:
     together = all_seeds(reference)
     half = together.shape[1] // 2
     same, pairs = 0, []
     for _ in range(HALVES):
         order = rng.permutation(together.shape[1])
-        grid, pool = together[:, order[:half]], together[:, order[half : 2 * half]]
-        grid_answer, pool_answer = (
-            decide_ladder(dict(zip(reference.ranks, runs, strict=True)), rule, complete=True) for runs in (grid, pool)
-        )
-        same += _same(grid_answer, pool_answer)
-        pairs.append((decide_from_pool(_resample(pool, rng), reference.ranks, rule), grid_answer))
-    judged = _judged(pairs)
+        halves = [
+            replace(reference, grid=together[:, order[:half]]),
+            replace(reference, grid=together[:, order[half : 2 * half]]),
+        ]
+        same += _same(halves[0].answer(rule), halves[1].answer(rule))
+        pairs.append((decide_from_pool(_resample(halves[1].grid, rng), reference.ranks, rule), halves[0]))
+    judged = _judged(pairs, rule)
     return same / HALVES, (sum(judged), len(judged))
 
 
-def _judged(pairs: Sequence[tuple[Ladder, RankAnswer]]) -> list[bool]:
+def _judged(pairs: Sequence[tuple[Ladder, ReferenceGrid]], rule: Rule) -> list[bool]:
     decided = [(ladder, grid) for ladder, grid in pairs if ladder.found.recommended_rank is not None]
-    return [verdict for ladder, grid in decided if (verdict := compatible(ladder, grid)) is not None]
+    return [verdict for ladder, grid in decided if (verdict := compatible(ladder, grid, rule)) is not None]
 
 
 def _same(first: RankAnswer, second: RankAnswer) -> bool:
@@ -261,11 +288,11 @@ def _same(first: RankAnswer, second: RankAnswer) -> bool:
 
 
 def _flops(reference: ReferenceGrid, ladder: Ladder) -> float:
-    return float((ladder.seeds * reference.run_flops + (ladder.seeds > 0) * reference.pilot_flops).sum())
+    return float((ladder.seeds * reference.run_flops).sum() + reference.pilot_flops[0])
 
 
 def _grid_flops(reference: ReferenceGrid, seeds: int) -> float:
-    return float((seeds * reference.run_flops + reference.pilot_flops).sum())
+    return float((seeds * reference.run_flops).sum() + reference.pilot_flops[0])
 
 
 def _share(values: Sequence[bool]) -> float | None:
@@ -295,7 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.output is not None:
         options.output.write_text(page, encoding="utf-8")
     if options.figure is not None:
-        rule = make_rule(MARGINS[1], len(reference.ranks) - 1)
+        rule = make_rule(MARGINS[1])
         write_figure(ladder(as_object(reference.answer(rule))), options.figure)
 
 

@@ -7,10 +7,15 @@ const DARK = matchMedia("(prefers-color-scheme: dark)");
 const LIGHTER = { "#0072b2": "#4aa3df", "#7f7f7f": "#a8a8a8", "#8c564b": "#c49c94" };
 
 function colours() {
+  // On paper the page is light: its style changes only after the plots have been drawn for it.
+  if (printing) return { text: "#000000", line: "#bbbbbb", panel: "#f5f6f8", quiet: "#444444" };
   const style = getComputedStyle(document.documentElement);
   const of = (name) => style.getPropertyValue(name).trim();
   return { text: of("--text"), line: of("--line"), panel: of("--panel"), quiet: of("--quiet") };
 }
+
+let printing = false;
+const isDark = () => DARK.matches && !printing;
 
 function coloured(traces, dark) {
   const text = JSON.stringify(traces);
@@ -34,12 +39,15 @@ function themed(layout, narrow, traces) {
   };
 }
 
-function draw() {
-  for (const place of document.querySelectorAll("[data-figure]")) {
+function draw(within = document) {
+  for (const place of within.querySelectorAll("[data-figure]")) {
+    // A folded plot is drawn when its section opens.
+    if (place.closest("details:not([open])")) continue;
     const figure = data.figures[Number(place.dataset.figure)];
     const narrow = place.clientWidth < 500;
-    const layout = themed(coloured(figure.layout, DARK.matches), narrow, figure.data.length);
-    Plotly.react(place, coloured(figure.data, DARK.matches), layout, {
+    const named = figure.data.filter((trace) => trace.showlegend !== false).length;
+    const layout = themed(coloured(figure.layout, isDark()), narrow, named);
+    Plotly.react(place, coloured(figure.data, isDark()), layout, {
       responsive: true,
       displaylogo: false,
       displayModeBar: narrow ? false : "hover",
@@ -189,9 +197,55 @@ function runTable(allRuns) {
     chosen = run;
     filter.value = "";
     keep(allRuns, Math.max(0, allRuns.findIndex((row) => row[0] === run)));
+    document.getElementById("runs").open = true;
     const line = table.querySelector("tr.chosen");
     if (line) line.scrollIntoView({ block: "center" });
   };
+}
+
+/* Folded sections */
+function unfold(target) {
+  const section = target && target.closest("details.section");
+  if (section) section.open = true;
+}
+
+for (const section of document.querySelectorAll("details.section")) {
+  section.addEventListener("toggle", () => section.open && data.figures.length && draw(section));
+}
+for (const link of document.querySelectorAll('a[href^="#"]')) {
+  link.addEventListener("click", () => unfold(document.getElementById(decodeURIComponent(link.hash.slice(1)))));
+}
+unfold(location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1))));
+
+let foldedBefore = [];
+addEventListener("beforeprint", () => {
+  printing = true;
+  foldedBefore = [...document.querySelectorAll("details.section:not([open])")].filter((one) => one.id !== "runs");
+  foldedBefore.forEach((one) => { one.open = true; });
+  if (data.figures.length) draw();
+});
+addEventListener("afterprint", () => {
+  printing = false;
+  foldedBefore.forEach((one) => { one.open = false; });
+  if (data.figures.length) draw();
+});
+
+/* Commands to copy */
+for (const button of document.querySelectorAll("button.copy")) {
+  button.addEventListener("click", async () => {
+    const source = document.getElementById(`command-${button.dataset.copies}`);
+    const label = button.textContent;
+    try {
+      await navigator.clipboard.writeText(source.textContent);
+      button.textContent = "Copied";
+    } catch {
+      // A page from a file may have no clipboard: the text is selected instead.
+      unfold(source);
+      getSelection().selectAllChildren(source);
+      button.textContent = "Selected";
+    }
+    setTimeout(() => { button.textContent = label; }, 1500);
+  });
 }
 
 let showRun = () => {};

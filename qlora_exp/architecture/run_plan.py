@@ -181,7 +181,8 @@ def _without_newer_defaults(task: dict[str, Any]) -> dict[str, Any]:
         for key, value in task.items()
         if key not in EARLIER_TASK_DEFAULTS or value != EARLIER_TASK_DEFAULTS[key]
     }
-    columns = {key: value for key, value in task["columns"].items() if (key, value) != ("tools", "tools")}
+    newer = (("tools", "tools"), ("group", None))
+    columns = {key: value for key, value in task["columns"].items() if (key, value) not in newer}
     return kept | {"columns": columns}
 
 

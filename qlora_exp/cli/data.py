@@ -62,7 +62,7 @@ def validate(overrides: Overrides = None, source: Source = None, force: AcceptPr
         locate(config.tracking, OutputPaths.of(config.output_root))
     print("\n".join(_summary_lines(config, prepared.plan, prepared.splits)))
     too_wide = rank_warning(prepared.architecture, prepared.modules, config.lora)
-    for text in (warning, too_wide):
+    for text in (warning, too_wide, *prepared.splits.warnings):
         if text is not None:
             print(f"  warning  {text}")
     return 0

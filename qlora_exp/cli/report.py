@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,10 +64,12 @@ def report(
         ),
     ] = None,
     equivalence: Annotated[
-        float | None,
+        str | None,
         typer.Option(
             "--equivalence",
-            help="Margin in bits per byte within which instruct and base count as equal; fix it beforehand",
+            metavar="MARGIN",
+            help="Margin within which two models or quantizations count as equal, e.g. 0.5% (of the loss) or 0.02 (bits"
+            " per byte); fix it beforehand. Default: the ladder's margin, else 0.25%",
         ),
     ] = None,
     only: Annotated[
@@ -81,24 +84,27 @@ def report(
     output_root: OutputRoot = None,
 ) -> int:
     """Write report.html, report.md and runs.csv: the answer in words, and its evidence."""
-    import math
+    from functools import partial
     from os.path import relpath
     from urllib.parse import quote
 
+    from qlora_exp.analysis.margin import MarginUnit, parse_margin
     from qlora_exp.analysis.report import build, only_section
     from qlora_exp.analysis.report_content import to_csv, to_html, to_markdown
-    from qlora_exp.errors import AnalysisError, RecordError
-    from qlora_exp.records.files import write_text
+    from qlora_exp.errors import RecordError
+    from qlora_exp.records.files import read_curve, training_losses, write_text
     from qlora_exp.records.find import find_study, read_runs
 
     outputs = outputs_of(output_root)
     study_paths = list(dict.fromkeys(find_study(name, outputs) for name in studies or []))
-    if equivalence is not None and not (math.isfinite(equivalence) and equivalence > 0):
-        hint = "a number above 0, in bits per byte"
-        raise AnalysisError(f"invalid margin {equivalence:g}", "--equivalence", hint)
+    margin = parse_margin(equivalence, MarginUnit.SCORE, "--equivalence") if equivalence is not None else None
     records, unreadable = read_runs(outputs)
     infos, runs = _studies_and_runs(study_paths, records, outputs)
-    content = build(runs, infos, _item_scores(outputs), equivalence, len(unreadable))
+    content = build(
+        *(runs, infos, _item_scores(outputs), margin, len(unreadable)),
+        curves=lambda record: training_losses(read_curve(outputs.run(record.run_id).curve)),
+        command_of=partial(_command, study_paths, outputs),
+    )
     if only is not None:
         content = only_section(content, only)
         print(to_markdown(content))
@@ -118,6 +124,8 @@ def report(
         _log_report(paths, runs, outputs)
     if only is None:
         print("\n".join(content.headline or [str(content.why_none)]))
+        for card in content.cards:
+            print(f"  {card.question} {card.verdict} ({card.status})")
     print(f"report: {folder / 'report.html'}")
     return 0
 
@@ -136,9 +144,36 @@ def _studies_and_runs(
     for spec, paths in zip(specs, study_paths, strict=True):
         importance = _from_study(spec, paths, "importance.json", lambda study, paths: study.importances())
         predicted = _from_study(spec, paths, "predicted_memory.json", _predicted_memory)
-        ladders = (upgrade_answers(_read_json(paths.ladder)) or {}).get("ladders") or ()
-        infos.append(StudyInfo(spec.name, spec.question, spec.objectives, ladders, importance, predicted))
+        answers = upgrade_answers(_read_json(paths.ladder)) or {}
+        ladders = answers.get("ladders") or ()
+        overrides = _trial_overrides(spec, outputs)
+        info = StudyInfo(spec.name, spec.question, spec.objectives, ladders, importance, predicted, overrides)
+        infos.append(replace(info, screening=answers.get("screening")))
     return infos, [record for record in records if any(is_trial_of(record, spec) for spec in specs)]
+
+
+def _command(study_paths: list[StudyPaths], outputs: OutputPaths, record: RunRecord) -> str | None:
+    """Return the command that runs the record's configuration; ``None`` if it isn't a run of these studies."""
+    import shlex
+
+    from qlora_exp.orchestration.command import run_overrides
+    from qlora_exp.study.spec import is_trial_of, read_spec
+
+    for spec in map(read_spec, study_paths):
+        if record.trial is not None and is_trial_of(record, spec):
+            return shlex.join(["qlora-exp", "run", *run_overrides(spec, record.trial.params)])
+    file = outputs.run(record.run_id).config
+    return shlex.join(["qlora-exp", "run", "--from", str(file)]) if file.exists() else None
+
+
+def _trial_overrides(spec: StudySpec, outputs: OutputPaths) -> tuple[str, ...]:
+    """Return the overrides of every trial, with the output root if it isn't the default one here."""
+    from qlora_exp.config.overrides import hydra_value
+    from qlora_exp.orchestration.command import run_overrides
+
+    here = outputs_of(None).root.absolute() == outputs.root.absolute()
+    root = [] if here else [f"output_root={hydra_value(str(outputs.root.absolute()))}"]
+    return (*run_overrides(spec, {}), *root)
 
 
 def _from_study(
@@ -201,32 +236,42 @@ def _item_scores(outputs: OutputPaths) -> Any:
     """Return a function as :data:`qlora_exp.analysis.contrasts.ItemScores`, which reads the runs' per-item files."""
     from functools import lru_cache
 
+    from qlora_exp.analysis.contrasts import GroupScores
+    from qlora_exp.analysis.item_groups import group_means, item_groups
+
     @lru_cache(maxsize=MAX_CACHED_ITEM_TABLES)
-    def read(run_id: str, moment: str, split: str) -> dict[str, list[Any]] | None:
+    def read(run_id: str, moment: str, split: str) -> tuple[dict[str, list[Any]], dict[str, str] | None] | None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        columns = ["item_id", "completion_nats", "completion_bytes", *CORRECTNESS_COLUMNS.values()]
+        file = outputs.run(run_id).items(moment, split)
+        columns = ["item_id", "loss_sum_nats", "completion_nats", "completion_bytes", *CORRECTNESS_COLUMNS.values()]
         try:
-            table = pq.read_table(outputs.run(run_id).items(moment, split), columns=columns)
+            table = pq.read_table(file, columns=columns)
         except (OSError, pa.ArrowException, KeyError):
             return None
-        return dict(table.to_pydict())
+        return dict(table.to_pydict()), item_groups(file)
 
     def scores(record: RunRecord, moment: str, score: str) -> Mapping[str, float] | None:
         import math
 
-        items = read(record.run_id, moment, "test" if record.scores.test is not None else "validation")
-        if items is None:
+        tables = read(record.run_id, moment, "test" if record.scores.test is not None else "validation")
+        if tables is None:
             return None
+        items, groups = tables
         if score in CORRECTNESS_COLUMNS:
             values = items[CORRECTNESS_COLUMNS[score]]
-        else:
+        elif score == "loss_per_item":
+            values = items["loss_sum_nats"]
+        elif score == "bits_per_byte":
             size = sum(items["completion_bytes"]) / max(len(items["completion_bytes"]), 1)
             values = [nats / math.log(2) / size for nats in items["completion_nats"]] if size else [None]
+        else:
+            return None
         if None in values:
             return None
-        return {item: float(value) for item, value in zip(items["item_id"], values, strict=True)}
+        by_item = {item: float(value) for item, value in zip(items["item_id"], values, strict=True)}
+        return by_item if groups is None else GroupScores(group_means(by_item, groups))
 
     return scores
 
@@ -257,7 +302,12 @@ def analyze(
         ),
     ],
     margin: Annotated[
-        float | None, typer.Option(help="Smallest gain of a step that is worth its cost, in the score's units")
+        list[str] | None,
+        typer.Option(
+            metavar="MARGIN",
+            help="Smallest gain of a doubling that is worth its cost: a number in the score's units, or e.g. 0.25%"
+            " of the loss",
+        ),
     ] = None,
     higher_is_better: Annotated[
         bool | None,
@@ -295,7 +345,7 @@ def analyze(
         score_column=score_column,
         configuration_columns=tuple(configuration_column or ()),
         higher_is_better=higher_is_better,
-        margin=margin,
+        margin=tuple(margin or ()),
         se=se,
         group_column=group_column,
         best_over=tuple(best_over or ()),
@@ -317,8 +367,10 @@ def analyze(
             decision = step.decision
             figures = (decision.gain, decision.low, decision.high)
             texts = [UNKNOWN_CELL if figure is None else f"{figure:+.4g}" for figure in figures]
-            rows.append((f"{step.from_rank} → {step.to_rank}", *texts, str(decision.verdict)))
-        print_table(plain_table(("step", "gain", "low", "high", "decision"), rows))
+            held_to = f"{table_answer.margin.value * step.doublings:.4g}"
+            rows.append((f"{step.from_rank} → {step.to_rank}", *texts, held_to, str(decision.verdict)))
+        print_table(plain_table(("step", "gain", "low (95 % CI)", "high", "margin", "decision"), rows))
+        print(table_answer.margin.sentence)
         for note in table_answer.notes:
             print(note)
     return 0

@@ -188,7 +188,7 @@ def stop(
 def best(study: Study, storage: Storage = None, output_root: OutputRoot = None) -> int:
     """Show the best trial as a command.
 
-    Of several objectives, the Pareto front; of rank doubling, the recommended rank and its runs.
+    Of several objectives, the Pareto front; of rank doubling, the rank to use now and its runs.
     """
     from qlora_exp.errors import RecordError
     from qlora_exp.formatting import print_table

@@ -38,6 +38,9 @@ KEY_ALIASES = {
 }
 """Other tools' names, and those of earlier versions → our keys."""
 
+VALUE_ALIASES = {"sweep.ladder.lr_policy=transfer": "carry"}
+"""Values of earlier versions → ours."""
+
 PLUGIN_GROUPS = ("hydra/launcher", "hydra/sweeper")
 LAUNCHER_PACKAGES = {
     "joblib": "hydra-joblib-launcher",
@@ -190,6 +193,8 @@ def _typed_node(key: str, value: Any, kind: Any, text: str) -> Any:
     except (OmegaConfBaseException, ValueError, TypeError):
         is_choice = isinstance(kind, type) and issubclass(kind, Enum)
         hint = nearest(str(value), kind.__members__) if is_choice else f"give it {_describe(kind)}"
+        if new := VALUE_ALIASES.get(f"{key}={value}"):
+            hint = f"{key}={new}, its new name"
         raise ConfigError(f"{key} must be {_describe(kind)}, not {value!r}", text, hint) from None
     return node
 

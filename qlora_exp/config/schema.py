@@ -87,6 +87,7 @@ class SpecialTokens(Enum):
 class Checkpointing(Enum):
     auto = "auto"
     on = "on"
+    selective = "selective"
     off = "off"
 
 
@@ -138,12 +139,12 @@ class Sampler(Enum):
 
 
 class LrPolicy(Enum):
+    carry = "carry"
+    """Pilot runs at r_start only; other ranks use the chosen rate, scaled by one law."""
     search = "search"
-    """Pilot runs at every rank choose among lr_factors × the centre."""
+    """As carry, and a rank leaves the law where pilot runs at every rank show a better rate beyond their noise."""
     fixed = "fixed"
     """training.learning_rate at every rank."""
-    transfer = "transfer"
-    """Pilot runs at r_start only; other ranks use the chosen rate, scaled like the centre."""
 
 
 class Pruner(Enum):
@@ -220,6 +221,8 @@ class ColumnsConfig:
     completion: str | None
     messages: str | None
     label: str | None
+    group: str | None
+    """The document or context of a row: rows of one group count as one observation (docs/statistics.md)."""
     tools: str | None
     """With a messages column: the tools that the assistant may call, for the chat template. Read if the file has it."""
 
@@ -368,27 +371,26 @@ class LadderConfig:
     seeds: int
     """Seeds per rank at the first look, from ``seed`` upwards."""
     max_seeds: int
-    """Maximum seeds per rank, at most 8, after a doubling's one sample increase; equal to ``seeds``: no increase."""
+    """Maximum seeds per rank, at most 64. Seeds are added one at a time; equal to ``seeds``: none is added."""
     pilot_seed: int
-    """Seed of the pilot runs that choose learning rates; decisions don't use these runs."""
-    margin: float | None
-    """The smallest gain of a doubling that is worth its cost, in nats per test item; required.
-
-    If r_max is r_start, nothing is doubled and no margin is needed: each point of the other axes gets its learning rate
-    and its seeds.
-    """
+    pilot_seeds: int
+    """Pilot runs that choose learning rates have the seeds pilot_seed, pilot_seed + 1 …; decisions don't use them."""
+    margin: Any
+    """The smallest gain of a doubling that is worth its cost: ``0.25%`` (of the loss at r_start), ``0.1 nats_per_item``
+    (or 0.1), ``0.002 nats_per_token``, ``1% of the tuning gain``. Not needed if r_max is r_start: no doubling."""
     half_zone: float | None
-    """Gains within margin ± half_zone may be decided either way; null: margin / 2."""
+    """Gains within margin ± half_zone may be decided either way, in the margin's unit; null: margin / 2."""
     lr_policy: LrPolicy
     lr_factors: list[float]
-    """Factors of the centre: training.learning_rate at r_start; ∝ r^−½ for alpha = 2r and r, else constant."""
+    """Factors of training.learning_rate (r_start) or the carried rate: ∝ r^−½ for alpha = 2r and r, else constant."""
     stop_pilots: bool
-    """Stop pilot runs whose training loss is clearly behind another pilot's of their rank (docs/statistics.md)."""
+    """Stop pilots whose training loss is clearly behind another one's of their rank and seed (docs/statistics.md)."""
+    screening_steps: int | None
+    """Steps of the first round of successive halving, which leaves one point to get a ladder; null: all get one."""
     seed_sd: float | None
-    """Expected standard deviation, over seeds, of the mean difference between two ranks, in nats per item; null:
-    unknown."""
+    """Expected standard deviation over seeds of two ranks' mean difference, in the margin's unit; null: unknown."""
     item_sd: float | None
-    """Expected standard deviation, over items, of the difference between two ranks, in nats; null: unknown."""
+    """Expected standard deviation over items of two ranks' difference, in the margin's unit; null: unknown."""
 
 
 @dataclass

@@ -74,6 +74,8 @@ class Item:
     """UTF-8 bytes of the stripped completion, for bits per byte; equal in the plain and the chat format."""
     extra: dict[str, Any]
     """The row's other columns."""
+    group: str | None = None
+    """The row's document or context; ``None`` without ``task.columns.group``."""
     learned: tuple[bool, ...] | None = None
     """For each token of ``ids``, whether it has a training loss, if earlier answers of a conversation are learned, too.
     ``None``: the completion and the end have a loss."""
@@ -124,6 +126,8 @@ class Splits:
     """Rows whose answer or end ``training.max_length`` cuts."""
     notes: tuple[str, ...] = ()
     """Remarks on rows that are read as they are in the file but may hold a mistake."""
+    warnings: tuple[str, ...] = ()
+    """What makes the answers less sure than they seem: rows that share a context without a group column."""
 
     @property
     def items(self) -> tuple[Item, ...]:

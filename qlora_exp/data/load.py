@@ -135,6 +135,7 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
         left_out=left_out,
         truncated=tuple(truncated),
         notes=(*rows.notes, *notes),
+        warnings=rows.warnings,
     )
 
 
@@ -185,6 +186,7 @@ def _make_item(example: Example, encoding: Encoding, tokenizer: Tokenizer, max_l
         answer=answer,
         completion_bytes=len(scored_text.strip().encode("utf-8")),
         extra=example.extra,
+        group=example.group,
         learned=encoding.learned[:max_length] if encoding.learned is not None else None,
     )
 

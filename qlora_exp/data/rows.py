@@ -57,6 +57,8 @@ class Example:
     """The last message of a conversation, if it has more than a role and text (tool calls, reasoning)."""
     tools: tuple[Any, ...] | None = None
     """The tools that the assistant may call, as the chat template reads them."""
+    group: str | None = None
+    """The row's document or context, from ``task.columns.group``."""
     variables: Mapping[str, Any] | None = None
     """Further variables for the chat template, e.g. ``enable_thinking``."""
 
@@ -114,6 +116,7 @@ def read_examples(task: TaskConfig, raw: DataFile) -> tuple[list[Example], list[
     if not raw.rows:
         return [], problems
     sources = _find_sources(task, raw)
+    _check_column(task.columns.group, "task.columns.group", raw)
     for column in sorted(sources.used & set(raw.mixed_classes)):
         hint = (
             f"write all files with the same features, or write class names as text into column {column!r} of each file"
@@ -189,11 +192,12 @@ def _read_example(row: RawRow, sources: _Sources, task: TaskConfig) -> Example:
     label, classifies = None, task.kind is TaskKind.classification
     if classifies and sources.label:
         label = _column_text(row, sources.label, whole_numbers=True).strip()
+    group = _column_text(row, task.columns.group, whole_numbers=True).strip() if task.columns.group else None
     extra = {column: value for column, value in row.values.items() if column not in sources.used}
     if sources.messages:
         example = _read_conversation(row, sources.messages, task)
         label = example.completion if classifies and label is None else label
-        return replace(example, messages=_with_system(example.messages, task), label=label, extra=extra)
+        return replace(example, messages=_with_system(example.messages, task), label=label, extra=extra, group=group)
     text = _text(row, sources.completion, is_class=classifies)
     answer = strip_text(text)
     if classifies:  # a label is a name: it has no indentation, and white space after it means nothing
@@ -201,7 +205,7 @@ def _read_example(row: RawRow, sources: _Sources, task: TaskConfig) -> Example:
     messages = _with_system((Message("user", _text(row, sources.prompt)),), task)
     plain = PlainText(answer.before, answer.after, task.separator, task.special_tokens)
     label = answer.text if classifies and label is None else label
-    return Example(row.file, row.number, messages, False, answer.text, label, extra, plain)
+    return Example(row.file, row.number, messages, False, answer.text, label, extra, plain, group=group)
 
 
 def _with_system(messages: tuple[Message, ...], task: TaskConfig) -> tuple[Message, ...]:

@@ -14,6 +14,7 @@ from qlora_exp.data.contents import ending_of
 from qlora_exp.data.files import DataFile, Unlabelled
 from qlora_exp.data.items import DROP_HINT, SPLIT_NAMES, Item, RowProblem
 from qlora_exp.data.rows import Example, read_examples
+from qlora_exp.data.shared_context import check_groups, shared_context_warning
 from qlora_exp.data.sources import read_sources
 from qlora_exp.data.texts import comparable, normal_form, visible
 from qlora_exp.errors import DataError, Problems, nearest
@@ -37,6 +38,7 @@ class RawSplits:
     left_out: tuple[RowProblem, ...] = ()
     """The other rows: invalid ones (``task.invalid_rows=drop``) and exact duplicates."""
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def examples(self) -> dict[str, tuple[Example, ...]]:
@@ -83,7 +85,11 @@ def load_rows(task: TaskConfig) -> RawSplits:
     limited = _limit_items(splits, task)
     notes += _missing_value_notes(example for split in SPLIT_NAMES for example in limited[split])
     train, validation, test = (tuple(limited[split]) for split in SPLIT_NAMES)
-    return RawSplits(train, validation, test, options, (*problems, *duplicates), tuple(notes))
+    scored = (test, "test") if test else (validation, "validation")
+    check_groups(*scored)
+    warning = shared_context_warning(*scored)
+    warnings = (warning,) if warning is not None else ()
+    return RawSplits(train, validation, test, options, (*problems, *duplicates), tuple(notes), warnings)
 
 
 def _check_numbers(task: TaskConfig) -> None:
@@ -211,17 +217,16 @@ def _add_missing_splits(
 
 
 def _divide(examples: Sequence[Example], fractions: Mapping[str, float], seed: int) -> dict[str, list[Example]]:
-    """Draw whole groups of rows with the same prompt, so that no prompt is in two splits. File order is kept."""
-    groups: dict[str, list[int]] = {}
-    for index, example in enumerate(examples):
-        groups.setdefault(example.prompt_key, []).append(index)
+    """Draw whole sets of rows with the same prompt or group, so that neither is in two splits. File order is kept."""
+    groups = _inseparable(examples)
     if len(groups) < len(fractions) + 1:
+        rows = "distinct rows" if examples[0].group is None else "groups"
         raise DataError(
-            f"{len(groups)} distinct rows can't be divided into train, {' and '.join(fractions)}",
+            f"{len(groups)} {rows} can't be divided into train, {' and '.join(fractions)}",
             examples[0].file,
             "give more rows, or a folder with train, validation and test files",
         )
-    order = list(groups.values())
+    order = groups
     random.Random(f"split/{seed}").shuffle(order)
     owner = dict.fromkeys(range(len(examples)), "train")
     for split, fraction in fractions.items():
@@ -232,6 +237,30 @@ def _divide(examples: Sequence[Example], fractions: Mapping[str, float], seed: i
             taken += len(group)
     names = ("train", *fractions)
     return {name: [e for index, e in enumerate(examples) if owner[index] == name] for name in names}
+
+
+def _inseparable(examples: Sequence[Example]) -> list[list[int]]:
+    """Return sets of rows that share a prompt or a group, directly or through other rows; sets and rows in file order.
+
+    Without groups these are the rows of each prompt."""
+    first_with: dict[tuple[str, str], int] = {}
+    parent = list(range(len(examples)))
+
+    def first_of(index: int) -> int:
+        while parent[index] != index:
+            parent[index] = parent[parent[index]]
+            index = parent[index]
+        return index
+
+    for index, example in enumerate(examples):
+        keys = [("prompt", example.prompt_key)] + ([("group", example.group)] if example.group is not None else [])
+        for key in keys:
+            one, other = sorted((first_of(index), first_of(first_with.setdefault(key, index))))
+            parent[other] = one
+    sets: dict[int, list[int]] = {}
+    for index in range(len(examples)):
+        sets.setdefault(first_of(index), []).append(index)
+    return list(sets.values())
 
 
 def _without_leaks(splits: Mapping[str, list[Example]]) -> tuple[dict[str, list[Example]], list[RowProblem]]:

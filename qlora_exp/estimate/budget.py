@@ -60,7 +60,7 @@ def check_energy(budget: BudgetConfig, device: DeviceChoice) -> None:
     """
     if budget.kwh is not None and (device is DeviceChoice.cpu or not has_energy_counter()):
         raise ConfigError(
-            "energy can't be measured here: this needs an NVIDIA GPU (Volta or later) and nvidia-ml-py",
+            "energy can't be measured here: this needs a whole NVIDIA GPU (Volta or later, no MIG) and nvidia-ml-py",
             f"budget.kwh = {budget.kwh:g}",
             "budget.kwh=null; budget.seconds=… or budget.usd=… work everywhere",
         )

@@ -14,6 +14,7 @@ from qlora_exp.estimate.calibration import calibrated_rate, lower_bound_seconds
 from qlora_exp.estimate.memory_fit import RELATIVE_ERROR
 from qlora_exp.estimate.micro_batch_tokens import check_holds_longest_row, choose_for_memory, longest_row_tokens
 from qlora_exp.estimate.peak import Peak, predicted_peak
+from qlora_exp.estimate.selective_checkpointing import check_selective
 from qlora_exp.estimate.throughput import Interval, MeasuredThroughput, from_finished_runs, seconds_at
 from qlora_exp.estimate.tokens import lengths_of
 from qlora_exp.estimate.workload import RowLengths, Workload, train_flops_per_token
@@ -96,20 +97,28 @@ class Estimator:
         """Return what ``config`` takes.
 
         Raises:
-            ConfigError: the price table can't be read, a row is longer than ``training.micro_batch_tokens``, or
-                ``training.padding_free=on`` where rows need padding.
+            ConfigError: the price table can't be read, a row is longer than ``training.micro_batch_tokens``,
+                ``training.padding_free=on`` where rows need padding, or ``training.gradient_checkpointing=selective``
+                where attention can't be kept.
         """
+        check_selective(self.architecture, config, self.device.kind)
         rows = self.rows(config)
         longest = longest_row_tokens(config, self.architecture, self.device, rows)
         if rows is not None:
             check_holds_longest_row(config, longest)
         fixed = self._without_auto(config)
-        recomputed = fixed.training.gradient_checkpointing is Checkpointing.on
+        checkpointing = fixed.training.gradient_checkpointing
         limit = fixed.training.micro_batch_tokens
         memory, padded_because = self._peak(fixed), self.padding_reason(config)
         workload = Workload.of(fixed.training, rows, padding_free=padded_because is None)
         adapter_parameters = memory.adapters.trainable_parameters
-        flops_per_token = train_flops_per_token(self.architecture, adapter_parameters, workload.row, recomputed)
+        flops_per_token = train_flops_per_token(
+            self.architecture,
+            adapter_parameters,
+            workload.row,
+            recomputed=checkpointing is not Checkpointing.off,
+            keeps_attention=checkpointing is Checkpointing.selective,
+        )
         measured, machine_rate = self.rates(config, workload.steps, padded_because is None)
         calibrated = seconds_at(machine_rate, workload.tokens * flops_per_token)
         seconds = seconds_at(measured.rate, workload.tokens * flops_per_token) or calibrated
@@ -123,7 +132,7 @@ class Estimator:
             memory,
             time,
             price,
-            checkpointing=recomputed,
+            checkpointing=checkpointing is not Checkpointing.off,
             padded_because=padded_because,
             micro_batch_tokens=limit if isinstance(limit, int) else None,
             longest_row_tokens=longest,
@@ -137,7 +146,7 @@ class Estimator:
         """
         rows, longest = self.rows(config), config.training.max_length
         if rows is not None:
-            longest = min(longest, rows.longest_tokens)
+            longest = rows.longest_read_tokens(config.training)
         elif config.training.padding_free is PaddingFree.on:
             longest = 0  # unknown: the run compares its rows with a layer's window
         return planned_padding_reason(self.architecture, config, longest)

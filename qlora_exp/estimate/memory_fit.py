@@ -1,6 +1,6 @@
 """Whether a predicted peak fits into a memory limit: of a plan; and of a run, corrected by peaks of similar runs.
 
-Similar runs share the base model, the quantization and the device.
+Similar runs share the base model, the quantization, the device, and whether rows are padded.
 """
 
 from __future__ import annotations
@@ -138,10 +138,11 @@ class PredictedOutOfMemory(ConfigError):
         self.skipped = skipped
 
 
-def correction_key(config: Mapping[str, Any], device: Device) -> str:
-    """Return the key that similar runs share, from a recorded configuration and its device."""
-    model = config["model"]
-    parts = (model["family"], model["variant"], model.get("path"), config["quantization"]["mode"])
+def correction_key(config: Mapping[str, Any], device: Device, padding_free: bool) -> str:
+    """Return the key that similar runs share, from a recorded configuration, its device and whether its batches have no
+    padding: predictions with and without padding err differently."""
+    model, rows = config["model"], "without padding" if padding_free else None
+    parts = (model["family"], model["variant"], model.get("path"), config["quantization"]["mode"], rows)
     return " ".join(str(part) for part in (*parts, device.kind, device.name) if part is not None)
 
 
@@ -239,7 +240,9 @@ def corrections(records: Iterable[RunRecord], limit_bytes: int | None) -> tuple[
     by_key: dict[str, list[RunRecord]] = defaultdict(list)
     for record in records:
         if predicted_peak_of(record) is not None:
-            by_key[correction_key(record.config, record.environment.device)].append(record)
+            # Records of versions without the field are of padded runs.
+            padding_free = record.plan is not None and bool(record.plan.padding_free)
+            by_key[correction_key(record.config, record.environment.device, padding_free)].append(record)
     return tuple(_correction(key, similar, limit_bytes) for key, similar in by_key.items())
 
 

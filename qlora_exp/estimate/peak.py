@@ -1,7 +1,8 @@
 """The predicted peak memory of training: the exact parts, plus what forward saves and what the head needs.
 
 The peak is at one of three moments. *At the head*, when backward begins: everything that forward saved exists, with the
-logits and their gradient. *In a layer*, with checkpointing: the layers' inputs, and one recomputed layer. *In the
+logits and their gradient. *In a layer*, with checkpointing: the layers' inputs (and attention's outputs,
+if it is selective), and one recomputed layer. *In the
 optimizer*, on CUDA: torch's optimizers process all adapters at once, with a temporary of the same size.
 
 On a CPU the second moment leaves gaps in the heap. They are still there at the first moment one step later, so the two
@@ -28,6 +29,7 @@ from qlora_exp.estimate.activations import (
     saved_bytes_per_token,
     traits_of,
 )
+from qlora_exp.estimate.selective_checkpointing import kept_attention_bytes
 from qlora_exp.estimate.weights_and_optimizer import (
     WIDTHS_OF,
     AdapterBytes,
@@ -150,8 +152,10 @@ def predicted_peak(
     )
     activations = saved_bytes_per_token(architecture, module_names, setting)
     choice = config.training.gradient_checkpointing
-    checkpointing = choice is Checkpointing.on or (cuda and choice is Checkpointing.auto)
+    selective = choice is Checkpointing.selective
+    checkpointing = selective or choice is Checkpointing.on or (cuda and choice is Checkpointing.auto)
     outer = batch.tokens * (activations.outside + (activations.inputs if checkpointing else activations.layers))
+    outer += batch.tokens * kept_attention_bytes(architecture, setting) if selective else 0.0
     recomputed = batch.tokens * activations.layer * 2 if checkpointing else 0.0
     hidden_gradient = batch.loss_tokens * architecture.hidden_size * FLOAT32_BYTES
     logits = _logits_tile(architecture, batch.loss_tokens, width, cuda) + hidden_gradient

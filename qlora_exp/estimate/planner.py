@@ -240,6 +240,7 @@ class Planner:
             reason=fit.reason if budget_problem is None else f"{budget_problem.what}; {fit.reason}",
             notes=(
                 *device_notes(config, device, architecture),
+                *(self._counter.warnings(config) if self._counter is not None else ()),
                 *([rank_note] if rank_note else []),
                 *([f"rows are padded: {estimate.padded_because}"] if _pads_unasked(config, estimate) else []),
                 *([micro_batch_note(config, estimate.micro_batch_tokens)] if estimate.micro_batch_tokens else []),
@@ -328,6 +329,7 @@ def _pads_unasked(config: Config, estimate: RunEstimate) -> bool:
 
 
 def _settings(config: Config) -> dict[str, Any]:
+    """Return what the plan is of, with every key of ``training`` by its name."""
     training = config.training
     return {
         "model": config.model.family,
@@ -335,10 +337,8 @@ def _settings(config: Config) -> dict[str, Any]:
         "quantization": config.quantization.mode.value,
         "r": config.lora.r,
         "targets": config.targets.modules or config.targets.set,
-        "optimizer": training.optimizer,
-        "batch_size": training.batch_size,
+        **to_plain(config)["training"],
         "micro_batch_size": training.micro_batch_size or training.batch_size,
-        "max_length": training.max_length,
     }
 
 

@@ -70,7 +70,8 @@ def memory_fit(config: Config, estimate: RunEstimate, limit: MemoryLimit) -> Fit
     need = MemoryEstimate(
         peak.peak_bytes, peak.context_bytes, seconds.middle if seconds else None, estimate.train_flops, peak.exact_bytes
     )
-    fit, may_start = fit_into(limit_bytes, need, limit, correction_key(to_plain(config), device), device.kind)
+    key = correction_key(to_plain(config), device, padding_free=estimate.padded_because is None)
+    fit, may_start = fit_into(limit_bytes, need, limit, key, device.kind)
     if may_start and fit.excess < -fit.error:
         return fit
     from_budget = limit.limit_bytes is not None

@@ -1,4 +1,4 @@
-"""The lengths of a task's training rows, counted before a model is loaded. Only GGUF files need torch for it."""
+"""The lengths of a task's rows, counted before a model is loaded. Only GGUF files need torch for it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from qlora_exp.config.schema import Config, InvalidRows, Learn, TaskKind, TaskSource
 from qlora_exp.data.encoding import Encoding, check_tokenizer, date_of, encode_rows, resolve_format
-from qlora_exp.data.items import Splits
+from qlora_exp.data.items import Item, Splits
 from qlora_exp.data.rows import Example
 from qlora_exp.data.splits import load_rows
 from qlora_exp.errors import QloraExpError
@@ -20,7 +20,7 @@ from qlora_exp.estimate.workload import RowLengths
 
 SAMPLED_ROWS, LONGEST_ROWS = 1000, 50
 """If there are more rows, this many are sampled and counted; the longest ones by characters are counted, too, to find
-the longest in tokens."""
+the longest in tokens. Of so many validation rows only the longest are."""
 
 
 @dataclass(frozen=True)
@@ -56,16 +56,27 @@ class RowCounter:
             self._cut[key, length] = tokenized.cut_at(length) if tokenized is not None else None
         return self._cut[key, length]
 
+    def warnings(self, config: Config) -> tuple[str, ...]:
+        """Return the warnings on the rows of ``config``'s task, if :meth:`of` could read them."""
+        tokenized = self._tokenized.get((repr(config.model), repr(config.task), resolve_format(config)))
+        return tokenized.warnings if tokenized is not None else ()
+
 
 def lengths_of(splits: Splits, limit: int) -> RowLengths:
-    """Return the lengths of loaded training rows, each row cut at ``limit`` tokens."""
+    """Return the lengths of loaded rows, each row cut at ``limit`` tokens."""
     lengths = [min(length, limit) for length in row_lengths(splits)]
-    return RowLengths.of(lengths, [sum(item.completion_mask[:limit]) for item in splits.train])
+    training_rows = RowLengths.of(lengths, [sum(item.completion_mask[:limit]) for item in splits.train])
+    longest_validated = max((_tokens_of(item) for item in splits.validation), default=0)
+    return replace(training_rows, longest_validation_tokens=min(longest_validated, limit))
 
 
 def row_lengths(splits: Splits) -> list[int]:
     """Return the tokens of each training row."""
-    return [len(item.prompt_ids) + len(item.completion_ids) + len(item.end_ids) for item in splits.train]
+    return [_tokens_of(item) for item in splits.train]
+
+
+def _tokens_of(item: Item) -> int:
+    return len(item.prompt_ids) + len(item.completion_ids) + len(item.end_ids)
 
 
 @dataclass(frozen=True)
@@ -81,15 +92,17 @@ class _Row:
 @dataclass(frozen=True)
 class _TokenizedRows:
     """The tokenized rows of a task. Of a large file, ``drawn`` is a sample, and ``longest`` are its longest rows.
-    ``refused``: the sampled rows that can't be encoded."""
+    ``refused``: the sampled rows that can't be encoded. ``validated``: validation rows; of many, the longest."""
 
     rows: int
     refused: int
     drawn: tuple[_Row, ...]
     longest: tuple[_Row, ...]
+    validated: tuple[_Row, ...]
     options: bool
     """The completions are options, which can't be cut."""
     drop: bool
+    warnings: tuple[str, ...]
 
     def cut_at(self, max_length: int) -> PlannedRows | None:
         drawn = [cut for row in self.drawn if (cut := _cut_lengths(row, max_length, self.options)) is not None]
@@ -97,12 +110,14 @@ class _TokenizedRows:
         counted = (*drawn, *longest)
         if not drawn or (not self.drop and (self.refused or len(counted) < len(self.drawn) + len(self.longest))):
             return None  # the run will refuse them
+        validated = [cut for row in self.validated if (cut := _cut_lengths(row, max_length, self.options)) is not None]
         rows = round(self.rows * len(drawn) / (len(self.drawn) + self.refused))
         lengths = replace(
             RowLengths.of([tokens for tokens, _ in drawn], [scored for _, scored in drawn]),
             rows=rows,
             longest_tokens=max(tokens for tokens, _ in counted),
             row_max_loss_tokens=max(scored for _, scored in counted),
+            longest_validation_tokens=max((tokens for tokens, _ in validated), default=0),
         )
         return PlannedRows(rows, len(counted), lengths.mean_tokens, lengths)
 
@@ -130,21 +145,31 @@ def _tokenize_rows(config: Config) -> _TokenizedRows | None:
         return None
     format = resolve_format(config)
     check_tokenizer(tokenizer, format)
-    rows = load_rows(config.task).train
+    splits = load_rows(config.task)
+    rows = splits.train
     drawn: Sequence[Example] = rows
     longest: Sequence[Example] = ()
     if len(rows) > SAMPLED_ROWS + LONGEST_ROWS:
         drawn = random.Random(0).sample(rows, SAMPLED_ROWS)
-        longest = sorted(rows, key=_characters)[-LONGEST_ROWS:]
+        longest = _longest_by_characters(rows)
+    validated: Sequence[Example] = splits.validation
+    if len(validated) > SAMPLED_ROWS + LONGEST_ROWS:
+        validated = _longest_by_characters(validated)
     tokens = _tokens(drawn, tokenizer, format, config)
     return _TokenizedRows(
         rows=len(rows),
         refused=len(drawn) - len(tokens),
         drawn=tokens,
         longest=_tokens(longest, tokenizer, format, config),
+        validated=_tokens(validated, tokenizer, format, config),
         options=config.task.kind is TaskKind.classification,
         drop=config.task.invalid_rows is InvalidRows.drop,
+        warnings=splits.warnings,
     )
+
+
+def _longest_by_characters(rows: Sequence[Example]) -> Sequence[Example]:
+    return sorted(rows, key=_characters)[-LONGEST_ROWS:]
 
 
 def _characters(example: Example) -> int:

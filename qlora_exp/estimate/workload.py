@@ -42,6 +42,8 @@ class RowLengths:
     row_max_loss_tokens: int
     expected_longest_tokens: tuple[float, ...]
     tokens_deviation: float = 0.0
+    longest_validation_tokens: int = 0
+    """The longest validation row, which is read if ``training.evaluate_every_steps`` is set; 0: unknown."""
     sorted_tokens: tuple[int, ...] = ()
     """The rows' lengths; of many rows, :data:`KEPT_LENGTHS` evenly spaced ones. Empty: unknown."""
 
@@ -59,6 +61,11 @@ class RowLengths:
             expected_longest_tokens=_expected_max(tokens),
             sorted_tokens=_evenly_spaced(sorted(tokens)),
         )
+
+    def longest_read_tokens(self, training: TrainingConfig) -> int:
+        """Return the longest row that a training reads: of its training rows, and of what it validates on."""
+        validated = self.longest_validation_tokens if training.evaluate_every_steps is not None else 0
+        return min(max(self.longest_tokens, validated), training.max_length)
 
     @property
     def mean_tokens(self) -> float:
@@ -171,7 +178,12 @@ class MeanRow:
 
 
 def train_flops_per_token(
-    architecture: Architecture, adapter_parameters: int, row: MeanRow, recomputed: bool, fused_head: bool = True
+    architecture: Architecture,
+    adapter_parameters: int,
+    row: MeanRow,
+    recomputed: bool,
+    fused_head: bool = True,
+    keeps_attention: bool = False,
 ) -> float:
     """Return the operations to train one unpadded token of rows like ``row``.
 
@@ -179,7 +191,7 @@ def train_flops_per_token(
       experts of one token, not the embedding table. 2N more if layers are recomputed, and 2 per adapter parameter for
       its own gradient.
     * Attention, per attended token: 4 forward and 8 backward per query width and position, over the half of the
-      positions that a causal mask leaves.
+      positions that a causal mask leaves. 4 more if layers are recomputed, unless attention's output is kept.
     * Head, per token with a loss: 4 per weight, and 2 more if TRL's fused head recomputes its logits.
     """
     width = architecture.hidden_size
@@ -192,7 +204,7 @@ def train_flops_per_token(
     attention = sum(layer.query for layer, _ in layers_of(architecture)) * row.attended / 2
     passes = 6.0 if recomputed else 4.0
     in_layers = passes * layers + (passes + 2.0) * adapter_parameters
-    in_attention = (2 * passes + 4.0) * attention
+    in_attention = (16.0 if recomputed and not keeps_attention else 12.0) * attention
     in_head = (6.0 if fused_head else 4.0) * head
     return (row.padded * in_layers + row.attended * in_attention + row.scored * in_head) / row.tokens
 

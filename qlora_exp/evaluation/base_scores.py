@@ -187,7 +187,7 @@ def item_names(splits: Splits) -> str:
     The rows' fingerprint leaves them out. After a file is renamed, its rows have the same fingerprint, but their
     per-item results would match no earlier ids.
     """
-    return "\n".join(item.item_id for item in splits.items)
+    return "\n".join(item.item_id if item.group is None else f"{item.item_id}\t{item.group}" for item in splits.items)
 
 
 def cache_key(*parts: str) -> str:

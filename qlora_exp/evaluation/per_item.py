@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from qlora_exp.analysis.item_groups import GROUP_COLUMN
 from qlora_exp.data.texts import comparable, same_text
 from qlora_exp.evaluation.likelihood import CompletionScore
 from qlora_exp.evaluation.metrics import rouge_l_f, score_completions, token_f1
@@ -44,6 +45,8 @@ ITEM_COLUMNS = pa.schema(
         ("token_f1", pa.float64()),
     ]
 )
+GROUP_FIELD = pa.field(GROUP_COLUMN, pa.string())
+"""Last column of the table if the data have groups, see :mod:`qlora_exp.analysis.item_groups`."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,8 @@ def item_table(
     priors: np.ndarray | None,
     option_texts: Sequence[str],
 ) -> pa.Table:
-    """Return a table with one row per item, in order. Its columns are :data:`ITEM_COLUMNS`; unmeasured values are
-    null."""
+    """Return a table with one row per item, in order. Its columns are :data:`ITEM_COLUMNS` and, with
+    ``task.columns.group``, ``group``; unmeasured values are null."""
     predictions = (
         _predictions(option_matrix(results), splits, label_marginal, priors) if splits.labels and results else {}
     )
@@ -105,7 +108,9 @@ def item_table(
             if valid:
                 row["invalid"] = comparable(result.generated, fold_case) not in valid
         rows.append(row)
-    return pa.Table.from_pylist(rows, schema=ITEM_COLUMNS)
+    table = pa.Table.from_pylist(rows, schema=ITEM_COLUMNS)
+    groups = [item.group for item in items]
+    return table if not groups or None in groups else table.append_column(GROUP_FIELD, pa.array(groups, pa.string()))
 
 
 def _predictions(

@@ -50,7 +50,7 @@ from qlora_exp.errors import ConfigError, RecordError, raise_all
 from qlora_exp.estimate import budget
 from qlora_exp.formatting import flatten
 from qlora_exp.paths import OutputPaths, StudyPaths, study_name
-from qlora_exp.rank_doubling.settings import ladder_axes, ladder_of, max_trials
+from qlora_exp.rank_doubling.settings import EDITION, continued, ladder_axes, ladder_of, max_trials
 from qlora_exp.records.find import LAST
 from qlora_exp.records.redaction import redact
 from qlora_exp.study.open import check_warm_start
@@ -61,7 +61,6 @@ from qlora_exp.study.types import Axis, AxisKind, LadderSpec, StudySpec
 
 STUDY_KEYS = tuple(f"budget.{name}" for name in budget.STUDY_LIMITS)
 """Budget limits that apply to the whole study; no trial has them as its own."""
-STOP_PILOTS = "sweep.ladder.stop_pilots"
 NOT_SWEPT = ("sweep", "sweeps", "workers", "output_root", "tracking", *STUDY_KEYS)
 IGNORED_IN_NAME = (
     *("workers", "tracking", "output_root", "sweeps", "sweep.name", "sweep.join", "sweep.storage"),
@@ -132,6 +131,7 @@ def study_spec(overrides: Sequence[str], params: Mapping[str, str] | None = None
     axes = _axes(texts, settings, narrowed)
     ladder = ladder_of(settings, fixed, axes) if settings.sampler is Sampler.ladder else None
     points = grid(axes) if is_grid(axes) and ladder is None else None
+    own_axes = axes
     if ladder is not None:
         axes = (*axes, *ladder_axes(ladder))
     output_root = OutputPaths.of(str(raw.output_root))
@@ -146,9 +146,10 @@ def study_spec(overrides: Sequence[str], params: Mapping[str, str] | None = None
         _check_name(name)
     else:
         name = earlier.name  # as stored: the same characters may be in another Unicode normal form
-        if ladder is not None and earlier.ladder is not None and STOP_PILOTS not in map(override_key, fixed):
-            # The default of the study's version: the same command continues the study.
-            ladder = replace(ladder, stop_pilots=earlier.ladder.stop_pilots)
+        if ladder is not None and earlier.ladder is not None:
+            ladder = continued(ladder, earlier.ladder, [override_key(text) for text in fixed])
+            if ladder.edition < EDITION:
+                axes = (*own_axes, *(axis for axis in earlier.axes if "ladder" in axis.tags))
     study_keys = ("sweep.name", "output_root", "sweep.join", "sweep.storage")
     trial_overrides = [text for text in fixed if override_key(text) not in study_keys]
     storage = settings.storage or os.environ.get(STORAGE_VARIABLE) or f"sqlite:///{output_root.optuna_database}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -60,6 +61,12 @@ class LimitUsage:
         """Whether the rest is enough for one more trial; before the first has finished, whether anything is left."""
         remaining = self.limit - self.held
         return remaining > 0 and (self.cost is None or self.cost <= remaining)
+
+    @property
+    def larger(self) -> str:
+        """An override that leaves room for further trials: twice what was spent and held so far, and one trial more."""
+        limit = 2 * max(self.limit, self.held) + (self.cost or 0.0)
+        return f"budget.{self.name}={math.ceil(limit) if self.name == 'tokens' else f'{limit:.3g}'}"
 
     def __str__(self) -> str:
         message = f"budget.{self.name}={self.limit:g}: {self.spent:.3g} spent"

@@ -39,7 +39,7 @@ from qlora_exp.orchestration.prestart import prestarted
 from qlora_exp.orchestration.status import LiveStatus, best_table, memory_predictions, progress_text
 from qlora_exp.orchestration.study_budget import StudyBudget, affordable_trials_message, check_memory
 from qlora_exp.paths import OutputPaths
-from qlora_exp.rank_doubling.answers import announce, print_answers
+from qlora_exp.rank_doubling.answers import announce, print_answers, says_what_to_use
 from qlora_exp.rank_doubling.ladder import proposer_of
 from qlora_exp.records.files import write_json
 from qlora_exp.records.schema import from_dict, to_dict
@@ -336,8 +336,12 @@ class _Sweep:
         """Print how the study ended and what to do next; return the exit code."""
         spec, paths, opened = self.spec, self.command.paths, self.opened
         counts, best = opened.counts(), opened.best()
+        exhausted = None if counts.is_complete else self.budget.first_exhausted(opened.trials())
+        larger_limit = exhausted.larger if exhausted is not None else None
+        answers = None
         if spec.ladder is not None:
-            write_json(paths.ladder, print_answers(spec, paths, opened.trials()))
+            answers = print_answers(spec, paths, opened.trials(), larger_limit)
+            write_json(paths.ladder, answers)
             print(f"  {paths.ladder}")
         elif best:
             print_table(best_table(best, spec))
@@ -353,10 +357,11 @@ class _Sweep:
             return EXIT_COMPLETED if counts.completed else EXIT_WRONG_INPUT
         failed = opened.failures_reached()
         if not counts.is_complete:
-            exhausted = self.budget.first_exhausted(opened.trials())
             if exhausted is not None and not failed and not counts.running:
-                larger_limit = f"budget.{exhausted.name}={2 * exhausted.limit:g}"
                 print(f"the budget is spent ({exhausted}): qlora-exp resume {name} {larger_limit}{option}")
+                if answers is not None and not says_what_to_use(answers):
+                    print("It settled nothing: no two configurations have been compared.")
+                    return EXIT_WRONG_INPUT
                 return EXIT_COMPLETED if counts.completed else EXIT_RUN_FAILED
             why = f"sweep.max_failures={spec.max_failures:g} is reached" if failed else "not complete"
             without_limit = " sweep.max_failures=null" if failed else ""

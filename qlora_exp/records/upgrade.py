@@ -25,6 +25,8 @@ PHASES = {"evaluate untouched": "evaluate base"}
 
 SKIPPED_TRIAL_KEYS = {"fit.kin": "similar_runs", "fit.bound_bytes": "limit_bytes"}
 LADDER_SETTING_KEYS = {"most_seeds": "max_seeds"}
+LR_POLICIES = {"transfer": "carry"}
+"""``lr_policy`` of earlier versions → ours."""
 SETTING_KEYS = {"sweep.ladder.most_seeds": "sweep.ladder.max_seeds"}
 """Configuration keys of version 1 → of version 2."""
 
@@ -54,7 +56,7 @@ def upgrade_study(raw: Any) -> Any:
     """Return a ``study.json`` of any version with the names of version 2."""
     if not isinstance(raw, dict):
         return raw
-    raw = renamed(raw, {f"ladder.{old}": new for old, new in LADDER_SETTING_KEYS.items()})
+    raw = _with_lr_policy(renamed(raw, {f"ladder.{old}": new for old, new in LADDER_SETTING_KEYS.items()}))
     for group in ("fixed", "settings", "interpolated"):
         if isinstance(raw.get(group), dict):
             raw[group] = _flat_renamed(raw[group], SETTING_KEYS)
@@ -66,18 +68,21 @@ def upgrade_study(raw: Any) -> Any:
 def stored_settings_of(attributes: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the settings that a study's storage holds in the study's user ``attributes``; ``None``: none yet."""
     if "settings" in attributes:
-        return dict(attributes["settings"])
+        return dict(_with_lr_policy(attributes["settings"]))
     if "asks" not in attributes:
         return None
     flat = _flat_renamed(attributes["asks"], SETTING_KEYS)
-    return dict(renamed(flat, {f"ladder.{old}": new for old, new in LADDER_SETTING_KEYS.items()}))
+    return dict(_with_lr_policy(renamed(flat, {f"ladder.{old}": new for old, new in LADDER_SETTING_KEYS.items()})))
 
 
 def upgrade_override(text: Any) -> Any:
-    """Return an override with its key's new name: ``sweep.ladder.most_seeds=5`` → ``sweep.ladder.max_seeds=5``."""
+    """Return an override with its key's and value's new names: ``sweep.ladder.most_seeds=5`` →
+    ``sweep.ladder.max_seeds=5``."""
     if isinstance(text, str):
         for old, new in SETTING_KEYS.items():
             text = re.sub(rf"^([+~]*){re.escape(old)}(?==|$)", rf"\g<1>{new}", text)
+        for old, new in LR_POLICIES.items():
+            text = re.sub(rf"^([+~]*sweep\.ladder\.lr_policy=){old}$", rf"\g<1>{new}", text)
     return text
 
 
@@ -117,6 +122,14 @@ def _renamed(raw: Any, names: Mapping[tuple[str, ...], str]) -> Any:
 
 def _flat_renamed(raw: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     return {names.get(key, key): value for key, value in raw.items()}
+
+
+def _with_lr_policy(raw: Any) -> Any:
+    """Return a study's settings with ``ladder.lr_policy`` under its new name."""
+    ladder = raw.get("ladder") if isinstance(raw, dict) else None
+    if not isinstance(ladder, dict) or ladder.get("lr_policy") not in LR_POLICIES:
+        return raw
+    return raw | {"ladder": ladder | {"lr_policy": LR_POLICIES[ladder["lr_policy"]]}}
 
 
 def _with_phase(failure: Any) -> Any:

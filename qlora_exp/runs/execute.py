@@ -97,6 +97,7 @@ def execute(
         else:  # wrong input raises here, before a run exists
             config, prepared, fit, warnings = _fit_micro_batch(config, bases, memory)
             record, paths = create_record(config, outputs, prepared.environment, resume, run_id, trial)
+            warnings = (*warnings, *prepared.data_warnings)
             record = record.replace(fit=fit, warnings=(*record.warnings, *warnings))
             write_json(paths.record, record)  # explains a killed run: see killed_for_memory
             if observer is not None:
@@ -219,6 +220,7 @@ class _Prepared(Protocol):
 
     environment: Environment
     data_fingerprint: str | None
+    data_warnings: tuple[str, ...]
     plan: Plan | None
 
     def fit(self, memory: MemoryLimit) -> Fit | None: ...
@@ -314,6 +316,7 @@ class _TrainingRun:
         self.environment = environment.probe(config.training.device)
         self.prepared = prepare(config, self.environment, self.bases, memory)
         self.data_fingerprint: str | None = self.prepared.splits.record.fingerprint
+        self.data_warnings = self.prepared.splits.warnings
         self.plan: Plan | None = self.prepared.plan
 
     def fit(self, memory: MemoryLimit) -> Fit | None:
@@ -333,6 +336,7 @@ class _SleepRun:
     """A run without training (``training.engine=sleep``): needs neither torch nor data."""
 
     data_fingerprint: str | None = None
+    data_warnings: tuple[str, ...] = ()
     plan: Plan | None = None
 
     def __init__(self, config: Config) -> None:

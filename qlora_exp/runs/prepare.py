@@ -20,7 +20,7 @@ from qlora_exp.data.splits import load_rows
 from qlora_exp.errors import ConfigError, DataError
 from qlora_exp.estimate.estimator import RunEstimate, estimator_of_run, with_predictions
 from qlora_exp.estimate.memory_fit import MemoryLimit, memory_limit_bytes
-from qlora_exp.estimate.tokens import row_lengths
+from qlora_exp.estimate.tokens import lengths_of, row_lengths
 from qlora_exp.evaluation.generation import check_answers
 from qlora_exp.evaluation.metrics import hub_metric
 from qlora_exp.models.attention import measured_padding_reason
@@ -99,16 +99,14 @@ def plan_for_model(prepared: Prepared, model: Any, config: Config) -> Plan:
     Raises:
         ConfigError: the logits differ, and ``training.padding_free=on``.
     """
-    plan, splits = prepared.plan, prepared.splits
-    validated = splits.validation if config.training.evaluate_every_steps is not None else ()
-    lengths = (len(item.prompt_ids) + len(item.completion_ids) + len(item.end_ids) for item in validated)
-    longest = min(max(*row_lengths(splits), *lengths), config.training.max_length)
+    plan, training = prepared.plan, config.training
+    longest = lengths_of(prepared.splits, training.max_length).longest_read_tokens(training)
     reason = measured_padding_reason(model, longest) if plan.padding_free else None
     if reason is None:
         return plan
-    if config.training.padding_free is PaddingFree.on:
+    if training.padding_free is PaddingFree.on:
         raise needs_padding(plan.architecture, reason)
-    padded = replace(config, training=replace(config.training, padding_free=PaddingFree.off))
+    padded = replace(config, training=replace(training, padding_free=PaddingFree.off))
     estimate = prepared.estimate.estimator.estimate(padded)
     plan = replace(plan, padding_free=False, padded_because=reason, gradient_checkpointing=estimate.checkpointing)
     return with_predictions(plan, estimate)

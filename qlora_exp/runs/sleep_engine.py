@@ -109,7 +109,8 @@ def synthetic_fit(config: Config, environment: Environment, rule: MemoryLimit) -
     if bound is None:  # the machine's memory doesn't limit a simulated model
         return None
     need = MemoryEstimate(_memory(config).peak_train_bytes or 0, 0, config.training.sleep_seconds, None)
-    fit, may_start = fit_into(bound, need, rule, correction_key(to_plain(config), device), device.kind)
+    key = correction_key(to_plain(config), device, padding_free=False)
+    fit, may_start = fit_into(bound, need, rule, key, device.kind)
     if may_start:
         return fit
     what = f"the run is predicted to need {fit.corrected_bytes} of {fit.limit_bytes} bytes"

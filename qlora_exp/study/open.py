@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,11 +135,15 @@ def _create_or_load(spec: StudySpec, storage: optuna.storages.BaseStorage, ident
         "grid": spec.sampler == "grid",
     }
     settings |= spec.settings
-    attributes = study.user_attrs
+    attributes, raised_settings = study.user_attrs, None
     stored_settings = stored_settings_of(attributes)
     if stored_settings is not None and stored_settings.get("ladder"):
         # Fields that its version didn't have get their defaults, which are what that version did.
-        stored_settings["ladder"] = to_dict(from_dict(LadderSpec, stored_settings["ladder"], "ladder"))
+        stored_ladder = from_dict(LadderSpec, stored_settings["ladder"], "ladder")
+        stored_settings["ladder"] = to_dict(stored_ladder)
+        if spec.ladder is not None and _only_more_seeds(stored_ladder, spec.ladder):
+            stored_settings["ladder"] = settings["ladder"]
+            raised_settings = dict(stored_settings)
     if stored_settings is None:
         study.set_user_attr("settings", settings)
     # A key that only one of them has was added or removed by another version of this package. Earlier versions stored
@@ -157,10 +162,18 @@ def _create_or_load(spec: StudySpec, storage: optuna.storages.BaseStorage, ident
             "; ".join(changes),
             "continue with the same settings, or start another study with sweep.name=NAME",
         )
+    if raised_settings is not None:
+        study.set_user_attr("settings", raised_settings)
     for key, new_value in ((IDENTITY, identity), (OUTPUT_ROOT, spec.output_root)):
         if attributes.get(key) != new_value:
             study.set_user_attr(key, new_value)
     return study
+
+
+def _only_more_seeds(stored: LadderSpec, now: LadderSpec) -> bool:
+    """Return whether the two differ in nothing but a larger ``max_seeds`` now: more seeds settle what was undecided."""
+    as_stored = replace(now, max_seeds=stored.max_seeds, raised_from=stored.raised_from)
+    return as_stored == stored and now.max_seeds > stored.max_seeds and now.raised_from != stored.raised_from
 
 
 def _changes(key: str, stored: Any, now: Any) -> list[str]:

@@ -64,8 +64,10 @@ class LadderSpec:
     seeds: int
     first_seed: int
     pilot_seed: int
-    margin: float | None
-    """Nats per test item; ``None`` only if a single rank is run and nothing is decided."""
+    """The pilots' first seed."""
+    margin: float | str | None
+    """As the user wrote it; a number is nats per test item. ``None`` only if a single rank is run and nothing is
+    decided."""
     half_zone: float | None
     lr_policy: str
     lr_factors: tuple[float, ...]
@@ -74,6 +76,15 @@ class LadderSpec:
     """Maximum number of seeds per rank. Studies of versions without this field have the rule's maximum."""
     stop_pilots: bool = False
     """Stop pilots whose training loss is clearly behind; versions without this field ran all of them to their end."""
+    pilot_seeds: int = 1
+    """Seeds per pilot, from ``pilot_seed`` upwards. Versions without this field used one."""
+    edition: int = 1
+    """Which trials a ladder may have. 1: of versions without this field; at most 8 seeds per rank, and ``search`` chose
+    the rate of each rank without the other ranks'. 2: at most 64, and ``search`` compares with the carried rate."""
+    raised_from: tuple[int, ...] = ()
+    """Earlier values of ``max_seeds``, each raised after an answer."""
+    screening_steps: int | None = None
+    """Training steps of the first round of successive halving, which leaves one of ``ladders``; ``None``: all run."""
 
 
 @dataclass(frozen=True)

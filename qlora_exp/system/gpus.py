@@ -164,7 +164,7 @@ def instances(handle: object) -> list[object]:
     """Return the instances of a partitioned GPU (MIG), else the GPU itself."""
     import pynvml
 
-    if not _is_partitioned(handle):
+    if not is_partitioned(handle):
         return [handle]
     parts: list[object] = []
     try:
@@ -186,12 +186,13 @@ def _lists_instances() -> bool:
 
         pynvml.nvmlInit()
         handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return not any(_is_partitioned(handle) and instances(handle) == [handle] for handle in handles)
+        return not any(is_partitioned(handle) and instances(handle) == [handle] for handle in handles)
     except Exception:  # as in _by_nvml
         return False
 
 
-def _is_partitioned(handle: object) -> bool:
+def is_partitioned(handle: object) -> bool:
+    """Return whether NVML's GPU ``handle`` is divided into instances (MIG)."""
     import pynvml
 
     try:

@@ -111,15 +111,17 @@ def read_summary(paths: StudyPaths) -> StudySummary | None:
     return summary if running else replace(summary, status=Status.INTERRUPTED, process=None)
 
 
-def read_answers(paths: StudyPaths) -> list[str]:
-    """Return the sentence of each ladder in ``ladder.json``, preceded by the axes that distinguish it. Empty if the
-    file is missing or can't be read."""
+def read_answers(paths: StudyPaths) -> list[study_fields.LadderAnswer]:
+    """Return the answer of each ladder in ``ladder.json``; before there is a ladder, that of the screening runs. Empty
+    if the file is missing or can't be read."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        sentences = []
-        for ladder in json.loads(paths.ladder.read_text(encoding="utf-8"))["ladders"]:
-            axes = ", ".join(f"{key}={value}" for key, value in ladder["axes"].items())
-            sentences.append(f"{axes}: {ladder['sentence']}" if axes else str(ladder["sentence"]))
-        return sentences
+        content = json.loads(paths.ladder.read_text(encoding="utf-8"))
+        if not content["ladders"] and "screening" in content:
+            return [study_fields.LadderAnswer({}, str(content["screening"]["sentence"]))]
+        return [
+            study_fields.LadderAnswer(dict(ladder["axes"]), str(ladder["sentence"]), ladder)
+            for ladder in content["ladders"]
+        ]
     return []
 
 
@@ -180,15 +182,23 @@ def parent_run(store: Store, opened: OpenStore, output: OutputPaths, record: Run
 
 
 def _log_summary(
-    client: MlflowClient, run_id: str, definition: StudyDefinition, summary: StudySummary, answers: Sequence[str]
+    client: MlflowClient,
+    run_id: str,
+    definition: StudyDefinition,
+    summary: StudySummary,
+    answers: Sequence[study_fields.LadderAnswer],
 ) -> None:
     log_missing_params(client, run_id, study_fields.study_params(definition))
     moment, step = milliseconds(summary.updated_at), len(summary.trials)
     rows = [Metric(key, value, moment, step) for key, value in study_fields.study_metrics(definition, summary).items()]
-    tags = study_fields.study_tags(definition) | {
-        NOTE_TAG: study_fields.study_note(definition, summary, answers),
-        "qlora_exp.status": summary.status.value,
-    }
+    tags = (
+        study_fields.study_tags(definition)
+        | study_fields.ladder_tags(answers)
+        | {
+            NOTE_TAG: study_fields.study_note(definition, summary, answers),
+            "qlora_exp.status": summary.status.value,
+        }
+    )
     client.log_batch(run_id, metrics=rows, tags=[RunTag(key, value) for key, value in tags.items()])
     if summary.status is Status.RUNNING:
         client.update_run(run_id, status="RUNNING")

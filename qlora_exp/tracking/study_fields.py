@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,11 @@ STUDY_ID_TAG = "qlora_exp.study_id"
 """The study's identity, by which the parent run is found; names are for people. Only parent runs have this tag."""
 
 SHOWN_TRIALS = 10
+ANSWER_TAGS = (
+    *("decision", "recommended_rank", "use_rank", "regret_bound", "regret_rank", "margin_text", "margin_units"),
+    *("lr_policy", "lost_runs", "would_settle", "settle_command"),
+)
+"""Fields of a ladder's answer that the parent run has as tags; ladder.json, its artifact, has all."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,21 @@ class StudySummary:
         return [by_number[number] for number in self.best if number in by_number]
 
 
+@dataclass(frozen=True)
+class LadderAnswer:
+    """One ladder of ``ladder.json``. ``fields``: the whole object; versions differ in what it has."""
+
+    axes: dict[str, Any]
+    sentence: str
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """The sentence, preceded by the axes that distinguish the ladder."""
+        axes = ", ".join(f"{key}={value}" for key, value in self.axes.items())
+        return f"{axes}: {self.sentence}" if axes else self.sentence
+
+
 def study_params(definition: StudyDefinition) -> dict[str, str]:
     values = {
         "sampler": definition.sampler,
@@ -107,6 +128,20 @@ def study_tags(definition: StudyDefinition) -> dict[str, str]:
     }
 
 
+def ladder_tags(answers: Sequence[LadderAnswer]) -> dict[str, str]:
+    """Return the answer's fields as tags, by which runs can be searched: ``qlora_exp.use_rank``. Of several ladders,
+    each with the axes that distinguish it: ``qlora_exp.use_rank/model.variant:base``. ``null``: unknown."""
+    tags: dict[str, str] = {}
+    for answer in answers:
+        axes = " ".join(f"{key}:{value}" for key, value in answer.axes.items())
+        for name in ANSWER_TAGS:
+            if name in answer.fields:
+                value = answer.fields[name]
+                text = "null" if value is None else value if isinstance(value, str) else json.dumps(value)
+                tags[param_key(f"qlora_exp.{name}/{axes}" if axes else f"qlora_exp.{name}")] = shown_text(text)
+    return tags
+
+
 def study_metrics(definition: StudyDefinition, summary: StudySummary) -> dict[str, float]:
     """Return the numbers of trials by result, and the best value of each objective."""
     counts = Counter(trial.status for trial in summary.trials)
@@ -122,10 +157,12 @@ def study_metrics(definition: StudyDefinition, summary: StudySummary) -> dict[st
     return metrics
 
 
-def study_note(definition: StudyDefinition, summary: StudySummary, answers: Sequence[str] = ()) -> str:
+def study_note(definition: StudyDefinition, summary: StudySummary, answers: Sequence[LadderAnswer] = ()) -> str:
     """Return the study in Markdown. The first line, which the UI shows while the note is folded, has rank doubling's
     answers or else the best trial so far."""
-    headline = "\n\n".join(answers) or f"**{summary.status.value.lower()}**, no best trial yet"
+    headline = (
+        "\n\n".join(answer.text for answer in answers) or f"**{summary.status.value.lower()}**, no best trial yet"
+    )
     if summary.best_trials and not answers:
         best = summary.best_trials[0]
         settings = ", ".join(f"{key}={value}" for key, value in redact(best.params).items())

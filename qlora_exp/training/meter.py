@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from qlora_exp.system.cards import data_sheet_flops
+from qlora_exp.system.gpus import (
+    DEVICE_ORDER,
+    DEVICES_VARIABLE,
+    UUID_PREFIXES,
+    Card,
+    cards,
+    is_partitioned,
+    visible_devices,
+)
 
 
 @dataclass
@@ -205,12 +215,30 @@ _energy = _EnergyShare()
 
 
 def has_energy_counter() -> bool:
-    """Return whether the machine's first GPU counts its energy, without torch."""
+    """Return whether each GPU that this process may use counts its energy, without torch.
+
+    An instance of a partitioned GPU (MIG) doesn't: NVML counts the energy of the whole GPU.
+
+    Raises:
+        ConfigError: CUDA_VISIBLE_DEVICES names a GPU that isn't there.
+    """
+    variable, order = os.environ.get(DEVICES_VARIABLE), os.environ.get(DEVICE_ORDER)
+    usable = visible_devices(cards(), variable, lambda entry: Card(-1, entry), order)
+    return bool(usable) and all(_counts_energy(card) for card in usable)
+
+
+def _counts_energy(card: Card) -> bool:
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByIndex(0))
+        # An index that CUDA and NVML may count differently stands for any card.
+        by_index = not card.uuid.startswith(UUID_PREFIXES)
+        get = pynvml.nvmlDeviceGetHandleByIndex if by_index else pynvml.nvmlDeviceGetHandleByUUID
+        handle = get(max(card.index, 0) if by_index else card.uuid)
+        if card.uuid.startswith("MIG-") or is_partitioned(handle):
+            return False
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
     except Exception:  # as in energy_joules
         return False
     return True

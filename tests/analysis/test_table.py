@@ -54,9 +54,9 @@ def test_the_lora_papers_mnli_stops_at_rank_1_at_half_a_point_and_is_open_at_a_t
 ) -> None:
     file = published(tmp_path, MNLI)
     coarse = answered(capsys, file, "--se", "0.1", "--margin", "0.5")
-    # 0.1 + 2.498 · 0.1·√2 = 0.453, below 0.5 + 0.25.
+    # 0.1 + 2.128 · 0.1·√2 = 0.401, below 0.5 + 0.25.
     assert (coarse["decision"], coarse["recommended_rank"]) == ("stop", 1)
-    assert coarse["comparisons"][0]["high"] == pytest.approx(0.453, abs=0.001)
+    assert coarse["comparisons"][0]["high"] == pytest.approx(0.401, abs=0.001)
     assert answered(capsys, file, "--se", "0.1", "--margin", "0.1")["decision"] == "inconclusive"
 
 
@@ -85,9 +85,9 @@ def test_a_std_of_some_runs_is_a_standard_error_and_few_runs_know_it_badly(
     error = written(tmp_path, "LoRA_r;Accuracy;SE\n8;50;0.5\n16;60;0.5", "se.csv")
     many = written(tmp_path, "r,accuracy,std,n\n8,50,50,10000\n16,60,50,10000", "many.csv")
     few, known, large = (answered(capsys, file, "--margin", "2")["comparisons"][0] for file in (spread, error, many))
-    # Student's t with 6 degrees of freedom beside the normal quantile, both at 0.025.
-    assert 10 - few["low"] == pytest.approx(2.447 * 0.5 * 2**0.5, rel=1e-3)
-    assert 10 - known["low"] == pytest.approx(1.960 * 0.5 * 2**0.5, rel=1e-3)
+    # Student's t with 6 degrees of freedom and the normal quantile, both at 1/30.
+    assert 10 - few["low"] == pytest.approx(2.237 * 0.5 * 2**0.5, rel=1e-3)
+    assert 10 - known["low"] == pytest.approx(1.834 * 0.5 * 2**0.5, rel=1e-3)
     assert large["low"] == pytest.approx(known["low"], rel=1e-3)
 
 
@@ -185,10 +185,84 @@ def test_items_of_a_single_run_do_not_stand_in_for_seeds(tmp_path: Path, capsys:
     assert found["comparisons"][0]["low"] is None
 
 
-def test_a_margin_that_is_not_given_is_assumed_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = answered(capsys, published(tmp_path, WIKISQL), "--se", "0.5")
-    assert found["margin"] == 0.73
-    assert any("No margin was given" in note for note in found["notes"])
+def test_a_margin_that_is_not_given_depends_on_the_kind_of_score(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    accuracy = answered(capsys, published(tmp_path, WIKISQL), "--se", "0.5")
+    assert (accuracy["margin"], accuracy["margin_text"]) == (pytest.approx(0.734), "1%")
+    assert any("only a start" in note for note in accuracy["notes"])
+    loss = answered(capsys, published(tmp_path, (2.0, 1.9, 1.8, 1.7, 1.6), name="eval_loss"), "--se", "0.01")
+    assert (loss["margin"], loss["margin_text"]) == (pytest.approx(0.005), "0.25%")
+    assert any("0.25% of the score at r = 1, as in a sweep" in note for note in loss["notes"])
+    units = {"share_of_loss": 0.0025, "nats_per_item": None, "nats_per_token": pytest.approx(0.005), "task": None}
+    assert loss["margin_units"] == units
+
+
+def test_each_doubling_of_a_step_is_held_to_the_margin(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = written(tmp_path, "rank,loss,se\n8,2.0,0.01\n64,1.75,0.01")
+    found = answered(capsys, file, "--margin", "0.1")
+    [step] = found["comparisons"]
+    assert (step["doublings"], step["margin"], found["margin"]) == (3, pytest.approx(0.3), 0.1)
+    assert (step["decision"], found["use_rank"]) == ("stop", 8), "0.25 over three doublings is below 0.1 each"
+    assert found["regret_rank"] == 64
+    assert found["regret_bound"] == pytest.approx(step["high"])
+
+
+@pytest.mark.parametrize(
+    ("margin", "score", "size"),
+    [
+        ("0.25%", "loss", 0.005),
+        ("0.25%", "wer", 0.005),
+        ("0.01 nats_per_token", "eval_loss", 0.01),
+        ("0.1 nats_per_item", "loss_per_item", 0.1),
+        ("0.3", "accuracy", 0.3),
+    ],
+)
+def test_a_margin_is_read_in_the_units_of_the_score(
+    margin: str, score: str, size: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = published(tmp_path, (2.0, 1.9, 1.8, 1.7, 1.6), name=score)
+    found = answered(capsys, file, "--se", "0.01", "--margin", margin)
+    assert (found["margin"], found["margin_text"]) == (pytest.approx(size), margin)
+
+
+@pytest.mark.parametrize(
+    ("margins", "score", "words"),
+    [
+        (["0.25%"], "accuracy", "a share of accuracy has no meaning"),
+        (["0.25%", "0.1"], "loss", "2 margins"),
+        (["0.25% 0.1"], "loss", "2 margins"),
+        (["1% of the tuning gain"], "loss", "no score before tuning"),
+        (["0.1 nats_per_item"], "loss", "isn't known to be in nats per item"),
+        (["0.1 nats_per_token"], "perplexity", "isn't known to be in nats per token"),
+        (["0.1 nats_per_itme"], "loss", "did you mean nats_per_item"),
+        (["-1"], "loss", "invalid margin -1"),
+    ],
+)
+def test_a_margin_that_makes_no_sense_for_the_score_is_refused(
+    margins: list[str], score: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = published(tmp_path, (2.0, 1.9, 1.8, 1.7, 1.6), name=score)
+    assert main(["analyze", str(file), "--se", "0.01", *(f"--margin={margin}" for margin in margins)]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert "--margin" in error
+
+
+def test_the_answer_begins_with_a_rank_to_use_and_what_it_may_cost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = published(tmp_path, WIKISQL)
+    found = answered(capsys, file, "--se", "0.5", "--margin", "0.5")
+    assert (found["recommended_rank"], found["use_rank"]) == (None, 1)
+    assert found["regret_rank"] == 8
+    assert found["regret_bound"] == pytest.approx(0.4 + 2.128 * 0.5 * 2**0.5, abs=1e-3)
+    assert main(["analyze", str(file), "--se", "0.5", "--margin", "0.5"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Use r = 1. It costs at most 1.9 in accuracy against r = 8.")
+    assert "Margin per doubling: 0.5 in accuracy." in out
+    unknown = answered(capsys, published(tmp_path, WIKISQL), "--margin", "0.5")
+    assert (unknown["use_rank"], unknown["regret_bound"], unknown["regret_rank"]) == (1, None, None)
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import made_up
 
 from qlora_exp.analysis.configurations import Configuration, Measure, configurations, measure_of
+from qlora_exp.analysis.quantization import compare_targets
 from qlora_exp.analysis.tradeoffs import (
     ParetoStatus,
     equal_parameters_hint,
     front,
-    goal_answer,
-    quantization_contrasts,
-    target_contrasts,
     targets_at_equal_parameters,
 )
 from qlora_exp.records.types import RunRecord
@@ -72,72 +70,18 @@ def test_no_front_is_drawn_with_a_single_quantization() -> None:
     assert "only nf4 was" in str(found.why_none)
 
 
-def test_quantizations_are_compared_at_equal_everything_else_only() -> None:
-    records = [
-        *(made_up.run(s, seed=s, mode="fp16", loss=1.0 + s / 10) for s in (1, 2, 3)),
-        *(made_up.run(10 + s, seed=s, mode="nf4", loss=1.02 + s / 10) for s in (1, 2, 3)),
-        made_up.run(20, seed=1, mode="nf4", loss=9.0, r=64),
-    ]
-    (contrast,) = quantization_contrasts(of(*records), LOSS)
-    assert (contrast.level, contrast.reference, contrast.gain.seeds) == ("nf4", "fp16", 3)
-    assert contrast.gain.mean == pytest.approx(-0.02)
-    assert contrast.gain.high == pytest.approx(-0.02)
-    assert contrast.memory_ratio is not None
-    assert contrast.memory_ratio < 0.4
-
-
 def test_targets_are_compared_at_equal_rank_and_at_equally_many_parameters() -> None:
     records = [
         made_up.run(0, targets="all_linear", r=8, loss=1.5),
         made_up.run(1, targets="attention", r=8, loss=1.7),
         made_up.run(2, targets="attention", r=22, loss=1.6),
     ]
-    (at_rank,) = target_contrasts(of(*records), LOSS)
+    at_rank = compare_targets(of(*records), LOSS)
+    assert at_rank is not None
     (at_parameters,) = targets_at_equal_parameters(of(*records), LOSS)
-    assert at_rank.gain.mean == pytest.approx(-0.2)
+    assert at_rank.contrasts[0].difference.value == pytest.approx(-0.2)
     assert at_parameters.gain.mean == pytest.approx(-0.1)
     assert at_parameters.parameters_ratio == pytest.approx(1.0, abs=0.1)
-
-
-def test_the_cheapest_that_meets_the_goal_is_that_of_least_memory_among_those_shown() -> None:
-    goal = "accuracy >= 0.5"
-    records = [
-        made_up.run(0, mode="fp16", accuracy=0.7, goal=goal),
-        made_up.run(1, mode="int8", accuracy=0.7, goal=goal),
-        made_up.run(2, mode="nf4", accuracy=0.51, goal=goal),
-    ]
-    found = goal_answer(of(*records))
-    assert found is not None
-    assert found.shown == 2
-    assert found.cheapest is not None
-    assert "int8" in found.cheapest.label
-
-
-def test_a_goal_that_a_single_seed_meets_is_said_to_be_shown_over_items_alone() -> None:
-    goal = "accuracy >= 0.5"
-    once = goal_answer(of(made_up.run(0, accuracy=0.6, goal=goal)))
-    twice = goal_answer(of(*(made_up.run(s, seed=s, accuracy=0.6, goal=goal) for s in (1, 2))))
-    assert once is not None
-    assert twice is not None
-    assert (once.shown, twice.shown) == (1, 1)
-    assert "items alone: no configuration has a second seed" in once.sentence
-    assert "seeds and items" in twice.sentence
-
-
-def test_few_seeds_that_vary_as_the_items_do_widen_a_goals_bound_beyond_the_normal_one() -> None:
-    # The items' standard error is 0.0158 and the seeds' nearly so: 1.645 of both is 0.037, Student's t with 8 df 0.041.
-    goal = "accuracy >= 0.5"
-    runs = [made_up.run(s, seed=s, accuracy=0.539 + d, goal=goal) for s, d in ((1, -0.027), (2, 0.0), (3, 0.027))]
-    found = goal_answer(of(*runs))
-    assert found is not None
-    assert found.shown == 0
-
-
-def test_seeds_that_disagree_do_not_show_that_a_goal_is_met() -> None:
-    goal = "accuracy >= 0.5"
-    steady = [made_up.run(s, seed=s, accuracy=0.6, goal=goal) for s in (1, 2, 3)]
-    wild = [made_up.run(s, seed=s, accuracy=0.6 + d, goal=goal) for s, d in ((1, -0.2), (2, 0.2), (3, 0.0))]
-    assert [found.shown for records in (steady, wild) if (found := goal_answer(of(*records)))] == [1, 0]
 
 
 def test_the_score_that_every_run_has_is_the_one_compared() -> None:

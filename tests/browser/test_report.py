@@ -48,16 +48,26 @@ console.error = (...words) => seen.errors.push(words.join(" "));
 LATE = """<script>
 addEventListener("load", () => setTimeout(() => {
   const all = (selector) => [...document.querySelectorAll(selector)];
-  const number = (row, column) => Number(row.cells[column].textContent.replace(/[^0-9.eE-]/g, ""));
   seen.width = innerWidth;
+  seen.first = document.querySelector(".answer").textContent;
+  seen.cards = all(".card").length;
+  seen.folded = all("details.section:not([open])").length;
+  seen.undrawn = all("details.section [data-figure]").filter((place) => !place.querySelector(".main-svg")).length;
+  all("details.section").forEach((section) => { section.open = true; });
+  setTimeout(look, 500);
+}, 500));
+
+function look() {
+  const all = (selector) => [...document.querySelectorAll(selector)];
+  const number = (row, column) => Number(row.cells[column].textContent.replace(/[^0-9.eE-]/g, ""));
   seen.pageWidth = document.documentElement.scrollWidth;
   seen.background = getComputedStyle(document.body).backgroundColor;
   seen.plots = all("[data-figure]").map((place) => place.querySelectorAll(".main-svg .trace").length);
   seen.plotText = all(".main-svg .xtick text").slice(0, 1).map((text) => getComputedStyle(text).fill);
-  seen.overflowing = all("h1, h2, p, li, a, label, .headline, nav, .controls")
+  seen.overflowing = all("h1, h2, p, li, a, label, .use, .card, nav, .controls")
     .filter((one) => one.scrollWidth > one.clientWidth + 1 && getComputedStyle(one).display !== "inline")
     .map((one) => one.textContent.slice(0, 60));
-  seen.outside = all("body *").filter((one) => !one.closest(".scroll, .figure, script, style"))
+  seen.outside = all("body *").filter((one) => !one.closest(".scroll, .figure, pre, script, style"))
     .filter((one) => one.getBoundingClientRect().right > innerWidth + 1).map((one) => one.outerHTML.slice(0, 80));
   const heads = all("#run-table th");
   const column = heads.findIndex((head) => head.textContent === "loss per item");
@@ -79,7 +89,7 @@ addEventListener("load", () => setTimeout(() => {
   filter.dispatchEvent(new Event("input"));
   seen.failed = all("#run-table tbody tr").length;
   parent.postMessage(JSON.stringify(seen), "*");
-}, 500));
+}
 </script>"""
 
 FRAME = """<!DOCTYPE html><body style="margin:0">
@@ -129,6 +139,10 @@ def test_the_report_is_drawn_sorts_and_stays_inside_the_screen(tmp_path: Path, w
     assert seen["pageWidth"] <= width
     assert seen["overflowing"] == []
     assert seen["outside"] == []
+    assert seen["first"].startswith("Use base, r = ")
+    assert seen["cards"] >= 4
+    assert seen["folded"] >= 5
+    assert seen["undrawn"] >= 2, "a folded plot is drawn when its section opens"
     assert len(seen["plots"]) >= 4
     assert all(seen["plots"])
     assert len(seen["ascending"]) == 100

@@ -29,7 +29,7 @@ SWEEPS = {
     "real": f"run -m {SMALL} lora.r=1,2 sweep.name=real training.max_steps=2 evaluation=quick evaluation.max_items=8 "
     "'sweep.objectives=[minimize scores.after.loss,minimize memory.adapter_bytes]'",
     "ladder": f"sweep rank_doubling {SLEEP} sweep.name=ladder model.variant=base,instruct sweep.ladder.r_max=16 "
-    "sweep.ladder.lr_policy=transfer",
+    "sweep.ladder.margin=0.1 sweep.ladder.lr_policy=carry",
     "search": f"run -m {SLEEP} sweep.name=search lora.r=4,8,16 quantization=fp32,nf4 "
     "'training.learning_rate=tag(log,interval(1e-4,1e-2))' sweep.sampler=tpe sweep.n_trials=8 "
     "'sweep.constraints=[\"memory.peak_train_bytes <= 2e6\"]' training.evaluate_every_steps=5 sweep.pruner=median "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from qlora_exp.architecture import padding
 from qlora_exp.config.compose import compose
 from qlora_exp.config.schema import Config
 from qlora_exp.errors import ConfigError
+from qlora_exp.estimate.candidates import Candidate
+from qlora_exp.estimate.planner import Planner
+from qlora_exp.estimate.tokens import RowCounter
 from qlora_exp.models import attention as rows_of_attention
 from qlora_exp.models.adapters import attach_adapters
 from qlora_exp.models.attention import attention_by_rows, measured_padding_reason
@@ -107,16 +111,24 @@ def assert_equal_losses(model: Path, rows: Path, folder: Path, *overrides: str) 
 
 
 def test_a_validation_row_that_is_longer_than_a_window_counts_if_it_is_read(rows: Path, tmp_path: Path) -> None:
+    """For ``plan``, for what ``validate`` and a run prepare, and for the loaded model."""
     model = save_model("gemma3_text", tmp_path / "model", sliding_window=30)
+    data = tmp_path / "data"
+    data.mkdir()
+    shutil.copy(rows, data / "train.jsonl")
+    long = {"prompt": "the fruit " * 14 + "number 81 is", "completion": "red"}
+    other = {"prompt": "the fruit number 82 is", "completion": "yellow"}
+    (data / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (other, long)))
     for overrides, padded in (((), False), (("training.evaluate_every_steps=2",), True)):
-        config = configured(model, rows, "quantization=fp32", *overrides)
+        config = configured(model, data, "quantization=fp32", *overrides)
         ready = prepare(config, environment.probe(config.training.device))
-        assert ready.plan.padding_free
-        long = replace(ready.splits.validation[0], prompt_ids=ready.splits.validation[0].prompt_ids * 4)
-        ready = replace(ready, splits=replace(ready.splits, validation=[*ready.splits.validation, long]))
-        plan = plan_for_model(ready, load_base(config, "cpu").model, config)
-        assert plan.padding_free is not padded
-        assert ("window" in (plan.padded_because or "")) is padded
+        planned = Planner(counter=RowCounter()).plan(Candidate({}, config))
+        loaded = replace(ready, plan=replace(ready.plan, padding_free=True, padded_because=None))
+        plan = plan_for_model(loaded, load_base(config, "cpu").model, config)
+        for found in (ready.plan.padded_because, plan.padded_because, " ".join(planned.notes)):
+            assert ("window of 30 tokens" in (found or "")) is padded
+    with pytest.raises(ConfigError, match="window of 30 tokens"):
+        prepare(configured(model, data, WITHOUT, "training.evaluate_every_steps=2"), environment.probe("cpu"))
 
 
 def test_keys_are_repeated_where_no_kernel_takes_fewer_of_them(

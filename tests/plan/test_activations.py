@@ -16,6 +16,7 @@ import pytest
 from qlora_exp.architecture.families import known_architecture
 from qlora_exp.estimate.activations import TrainingPass, is_eager, saved_bytes_per_token
 from qlora_exp.estimate.candidates import search_space
+from qlora_exp.estimate.selective_checkpointing import kept_attention_bytes
 
 HIDDEN, ROWS, LENGTH = 256, 2, 24
 LONG = 128
@@ -124,6 +125,35 @@ def cuda_autocast() -> Iterator[None]:
         yield
 
 
+def LivingTensors() -> Any:
+    """A mode that notes each tensor that is made, without keeping it: checkpointing hides what it keeps from autograd's
+    hooks."""
+    from torch import Tensor
+    from torch.multiprocessing.reductions import StorageWeakRef
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Living(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.made: dict[int, tuple[Any, int, int]] = {}
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            output = func(*args, **(kwargs or {}))
+            for tensor in tree_leaves(output):
+                if isinstance(tensor, Tensor):
+                    storage = tensor.untyped_storage()
+                    self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes(), storage.data_ptr()
+            return output
+
+        def living_bytes(self, weights: set[int]) -> int:
+            """Return the bytes of all that still exists, without views of ``weights`` (addresses)."""
+            noted = self.made.values()
+            return sum(size for storage, size, data in noted if not storage.expired() and data not in weights)
+
+    return Living()
+
+
 def in_4_bit(layer: Any) -> Any:
     """The same layer, quantized as transformers does it for ``load_in_4bit``."""
     import bitsandbytes
@@ -151,14 +181,17 @@ def saved_bytes(
     quantized: bool = False,
     dropout: float = 0.0,
     padding_free: bool = False,
+    checkpointing: str = "off",
 ) -> tuple[int, Any]:
     """Bytes of distinct tensors, other than weights, that a forward pass in training mode saves.
 
     ``autocast``: as CUDA's does it, see :func:`cuda_autocast`. ``quantized``: with bitsandbytes' 4-bit layers.
+    ``checkpointing``: with ``on`` or ``selective``, of all tensors that exist after the pass, its output included.
     """
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
+    from trl.models import enable_selective_activation_checkpointing
 
     from qlora_exp.models.adapters import autocast_casts_inputs
     from qlora_exp.models.attention import attention_by_rows
@@ -187,6 +220,10 @@ def saved_bytes(
         for parameter in model.parameters():
             parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
     model.train()
+    if checkpointing == "selective":
+        enable_selective_activation_checkpointing(model)
+    if checkpointing != "off":
+        model.activation_checkpointing_enable()
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     kept: dict[int, Any] = {}
@@ -210,9 +247,11 @@ def saved_bytes(
         inputs |= {"cu_seq_lens_q": bounds, "max_length_q": length}
         attention_of_rows = attention_by_rows(model)
     casts = autocast_casts_inputs(model, active=autocast)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), context, casts, attention_of_rows:
+    saved = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    watch = LivingTensors() if checkpointing != "off" else None
+    with watch or saved, context, casts, attention_of_rows:
         output = model.base_model(**inputs, use_cache=False)
-    total = sum(storage.nbytes() for storage in kept.values())
+    total = watch.living_bytes(own) if watch else sum(storage.nbytes() for storage in kept.values())
     del output
     return total, (described, names if adapted else [])
 
@@ -304,6 +343,39 @@ def test_kept_scores_under_cudas_autocast(architecture: str) -> None:
 @pytest.mark.parametrize("quantized", [False, True])
 def test_kept_inputs_of_adapters_with_dropout_under_cudas_autocast(architecture: str, quantized: bool) -> None:
     check_a_layer(architecture, "bfloat16", False, True, length=LONG, autocast=True, quantized=quantized, dropout=0.1)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "phi3", "gpt_neox", "opt", "phi"])
+@pytest.mark.parametrize(
+    ("quantized", "padding_free"), [(False, False), (True, True)], ids=["float32, padded", "nf4 under autocast"]
+)
+@pytest.mark.parametrize("checkpointing", ["on", "selective"])
+def test_kept_bytes_of_a_layer_with_checkpointing(
+    architecture: str, quantized: bool, padding_free: bool, checkpointing: str
+) -> None:
+    """A layer keeps its input, and with selective checkpointing what attention returns."""
+    saved, counted = [], []
+    tokens = LONG // 2 + LONG if padding_free else ROWS * LONG
+    dtype = "bfloat16" if quantized else "float32"
+    for layers in (2, 3):
+        total, (described, names) = saved_bytes(
+            *(architecture, layers, dtype, not padding_free, True, False, LONG, quantized, quantized, 0.0),
+            *(padding_free, checkpointing),
+        )
+        setting = replace(
+            FLOAT32,
+            compute_bytes=2 if quantized else 4,
+            length=LONG,
+            padded=not padding_free,
+            autocast=quantized,
+            quantized=quantized,
+            laid_out=ROWS * LONG / tokens if padding_free else None,
+        )
+        kept = saved_bytes_per_token(described, names, setting).inputs
+        kept += kept_attention_bytes(described, setting) if checkpointing == "selective" else 0
+        saved.append(total)
+        counted.append(kept * tokens)
+    assert counted[1] - counted[0] == pytest.approx(saved[1] - saved[0], rel=0.03)
 
 
 def test_a_llama_layer_in_numbers() -> None:

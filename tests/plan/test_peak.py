@@ -120,6 +120,16 @@ def test_checkpointing_and_smaller_batches_need_less_on_a_card() -> None:
     assert on.peak_bytes < half.peak_bytes < off.peak_bytes
 
 
+def test_selective_checkpointing_keeps_attentions_output_and_the_log_sum_exp_of_its_scores() -> None:
+    given = ("quantization=nf4", "training.batch_size=4", "training.max_length=4096")
+    off, on, selective = (
+        peak("cuda", *given, f"training.gradient_checkpointing={choice}") for choice in ("off", "on", "selective")
+    )
+    tokens, layers, width, heads = 4 * 4096, 32, 4096, 32
+    assert selective.peak_bytes - on.peak_bytes == tokens * layers * (2 * width + 4 * heads)
+    assert selective.peak_bytes < off.peak_bytes
+
+
 def test_automatic_checkpointing_is_off_where_training_clearly_fits_without_it() -> None:
     def checkpointing(memory_bytes: int | None, *overrides: str, device: str = "h200") -> bool:
         config = compose(["model=llama3_1_8b", "quantization=nf4", "targets=all_linear", *overrides])
@@ -149,6 +159,7 @@ def test_automatic_checkpointing_is_off_where_training_clearly_fits_without_it()
     assert checkpointing(math.floor(1.5 * needed) - 1)
     assert not checkpointing(1, off)
     assert checkpointing(10**15, "training.gradient_checkpointing=on")
+    assert checkpointing(10**15, "training.gradient_checkpointing=selective")
     assert checkpointing(None)
     assert not checkpointing(1, device="cpu")
 

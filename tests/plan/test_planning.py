@@ -38,6 +38,17 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().err
 
 
+def test_a_plans_settings_have_every_key_of_training(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("training.micro_batch_tokens=2048", "training.padding_free=off", "training.kernels=none")
+    [run] = planned(capsys, "model=llama3_1_8b", *given)
+    assert to_plain(compose(["model=llama3_1_8b", *given]).training) == {
+        key: None if key == "micro_batch_size" else run["settings"][key]
+        for key in run["settings"]
+        if key not in ("model", "variant", "quantization", "r", "targets")
+    }
+    assert run["settings"]["micro_batch_size"] == run["settings"]["batch_size"]
+
+
 def test_an_8b_model_has_the_known_figures(capsys: pytest.CaptureFixture[str]) -> None:
     [run] = planned(capsys, "model=llama3_1_8b", "quantization=nf4", "lora.r=32", "plan.device=rtx4090")
     assert run["total_parameters"] == 8_030_261_248

@@ -6,6 +6,7 @@ import json
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,9 @@ def as_loaded(config: Config) -> PlannedRows:
     splits = load_data(config, load_tokenizer(config.model), config.training.max_length)
     lengths = row_lengths(splits)
     scored = [len(item.completion_ids) + len(item.end_ids) for item in splits.train]
-    return PlannedRows(len(lengths), len(lengths), statistics.fmean(lengths), RowLengths.of(lengths, scored))
+    validated = [len(item.prompt_ids) + len(item.completion_ids) + len(item.end_ids) for item in splits.validation]
+    found = replace(RowLengths.of(lengths, scored), longest_validation_tokens=max(validated))
+    return PlannedRows(len(lengths), len(lengths), statistics.fmean(lengths), found)
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,8 @@ def test_operations_of_a_token_in_numbers() -> None:
     attention = (4 + 8) * WIDTH * 100 / 2
     whole = MeanRow.whole(100)
     assert train_flops_per_token(ONE_LAYER, 10, whole, False) == 4 * LAYERS + 6 * HEAD + 60 + attention
+    kept = train_flops_per_token(ONE_LAYER, 10, whole, True, keeps_attention=True)
+    assert kept == 6 * LAYERS + 6 * HEAD + 80 + attention
     recomputed = attention + 4 * WIDTH * 100 / 2
     assert (
         train_flops_per_token(ONE_LAYER, 10, whole, True, fused_head=False) == 6 * LAYERS + 4 * HEAD + 80 + recomputed

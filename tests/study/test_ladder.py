@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 import subprocess
 import sys
 import time
@@ -16,18 +17,20 @@ import numpy as np
 import pytest
 from studies import ENVIRONMENT
 
+from qlora_exp.analysis.ladder_sections import gains_figure, ladder_sections
+from qlora_exp.analysis.ladder_views import ladder_views
 from qlora_exp.analysis.power import Noise, half_width
 from qlora_exp.analysis.rank_rule import StepVerdict
 from qlora_exp.analysis.report_content import StudyInfo
-from qlora_exp.analysis.sections import ladder_sections
 from qlora_exp.cli import main
 from qlora_exp.config.schema import LadderConfig, LrPolicy
 from qlora_exp.errors import QloraExpError
 from qlora_exp.orchestration.command import study_spec
 from qlora_exp.paths import OutputPaths
 from qlora_exp.rank_doubling.answers import answers, plan_sentence
-from qlora_exp.rank_doubling.ladder import LadderTrial, evaluate_ladder, is_done, ladder_trials, next_point
-from qlora_exp.rank_doubling.settings import ladder_axes, max_trials, resolve, rule_of
+from qlora_exp.rank_doubling.ladder import evaluate_ladder, is_done, next_point
+from qlora_exp.rank_doubling.ladder_trials import LadderTrial, ladder_trials
+from qlora_exp.rank_doubling.settings import ladder_axes, max_trials, resolve, rule_of, seed_plan
 from qlora_exp.records import find
 from qlora_exp.records.types import Failure, Memory, RunRecord, Scores, ScoreTable, Speed, Status
 from qlora_exp.study.proposer import TrialPoint
@@ -43,18 +46,20 @@ CONFIG = LadderConfig(
     seeds=3,
     max_seeds=8,
     pilot_seed=1000,
+    pilot_seeds=2,
     margin=0.05,
     half_zone=None,
     lr_policy=LrPolicy.fixed,
     lr_factors=[0.5, 1.0, 2.0],
     stop_pilots=False,
+    screening_steps=None,
     seed_sd=None,
     item_sd=None,
 )
 ONE = LadderSettings({}, CENTRE, 0.0, "fixed at 16")
 
 Level = Callable[[TrialPoint], float | None]
-"""What a run scores in nats per item; ``None``: it fails."""
+"""What a run scores in nats per item; ``None``: memory runs out; NaN: it diverges."""
 
 
 def spec_of(*ladders: LadderSettings, **changes: Any) -> LadderSpec:
@@ -79,6 +84,9 @@ def ran(point: TrialPoint, level: Level, item_sd: float) -> LadderTrial:
     loss = level(point)
     name = "-".join(str(value) for value in point.values())
     record = RunRecord(1, name, "r", Status.COMPLETED, "2026-01-01T00:00:00", None, {}, ENVIRONMENT)
+    if loss is not None and np.isnan(loss):
+        failure = Failure("DivergedError", "the loss is NaN")
+        return LadderTrial(point, True, record.replace(status=Status.DIVERGED, failure=failure))
     if loss is None:
         failure = Failure("OutOfMemoryError", "no memory")
         return LadderTrial(point, True, record.replace(status=Status.OUT_OF_MEMORY, failure=failure))
@@ -121,126 +129,213 @@ def decision_runs(trials: list[LadderTrial]) -> list[tuple[int, int]]:
 
 
 def pilots(trials: list[LadderTrial], rank: int) -> list[float]:
+    """The rates of a rank's pilots; all pilots have one of the two pilot seeds."""
     own = [t.params for t in trials if t.params["evaluation.split"] == "validation" and t.params["lora.r"] == rank]
-    assert {params["seed"] for params in own} <= {CONFIG.pilot_seed}
-    return sorted(params["training.learning_rate"] for params in own)
+    assert {params["seed"] for params in own} <= {CONFIG.pilot_seed, CONFIG.pilot_seed + 1}
+    return sorted({params["training.learning_rate"] for params in own})
 
 
-def test_a_ladder_whose_returns_continue_ends_at_the_largest_rank() -> None:
+def resumed(spec: LadderSpec, trials: list[LadderTrial], level: Level) -> list[LadderTrial]:
+    """The trials of the ladder after it was continued with ``trials``."""
+    ended = list(trials)
+    while point := next_point(spec, ended):
+        ended.append(ran(point, level, 0.01))
+    return ended
+
+
+def test_a_ladder_whose_returns_continue_ends_at_the_largest_rank_and_skips_every_second() -> None:
     spec = spec_of()
     trials = play(spec, gains(0.3, 0.2, 0.15))
     found = answer_of(spec, trials)
     assert (found["decision"], found["recommended_rank"], found["status"]) == ("continue", 64, "decided")
-    assert decision_runs(trials) == [(rank, seed) for rank in (8, 16, 32, 64) for seed in (1, 2, 3)]
+    assert decision_runs(trials) == [(rank, seed) for rank in (8, 32, 64) for seed in (1, 2, 3)]
+    assert [(step["from_rank"], step["to_rank"], step["doublings"]) for step in found["comparisons"]] == [
+        (8, 32, 2),
+        (32, 64, 1),
+    ]
     assert "still continue" in found["sentence"]
 
 
-def test_it_stops_at_the_first_doubling_that_gains_too_little_and_runs_nothing_beyond() -> None:
+def test_it_stops_where_a_doubling_gains_too_little_and_runs_nothing_beyond() -> None:
     spec = spec_of()
-    trials = play(spec, gains(0.2, 0.01, 0.3), at_once=4)
+    trials = play(spec, gains(0.07, 0.0, 0.3), at_once=4)
     found = answer_of(spec, trials)
-    assert (found["decision"], found["recommended_rank"]) == ("stop", 16)
+    assert (found["decision"], found["recommended_rank"], found["use_rank"]) == ("stop", 16, 16)
     assert {rank for rank, _ in decision_runs(trials)} == {8, 16, 32}
+    assert found["settle_command"] is None
+    assert found["regret_rank"] == 32
+    assert 0 <= found["regret_bound"] < 0.02
 
 
 def test_a_single_rank_gets_its_learning_rate_and_its_seeds_and_no_decision() -> None:
     cells = [LadderSettings({"task.format": written}, CENTRE, 0.0, "2r") for written in ("plain", "chat")]
-    spec = spec_of(*cells, r_max=8, margin=None, lr_policy=LrPolicy.search)
+    spec = spec_of(*cells, r_max=8, margin=None, lr_policy=LrPolicy.carry)
 
     def level(point: TrialPoint) -> float:
         best = 1e-3 if point["task.format"] == "plain" else 2e-3
         return float(2.0 + 0.05 * np.log2(point["training.learning_rate"] / best) ** 2)
 
     trials = play(spec, level, at_once=3)
-    for one, rate, pilots_run in zip(cells, (1e-3, 2e-3), (3, 4), strict=True):
+    for one, rate, pilots_run in zip(cells, (1e-3, 2e-3), (2 * 3, 2 * 4), strict=True):
         own = [trial.params for trial in trials if one.axes.items() <= trial.params.items()]
         final = [params for params in own if params["evaluation.split"] == "test"]
         assert sorted(params["seed"] for params in final) == [1, 2, 3]
         assert {params["training.learning_rate"] for params in final} == {rate}
         assert len(own) - len(final) == pilots_run
     assert len(trials) <= max_trials(spec)
-    for found in answers(spec, trials):
+    for found in answers(spec, trials, "qlora-exp resume s"):
         assert found["status"] == "decided"
+        assert found["settle_command"] is None
         assert "decision" not in found
-        assert "Learning rate chosen at every rank" in found["sentence"]
+        assert "chosen at r = 8 by 2 pilot seeds" in found["sentence"]
 
 
-def test_an_open_doubling_buys_seeds_once() -> None:
-    spec = spec_of()
-    trials = play(spec, gains(0.05, 0.0, 0.0, off=0.01))
-    [first, *_] = evaluate_ladder(spec, ONE, trials).comparisons
-    assert first.decision.seeds > spec.seeds
-    bought = max(seed for _, seed in decision_runs(trials))
-    assert 4 <= bought <= 8
-    assert [seed for rank, seed in decision_runs(trials) if rank == 8] == list(range(1, bought + 1))
+NOISY = gains(0.05, off=0.03)
+"""A gain at the margin, and noise that eight seeds can't settle."""
 
 
-def test_what_is_asked_for_before_the_last_look_is_the_capped_number_of_seeds() -> None:
-    spec = spec_of(r_max=16, max_seeds=5)
-    first = [t for t in play(spec, gains(0.05, off=0.2)) if t.params["seed"] <= spec.seeds]
-    assert "Run 5 seeds in total" in answer_of(spec, first)["sentence"]
+def test_an_open_step_gets_one_more_seed_at_each_look() -> None:
+    spec = spec_of(r_max=16)
+    trials = play(spec, NOISY)
+    seeds = [trial.params["seed"] for trial in trials]
+    assert seeds == [1, 2, 3, 1, 2, 3, *(seed for seed in range(4, max(seeds) + 1) for _ in "ab")]
+    first = [trial for trial in trials if trial.params["seed"] <= spec.seeds]
+    found = answer_of(spec, first)
+    assert (found["decision"], found["status"], found["recommended_rank"]) == ("buy", "open", None)
+    assert "one more seed" in found["sentence"]
+    assert found["use_rank"] == 8
 
 
 @pytest.mark.parametrize(("max_seeds", "runs"), [(5, 10), (3, 6)])
-def test_a_purchase_can_be_capped_or_left_out(max_seeds: int, runs: int) -> None:
+def test_the_seeds_can_be_limited(max_seeds: int, runs: int) -> None:
     spec = spec_of(r_max=16, max_seeds=max_seeds)
-    trials = play(spec, gains(0.05, off=0.2))
+    trials = play(spec, gains(0.05, off=0.0095))
     assert answer_of(spec, trials)["decision"] == "inconclusive"
     assert len(trials) == max_trials(spec) == runs
 
 
-def test_what_no_purchase_settles_is_inconclusive_with_what_it_would_take() -> None:
+def test_an_inconclusive_ladder_says_what_to_use_what_it_may_cost_and_how_to_settle_it() -> None:
     spec = spec_of(r_max=16)
-    trials = play(spec, gains(0.05, off=0.2))
-    found = answer_of(spec, trials)
-    assert (found["decision"], found["recommended_rank"], found["saves"]) == ("inconclusive", None, None)
+    trials = play(spec, NOISY)
+    [found] = answers(spec, trials, "qlora-exp resume s")
+    assert (found["decision"], found["recommended_rank"], found["use_rank"]) == ("inconclusive", None, 8)
+    assert found["sentence"].startswith("Use r = 8.")
+    assert found["regret_rank"] == 16
+    [step] = found["comparisons"]
+    assert step["gain"] < found["regret_bound"] <= step["high"]
+    assert found["saves"]["against_rank"] == 16
     assert "It would take" in found["would_settle"]
     assert found["would_settle"] in found["sentence"]
-    assert len(trials) == 2 * 8
+    seeds = int(found["settle_command"].removeprefix("qlora-exp resume s sweep.ladder.max_seeds="))
+    assert 8 < seeds <= 64
+    more = replace(spec, max_seeds=seeds, raised_from=(8,))
+    [after] = answers(more, resumed(more, trials, NOISY), "qlora-exp resume s")
+    assert max(after["seeds"].values()) > 8
+    assert any("raised from 8" in warning for warning in after["warnings"])
 
 
-def test_where_items_are_missing_no_seed_is_bought() -> None:
+def test_a_hopeless_step_ends_without_more_seeds() -> None:
     spec = spec_of(r_max=16)
-    trials = play(spec, gains(0.05), item_sd=1.0)
-    found = answer_of(spec, trials)
+    trials = play(spec, gains(0.05), item_sd=3.0)
+    [found] = answers(spec, trials, "qlora-exp resume s")
     assert found["decision"] == "inconclusive"
-    assert "test items" in found["sentence"]
+    assert " items " in found["would_settle"]
+    assert found["settle_command"] is None
     assert len(trials) == 2 * 3
 
 
-def test_an_earlier_decision_stays_as_it_was_when_a_later_doubling_buys_seeds() -> None:
-    spec = spec_of(half_zone=0.02)
-    trials = play(spec, gains(0.3, 0.05, 0.0, off=0.01))
-    early = [trial for trial in trials if (trial.params["lora.r"], trial.params["seed"]) <= (16, 3)]
-    early = [trial for trial in early if trial.params["seed"] <= 3]
-    assert max(seed for rank, seed in decision_runs(trials) if rank == 16) > 3
-    assert evaluate_ladder(spec, ONE, trials).comparisons[0] == evaluate_ladder(spec, ONE, early).comparisons[0]
-
-
-def test_pilots_choose_the_learning_rate_by_the_rank_and_are_in_no_decision() -> None:
-    one = LadderSettings({}, CENTRE, -0.5, "2r")
-    spec = spec_of(one, lr_policy=LrPolicy.search)
+def test_an_earlier_decision_stays_as_it_was_when_a_later_step_adds_seeds() -> None:
+    spec = spec_of(r_max=64)
 
     def level(point: TrialPoint) -> float:
-        best = 1e-3 * (point["lora.r"] / 8) ** -0.5
-        off = np.log2(point["training.learning_rate"] / best)
-        return float(gains(0.2, 0.0, 0.0)(point) + 0.05 * off**2) - 5.0 * (point["seed"] == CONFIG.pilot_seed)
+        off = 0.015 * (-1) ** point["seed"] if point["lora.r"] == 64 else 0.0
+        levels = {8: 2.0, 32: 1.7, 64: 1.65 + off}
+        return levels[point["lora.r"]] + random.Random(f"{sorted(point.items())}").gauss(0.0, 0.002)
+
+    trials = play(spec, level)
+    early = [trial for trial in trials if trial.params["seed"] <= 3]
+    assert max(seed for rank, seed in decision_runs(trials) if rank == 32) > 3
+    before, after = (evaluate_ladder(spec, ONE, some).comparisons for some in (early, trials))
+    assert (before[0].from_rank, before[0].to_rank, before[0].decision.verdict) == (8, 32, StepVerdict.CONTINUE)
+    assert before[0] == after[0]
+
+
+def test_pilots_choose_one_rate_and_a_law_carries_it_to_the_other_ranks() -> None:
+    one = LadderSettings({}, CENTRE, -0.5, "2r")
+    spec = spec_of(one, lr_policy=LrPolicy.carry)
+
+    def level(point: TrialPoint) -> float:
+        off = np.log2(point["training.learning_rate"] / 1e-3)
+        pilot = point["seed"] >= CONFIG.pilot_seed
+        return float(gains(0.07, 0.0, 0.0)(point) + 0.05 * off**2 * pilot) - 5.0 * pilot
 
     trials = play(spec, level)
     assert pilots(trials, 8) == [5e-4, 1e-3, 2e-3]
-    assert pilots(trials, 16) == [3.536e-4, 7.071e-4, 1.414e-3]
+    assert not any(pilots(trials, rank) for rank in (16, 32, 64))
     choices = {choice.rank: choice for choice in evaluate_ladder(spec, one, trials).choices}
-    assert choices[8].learning_rate == 1e-3
-    assert choices[16].learning_rate == 7.071e-4
-    assert not any(choice.unresolved for choice in choices.values())
+    assert {rank: choice.learning_rate for rank, choice in choices.items()} == {8: 1e-3, 16: 7.071e-4, 32: 5e-4}
+    assert [choices[rank].carried for rank in (8, 16, 32)] == [None, 7.071e-4, 5e-4]
     found = answer_of(spec, trials)
     assert found["recommended_rank"] == 16
-    assert all(abs(step["gain"]) < 1.0 for step in found["comparisons"])
+    assert found["lr_policy"] == "carry"
+    assert "(carry) chosen at r = 8 by 2 pilot seeds and carried over by r^-0.5" in found["sentence"]
+    assert "the answer holds for these rates" in found["sentence"]
+    assert all(abs(step["gain"]) < 1.0 for step in found["comparisons"]), "pilots are in no decision"
+
+
+def test_the_rate_with_the_lowest_mean_over_the_pilot_seeds_is_chosen() -> None:
+    """Either seed alone chooses another rate."""
+    losses = {(5e-4, 1000): 1.00, (1e-3, 1000): 1.02, (2e-3, 1000): 1.30}
+    losses |= {(5e-4, 1001): 1.30, (1e-3, 1001): 1.02, (2e-3, 1001): 1.00}
+    spec = spec_of(r_max=16, lr_policy=LrPolicy.carry)
+    trials = play(spec, lambda p: losses.get((p["training.learning_rate"], p["seed"]), 1.0))
+    choice = evaluate_ladder(spec, ONE, trials).choices[0]
+    assert choice.learning_rate == 1e-3
+    assert [(pilot.learning_rate, pilot.seed) for pilot in choice.pilots] == sorted(losses)
+
+
+@pytest.mark.parametrize(
+    ("other", "chosen"),
+    [((0.9, 0.91), 5e-4), ((0.9, 1.01), 1e-3), ((0.99, 0.9), 1e-3)],
+    ids=["better at both seeds", "worse at one seed", "by less than its noise"],
+)
+def test_search_leaves_the_law_only_where_all_pilot_seeds_show_a_better_rate_beyond_noise(
+    other: tuple[float, float], chosen: float
+) -> None:
+    spec = spec_of(r_max=16, lr_policy=LrPolicy.search)
+
+    def level(point: TrialPoint) -> float:
+        rate, pilot = point["training.learning_rate"], point["seed"] >= CONFIG.pilot_seed
+        if point["lora.r"] == 8 or not pilot:
+            return float(gains(0.2)(point) + 0.1 * pilot * np.log2(rate / 1e-3) ** 2)
+        return {5e-4: other[point["seed"] - CONFIG.pilot_seed], 1e-3: 1.0}.get(rate, 1.5)
+
+    trials = play(spec, level)
+    assert len(trials) <= max_trials(spec)
+    start, larger = evaluate_ladder(spec, ONE, trials).choices
+    assert (start.learning_rate, start.carried) == (1e-3, None)
+    assert (larger.learning_rate, larger.carried) == (chosen, 1e-3)
+    sentence = answer_of(spec, trials)["sentence"]
+    left = "pilots left the law at r = 16 (0.0005 instead of 0.001)"
+    assert (left if chosen == 5e-4 else "no better rate beyond their noise") in sentence
+
+
+def test_a_carried_rate_that_diverges_is_left() -> None:
+    spec = spec_of(r_max=16, lr_policy=LrPolicy.search)
+
+    def level(point: TrialPoint) -> float | None:
+        rate = point["training.learning_rate"]
+        if (point["lora.r"], point["seed"]) == (16, CONFIG.pilot_seed + 1) and rate == 1e-3:
+            return float("nan")
+        return float(gains(0.2)(point) + 0.1 * np.log2(rate / 1e-3 * (1.2 if point["lora.r"] == 16 else 1)) ** 2)
+
+    choice = evaluate_ladder(spec, ONE, play(spec, level)).choices[1]
+    assert (choice.learning_rate, choice.carried) == (5e-4, 1e-3)
 
 
 @pytest.mark.parametrize(("best", "tried", "unresolved"), [(4e-3, 4e-3, True), (1.8e-3, 4e-3, False)])
 def test_an_optimum_at_the_edge_extends_the_grid_once(best: float, tried: float, unresolved: bool) -> None:
-    spec = spec_of(r_max=16, lr_policy=LrPolicy.search)
+    spec = spec_of(r_max=16, lr_policy=LrPolicy.carry)
 
     def level(point: TrialPoint) -> float:
         return float(gains(0.2)(point) + 0.1 * np.log2(point["training.learning_rate"] / best) ** 2)
@@ -248,7 +343,7 @@ def test_an_optimum_at_the_edge_extends_the_grid_once(best: float, tried: float,
     trials = play(spec, level)
     assert pilots(trials, 8) == [5e-4, 1e-3, 2e-3, tried]
     found = answer_of(spec, trials)
-    assert [choice["unresolved"] for choice in found["learning_rates"]] == [unresolved] * 2
+    assert [choice["unresolved"] for choice in found["learning_rates"]] == [unresolved, False]
     assert any("unresolved" in warning for warning in found["warnings"]) == unresolved
     assert ("unresolved" in found["sentence"]) == unresolved
 
@@ -258,17 +353,6 @@ def test_a_rate_that_diverges_is_not_chosen() -> None:
     trials = play(spec, lambda point: None if point["training.learning_rate"] > 1.5e-3 else gains(0.2)(point))
     assert {choice.learning_rate for choice in evaluate_ladder(spec, ONE, trials).choices} <= {2.5e-4, 5e-4, 1e-3}
     assert answer_of(spec, trials)["decision"] == "continue"
-
-
-def test_a_transferred_rate_is_searched_at_the_first_rank_only_and_said() -> None:
-    one = LadderSettings({}, CENTRE, -0.5, "2r")
-    spec = spec_of(one, lr_policy=LrPolicy.transfer)
-    trials = play(spec, gains(0.2, 0.0, 0.0))
-    assert pilots(trials, 8)
-    assert not pilots(trials, 16)
-    rates = {choice.rank: choice.learning_rate for choice in evaluate_ladder(spec, one, trials).choices}
-    assert rates[32] == pytest.approx(rates[8] / 2, rel=1e-3)
-    assert "Learning rate chosen at r = 8 and carried over" in answer_of(spec, trials)["sentence"]
 
 
 def test_ladders_have_their_own_answers_and_the_second_goes_on_while_the_first_waits() -> None:
@@ -318,15 +402,52 @@ def test_every_point_lies_on_the_axes() -> None:
         assert rate.high is not None
         assert rate.low <= trial.params["training.learning_rate"] <= rate.high
         assert trial.params["lora.r"] in axes["lora.r"].values
-        assert trial.params["seed"] in axes["seed"].values
+        seeds = axes["seed"]
+        assert seeds.low is not None
+        assert seeds.high is not None
+        assert seeds.low <= trial.params["seed"] <= seeds.high
 
 
-def test_a_lost_run_is_left_out_and_told() -> None:
-    spec = spec_of()
-    trials = play(spec, lambda p: None if (p["lora.r"], p["seed"]) == (16, 2) else gains(0.2, 0.0, 0.0)(p))
-    found = answer_of(spec, trials)
-    assert found["recommended_rank"] == 16
-    assert any("1 decision runs" in warning for warning in found["warnings"])
+def test_a_rank_that_is_lost_in_the_middle_of_a_long_ladder_leaves_the_larger_ones_in_the_bound() -> None:
+    spec, level = spec_of(r_max=128), gains(0.2, 0.2, 0.01, 0.01)
+    trials = play(spec, lambda point: None if point["lora.r"] == 64 else level(point))
+    (found,) = answers(spec, trials)
+    assert found["use_rank"] == 32
+    assert found["regret_rank"] == 128
+    assert "no run at r = 64 completed" in found["sentence"]
+
+
+def test_a_finished_ladder_of_the_first_edition_keeps_its_answer_and_asks_for_no_run() -> None:
+    """It compared 8 with 16 only: the second edition would first ask for r = 32."""
+    spec, level = replace(spec_of(r_max=64), edition=1), gains(0.0, 0.0, 0.0)
+    made = [
+        ran({"lora.r": r, "seed": seed, "training.learning_rate": rate, "evaluation.split": "test"}, level, 0.01)
+        for r, rate in ((8, ONE.learning_rate), (16, ONE.learning_rate))
+        for seed in (1, 2, 3)
+    ]
+    spec = replace(spec, lr_policy="fixed")
+    assert is_done(spec, made)
+    (found,) = answers(spec, made)
+    assert (found["decision"], found["use_rank"], found["status"]) == ("stop", 8, "decided")
+
+
+def test_a_lost_run_counts_against_its_rank_and_is_said_with_its_cause() -> None:
+    spec = spec_of(r_max=16)
+    lucky = gains(0.08, seed_sd=0.001)
+    found = answer_of(spec, play(spec, lucky))
+    assert (found["decision"], found["lost_runs"], found["seeds"]["16"]) == ("continue", [], 3)
+    found = answer_of(spec, play(spec, lambda p: None if (p["lora.r"], p["seed"]) == (16, 2) else lucky(p)))
+    assert found["seeds"]["16"] > 3, "the lost run could turn it, so more seeds are needed"
+    [step] = found["comparisons"]
+    assert step["lost_runs"] == 1
+    cause = "out of memory (OutOfMemoryError: no memory)"
+    assert found["lost_runs"] == [{"rank": 16, "seed": 2, "cause": cause}]
+    assert any(
+        warning.startswith("r = 16, seed 2 left no result") and cause in warning for warning in found["warnings"]
+    )
+    most = answer_of(spec, play(spec, lambda p: float("nan") if p["lora.r"] == 16 and p["seed"] % 2 else lucky(p)))
+    assert (most["decision"], most["use_rank"]) != ("continue", 16)
+    assert {run["cause"] for run in most["lost_runs"]} == {"diverged (DivergedError: the loss is NaN)"}
 
 
 def test_a_rank_that_can_not_be_run_ends_the_ladder_with_the_reason() -> None:
@@ -334,8 +455,14 @@ def test_a_rank_that_can_not_be_run_ends_the_ladder_with_the_reason() -> None:
     trials = play(spec, lambda p: None if p["lora.r"] == 32 else gains(0.2, 0.2, 0.2)(p))
     found = answer_of(spec, trials)
     assert (found["status"], found["recommended_rank"]) == ("failed", 16)
-    assert "no memory" in found["sentence"]
-    assert not answers(spec, play(spec, lambda p: None))[0]["comparisons"]
+    assert "no run at r = 32 completed: out of memory (OutOfMemoryError: no memory)" in found["sentence"]
+    assert {run["rank"] for run in found["lost_runs"]} == {32}
+    only_first = answer_of(spec, play(spec, lambda p: None if p["lora.r"] > 8 else 2.0))
+    assert (only_first["recommended_rank"], only_first["use_rank"]) == (None, 8)
+    assert only_first["sentence"].startswith("Use r = 8")
+    nothing = answers(spec, play(spec, lambda p: None))[0]
+    assert not nothing["comparisons"]
+    assert nothing["use_rank"] is None
 
 
 def test_runs_that_can_not_be_compared_are_refused_with_the_difference_named() -> None:
@@ -401,37 +528,38 @@ def test_the_sentence_says_what_the_rank_saves_in_memory_time_and_money(usd: flo
 def test_the_report_has_the_ladders_own_figures_words_and_warnings() -> None:
     ladders = [LadderSettings({"model.variant": variant}, CENTRE, 0.0, "2r") for variant in ("base", "instruct")]
     spec = spec_of(*ladders)
-    base, instruct = found = answers(spec, play(spec, gains(0.2, 0.01)))
-    sections = ladder_sections([StudyInfo("doubling", ladders=found)])
-    assert [section.title for section in sections] == [
-        "Rank doubling: model.variant=base",
-        "Rank doubling: model.variant=instruct",
-    ]
+    base, instruct = found = answers(spec, play(spec, gains(0.07, 0.0, 0.0)))
+    sections = ladder_sections(ladder_views([StudyInfo("doubling", ladders=found)], []))
+    assert [section.title for section in sections] == ["Rank doubling: base", "Rank doubling: instruct"]
     for section, one in zip(sections, (base, instruct), strict=True):
         assert section.paragraphs[0] == one["sentence"]
-        assert f"{one['spent']['runs']} runs" in section.paragraphs[1]
+        assert f"{one['spent']['runs']} runs" in section.paragraphs[-1]
         assert section.points == tuple(one["warnings"])
-        [table], [figure] = section.tables, section.figures
-        steps = one["comparisons"]
-        assert table.rows == tuple(
+        [table], steps = section.tables, one["comparisons"]
+        # Without the runs' records the loss is unknown, and gains are in nats per item.
+        assert [row[:5] for row in table.rows] == [
             (f"{s['from_rank']} → {s['to_rank']}", s["decision"], s["gain"], s["low"], s["high"]) for s in steps
-        )
-        drawn = figure["data"][0]
-        assert drawn["y"] == [step["gain"] for step in steps]
+        ]
+    figure = gains_figure(ladder_views([StudyInfo("doubling", ladders=found)], []))
+    assert figure is not None
+    for drawn, one in zip(figure["data"][::2], (base, instruct), strict=True):
+        steps = one["comparisons"]
+        assert drawn["y"] == pytest.approx([step["gain"] / step["doublings"] for step in steps])
         assert [y + up for y, up in zip(drawn["y"], drawn["error_y"]["array"], strict=True)] == pytest.approx(
-            [step["high"] for step in steps]
+            [step["high"] / step["doublings"] for step in steps]
         )
 
 
 def test_the_plan_says_beforehand_whether_it_can_settle_the_margin() -> None:
-    rule = rule_of(spec_of())
-    assert plan_sentence(rule, 0.001, 0.01, 1000)[0]
-    assert not plan_sentence(rule, 0.5, 0.01, 1000)[0]
-    assert not plan_sentence(rule, 0.5, None, None)[0]
-    settles, told = plan_sentence(rule, None, None, None)
+    spec = spec_of()
+    rule, seeds = rule_of(spec), seed_plan(spec)
+    assert plan_sentence(rule, 0.001, 0.01, 1000, seeds)[0]
+    assert not plan_sentence(rule, 0.5, 0.01, 1000, seeds)[0]
+    assert not plan_sentence(rule, 0.5, None, None, seeds)[0]
+    settles, sentence = plan_sentence(rule, None, None, None, seeds)
     assert settles
-    at_most = float(told.split("at most ")[1].split()[0])
-    assert half_width(Noise(at_most, 0.0), 8, 1, rule) == pytest.approx(rule.half_zone, rel=0.1)
+    at_most = float(sentence.split("is at most ")[1].split()[0])
+    assert half_width(Noise(at_most, 0.0), seeds, 1) == pytest.approx(rule.half_zone, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -443,10 +571,14 @@ def test_the_plan_says_beforehand_whether_it_can_settle_the_margin() -> None:
         ({"r_max": 12}, "r_max"),
         ({"r_start": 0}, "r_max"),
         ({"seeds": 1}, "seeds"),
-        ({"seeds": 9}, "seeds"),
+        ({"seeds": 65, "max_seeds": 65}, "seeds"),
         ({"max_seeds": 2}, "max_seeds"),
-        ({"max_seeds": 9}, "max_seeds"),
-        ({"pilot_seed": 4}, "pilot_seed"),
+        ({"max_seeds": 65}, "max_seeds"),
+        ({"pilot_seed": 8}, "pilot_seed"),
+        ({"pilot_seed": 50, "max_seeds": 64}, "pilot_seed"),
+        ({"pilot_seed": 0}, "pilot_seed"),
+        ({"pilot_seeds": 0}, "pilot_seeds"),
+        ({"pilot_seeds": 1, "lr_policy": LrPolicy.search}, "pilot_seeds"),
         ({"lr_policy": LrPolicy.search, "lr_factors": [1.0]}, "lr_factors"),
         ({"lr_factors": [1.0, -1.0]}, "lr_factors"),
     ],
@@ -559,3 +691,42 @@ def test_a_lost_database_is_made_again_and_the_ladder_resumed(
     assert ladder["sentence"] in told
     [command] = [line for line in told.splitlines() if line.startswith("qlora-exp run ")]
     assert f"lora.r={ladder['recommended_rank']} seed=3 " in command
+
+
+def test_the_command_that_settles_an_inconclusive_ladder_runs_and_best_shows_the_rank_to_use(
+    elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["sweep.ladder.r_max=4", "sweep.ladder.seeds=2", "sweep.ladder.max_seeds=2", "sweep.name=the study"]
+    assert (
+        main(
+            [
+                "sweep",
+                "rank_doubling",
+                *ASLEEP,
+                *SMALL,
+                *few,
+                "sweep.ladder.margin=0.094",
+                "sweep.ladder.half_zone=0.005",
+            ]
+        )
+        == 0
+    )
+    shown = capsys.readouterr().out
+    file = OutputPaths.of("outputs").study("the study").ladder
+    [ladder] = json.loads(file.read_text())["ladders"]
+    assert (ladder["decision"], ladder["recommended_rank"], ladder["use_rank"]) == ("inconclusive", None, 2)
+    assert ladder["settle_command"].startswith("qlora-exp resume 'the study' sweep.ladder.max_seeds=")
+    assert f"to settle it: {ladder['settle_command']}" in shown
+
+    assert main(["best", "the study"]) == 0
+    shown = capsys.readouterr().out
+    assert "Use r = 2." in shown
+    assert [line for line in shown.splitlines() if line.startswith("qlora-exp run ") and "lora.r=2 " in line]
+
+    assert main(shlex.split(ladder["settle_command"])[1:]) == 0
+    shown = capsys.readouterr().out
+    [settled] = json.loads(file.read_text())["ladders"]
+    assert settled["decision"] in ("stop", "continue")
+    assert settled["seeds"]["2"] > 2
+    assert "raised from 2" in shown
+    assert main(["resume", "the study"]) == 0, "the study keeps its larger limit"

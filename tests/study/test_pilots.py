@@ -22,7 +22,8 @@ from qlora_exp.analysis.pilots import MAX_BEHIND, SHARE_OF_STEPS, comparison_los
 from qlora_exp.cli import main
 from qlora_exp.config.schema import LadderConfig, LrPolicy
 from qlora_exp.paths import OutputPaths
-from qlora_exp.rank_doubling.ladder import LadderTrial, evaluate_ladder, next_point
+from qlora_exp.rank_doubling.ladder import evaluate_ladder, next_point
+from qlora_exp.rank_doubling.ladder_trials import LadderTrial
 from qlora_exp.rank_doubling.settings import resolve
 from qlora_exp.records import find
 from qlora_exp.records.types import (
@@ -47,10 +48,12 @@ LADDER: dict[str, Any] = {
     "seeds": 2,
     "max_seeds": 2,
     "pilot_seed": 1000,
+    "pilot_seeds": 1,
     "margin": None,
     "half_zone": None,
-    "lr_policy": LrPolicy.search,
+    "lr_policy": LrPolicy.carry,
     "lr_factors": [0.5, 1.0, 2.0],
+    "screening_steps": None,
     "seed_sd": None,
     "item_sd": None,
 }
@@ -167,7 +170,7 @@ ASLEEP = ["training.engine=sleep", "training.sleep_seconds=0.1", "tracking=off",
 SEARCH = ["sweep.ladder.r_start=2", "sweep.ladder.r_max=2", "sweep.ladder.seeds=2", "sweep.ladder.max_seeds=2"]
 SEARCH += ["sweep.ladder.lr_factors=[0.1,1,10]", "lora.rslora=true", "sweep.name=p"]
 """SYNTHETIC: a learning rate that is 10 times too large or small costs 0.2 nats of about 1.06."""
-TWO_RANKS = ["sweep.ladder.r_max=4", "sweep.ladder.margin=0.04"]
+TWO_RANKS = ["sweep.ladder.r_max=4", "sweep.ladder.margin=0.04", "sweep.ladder.lr_policy=search"]
 COMMAND = [sys.executable, "-m", "qlora_exp.cli", "sweep", "rank_doubling", *ASLEEP, *SEARCH]
 
 

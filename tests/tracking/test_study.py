@@ -203,8 +203,9 @@ def test_a_ladders_answer_is_the_note_of_the_parent_run_and_its_file_an_artifact
     run_trial(output, trial_record(0))
     study.update([row(0, value=2.0)], best=[0])
     ladders = [
-        {"axes": {"model.variant": "base"}, "sentence": "Returns have diminished at r = 8."},
-        {"axes": {"model.variant": "instruct"}, "sentence": "Inconclusive."},
+        {"axes": {"model.variant": "base"}, "sentence": "Returns have diminished at r = 8.", "use_rank": 8},
+        {"axes": {"model.variant": "instruct"}, "sentence": "Inconclusive.", "use_rank": 16, "recommended_rank": None}
+        | {"regret_bound": 0.25, "settle_command": "qlora-exp resume s sweep.ladder.max_seeds=12"},
     ]
     write_json(output.study(STUDY).ladder, {"study": STUDY, "ladders": ladders})
     study.finish(Status.COMPLETED)
@@ -215,6 +216,14 @@ def test_a_ladders_answer_is_the_note_of_the_parent_run_and_its_file_an_artifact
         "model.variant=base: Returns have diminished at r = 8.\n\nmodel.variant=instruct: Inconclusive."
     )
     assert json.loads(artifact(output.mlflow_database, parent, "ladder.json"))["ladders"] == ladders
+    tags = {key.removeprefix("qlora_exp."): value for key, value in parent.data.tags.items() if "variant" in key}
+    assert tags == {
+        "use_rank/model.variant:base": "8",
+        "use_rank/model.variant:instruct": "16",
+        "recommended_rank/model.variant:instruct": "null",
+        "regret_bound/model.variant:instruct": "0.25",
+        "settle_command/model.variant:instruct": "qlora-exp resume s sweep.ladder.max_seeds=12",
+    }
     assert sync_runs(output.root).studies == ()
     write_json(output.study(STUDY).ladder, {"study": STUDY, "ladders": ladders[:1]})
     assert sync_runs(output.root).studies == (STUDY,)
