@@ -37,7 +37,7 @@ LADDER_SYMBOLS = ("circle", "square", "diamond", "cross")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 MAX_MARGIN_RATIO = 1.1
 MAX_LABELLED_POINTS = 40
-"""Among more points than these, only those on the front have intervals and none has its rank beside it."""
+"""Among more points than these, only those on the front have intervals and none has its rank next to it."""
 MAX_DOMINATED_POINTS = 1000
 """More dominated points than these are thinned out: a plot of 10,000 is slow and shows no more. The table has all."""
 PART_COLOURS = (*PALETTE[:5], PALETTE[6])

@@ -56,16 +56,17 @@ def paragraph(found: InstructBase) -> str:
     return " ".join([primary_lead(found), *instruct_section(found).paragraphs])
 
 
-def told(records: list[RunRecord], **options: Any) -> str:
+def words_of(records: list[RunRecord], **options: Any) -> str:
     return paragraph(compared(records, **options))
 
 
 def test_a_clear_gain_of_instruct_is_called_better_and_its_opposite_worse() -> None:
     # 0.5 of the base's 1.5 nats per item.
-    assert "After tuning, the instruct model is better: base costs 33 % of the loss against instruct (95 % CI" in told(
-        study(0.5)
+    assert (
+        "After tuning, the instruct model is better: base costs 33 % of the loss against instruct (95 % CI"
+        in words_of(study(0.5))
     )
-    assert "After tuning, the base model is better: instruct costs 33 % of the loss against base (95 % CI" in told(
+    assert "After tuning, the base model is better: instruct costs 33 % of the loss against base (95 % CI" in words_of(
         study(-0.5)
     )
 
@@ -78,9 +79,9 @@ def test_all_four_cells_are_compared_and_none_hides_another() -> None:
 
 
 def test_equivalence_is_said_only_within_a_margin_that_was_given() -> None:
-    assert "it is not settled which model is better: " in told(study(0.0))
+    assert "it is not settled which model is better: " in words_of(study(0.0))
     # 0.03 bits per byte of 0.3.
-    equal = told(study(0.0), margin=Margin(0.03, MarginUnit.SCORE))
+    equal = words_of(study(0.0), margin=Margin(0.03, MarginUnit.SCORE))
     assert "After tuning, both models are equivalent within 10 % of the loss: " in equal
 
 
@@ -144,8 +145,8 @@ def test_pilots_of_other_seeds_choose_the_cells_and_those_of_the_same_seeds_do_n
     assert (found.instruct.written, found.base.written) == ("chat", "chat")
     assert "chosen by pilots with other seeds" in paragraph(found)
     leaking = [pilot.replace(seed=1) for pilot in pilots]
-    assert "by the same runs' validation scores" in told(records, pilots=leaking)
-    assert "by the same runs' validation scores" in told(records, pilots=pilots[:3])
+    assert "by the same runs' validation scores" in words_of(records, pilots=leaking)
+    assert "by the same runs' validation scores" in words_of(records, pilots=pilots[:3])
 
 
 def test_ranks_that_the_answering_runs_chose_are_told_beside_the_pilots_and_so_are_unequal_ones() -> None:
@@ -332,9 +333,9 @@ def test_who_forgets_more_is_said_only_where_it_holds_among_all_contrasts() -> N
         records = study(0.5)
         return [with_forgetting(r, level[r.config["model"]["variant"]] + float(draw.normal(0, noise))) for r in records]
 
-    assert "Base forgets more" in told(forgetful(0.5, 0.1, 1e-5))
-    assert "Instruct forgets more" in told(forgetful(0.1, 0.5, 1e-5))
-    assert "Which model forgets more is not settled" in told(forgetful(0.3, 0.3, 0.1))
+    assert "Base forgets more" in words_of(forgetful(0.5, 0.1, 1e-5))
+    assert "Instruct forgets more" in words_of(forgetful(0.1, 0.5, 1e-5))
+    assert "Which model forgets more is not settled" in words_of(forgetful(0.3, 0.3, 0.1))
 
 
 def test_stability_is_a_standard_deviation_with_its_interval() -> None:
@@ -353,9 +354,9 @@ def with_tokens(records: list[RunRecord], **tokens: int) -> list[RunRecord]:
 
 
 def test_equal_tokens_are_checked_or_said_not_to_be() -> None:
-    assert "Equal examples are equal tokens here" in told(with_tokens(study(0.5), base=1000, instruct=1040))
+    assert "Equal examples are equal tokens here" in words_of(with_tokens(study(0.5), base=1000, instruct=1040))
     apart = with_tokens(study(0.5), base=1000, instruct=1400)
-    said = told(apart)
+    said = words_of(apart)
     assert "Equal-token check: not done" in said
     assert "training.max_tokens=1400" in said
     base = (compared(apart).base.variant, compared(apart).base.written)

@@ -100,8 +100,8 @@ def test_costs_name_the_prices_that_they_are_counted_by() -> None:
         return made.replace(plan=replace(made.plan, usd_per_hour=hourly, usd_per_hour_from=source))
 
     one, other = priced(0, 0.17, "conf/prices.yaml: cpu"), priced(1, 2.0, "budget.usd_per_hour")
-    told = sections.speed_section([one, other, priced(2, None, None)]).paragraphs
-    assert "2 USD (budget.usd_per_hour), 0.17 USD (conf/prices.yaml: cpu)" in told[-1]
+    paragraphs = sections.speed_section([one, other, priced(2, None, None)]).paragraphs
+    assert "2 USD (budget.usd_per_hour), 0.17 USD (conf/prices.yaml: cpu)" in paragraphs[-1]
     assert len(sections.speed_section([priced(3, None, None)]).paragraphs) == 1
 
 
@@ -316,15 +316,15 @@ def test_a_run_that_is_still_running_is_no_failure() -> None:
 
 
 @pytest.mark.parametrize(
-    ("records", "told"),
+    ("records", "message"),
     [
         ([], "no run"),
         ([made_up.failed(0)], "no run has finished: 1 are OUT_OF_MEMORY"),
         ([made_up.run(0).replace(synthetic=True)], "SYNTHETIC"),
     ],
 )
-def test_a_study_without_an_answer_is_refused_in_a_sentence(records: list[RunRecord], told: str) -> None:
-    with pytest.raises(AnalysisError, match=told):
+def test_a_study_without_an_answer_is_refused_in_a_sentence(records: list[RunRecord], message: str) -> None:
+    with pytest.raises(AnalysisError, match=message):
         of(records)
 
 
@@ -418,5 +418,5 @@ def test_runs_trained_to_equal_tokens_are_no_other_protocol_but_a_check_of_the_f
     again = [run.replace(plan=replace(run.plan, max_steps=113)) for run in again if run.plan is not None]
     report = of([*found, *again])
     assert report.why_none is None
-    told = next(s for s in report.sections if s.name == "instruct-base").paragraphs[1]
-    assert "At equal tokens (base trained to 1,400): +" in told
+    paragraph = next(s for s in report.sections if s.name == "instruct-base").paragraphs[1]
+    assert "At equal tokens (base trained to 1,400): +" in paragraph
