@@ -22,7 +22,7 @@ from bitsandbytes.functional import GlobalPageManager
 from bitsandbytes.optim.optimizer import Optimizer8bit
 
 from qlora_exp.config.compose import compose
-from qlora_exp.config.schema import DeviceChoice
+from qlora_exp.config.enums import DeviceChoice
 from qlora_exp.errors import ConfigError
 from qlora_exp.estimate import budget as checked_budget
 from qlora_exp.models import base as base_module

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_exp.config.schema import DeviceChoice
+from qlora_exp.config.enums import DeviceChoice
 from qlora_exp.errors import ConfigError
 from qlora_exp.records.schema import from_dict, to_dict
 from qlora_exp.records.types import Environment

@@ -16,7 +16,7 @@ import transformers
 
 from qlora_exp import run
 from qlora_exp.config.compose import compose
-from qlora_exp.config.schema import DeviceChoice, Engine
+from qlora_exp.config.enums import DeviceChoice, Engine
 from qlora_exp.errors import ConfigError
 from qlora_exp.estimate.budget import check_energy
 from qlora_exp.orchestration.devices import assign_slots

@@ -14,7 +14,8 @@ from qlora_exp.config.allowed_values import OPTIMIZERS, SCHEDULERS
 from qlora_exp.config.checks import check
 from qlora_exp.config.checks_task import parse_goal
 from qlora_exp.config.compose import compose
-from qlora_exp.config.schema import Config, Quantization
+from qlora_exp.config.enums import Quantization
+from qlora_exp.config.schema import Config
 from qlora_exp.errors import ConfigError
 from qlora_exp.records.types import Plan
 from qlora_exp.system.environment import probe
@@ -198,7 +199,7 @@ def test_checkpoints_and_variants_must_be_known() -> None:
 
 
 def test_pissa_dtypes_and_needy_names_are_refused() -> None:
-    from qlora_exp.config.schema import AdapterInit, ComputeDtype
+    from qlora_exp.config.enums import AdapterInit, ComputeDtype
 
     def pissa(config: Config) -> None:
         config.lora.init = AdapterInit.pissa

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_exp.architecture.run_plan import shape_multiples
 from qlora_exp.config.compose import compose
-from qlora_exp.config.schema import Config, DeviceChoice
+from qlora_exp.config.enums import DeviceChoice
+from qlora_exp.config.schema import Config
 from qlora_exp.errors import ConfigError
 from qlora_exp.evaluation.scoring import evaluate_model
 from qlora_exp.models.adapters import attach_adapters

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from qlora_exp.architecture.shapes import Architecture
 from qlora_exp.config.allowed_values import MASKED_ATTENTIONS
-from qlora_exp.config.schema import Config, PaddingFree
+from qlora_exp.config.enums import PaddingFree
+from qlora_exp.config.schema import Config
 from qlora_exp.errors import ConfigError
 
 PADDING_FREE_TYPES = frozenset(

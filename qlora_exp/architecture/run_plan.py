@@ -10,14 +10,8 @@ from typing import Any
 
 from qlora_exp.architecture.shapes import Architecture, WeightShape
 from qlora_exp.config.allowed_values import NATIVE_DTYPES
-from qlora_exp.config.schema import (
-    ComputeDtype,
-    Config,
-    LoraConfig,
-    Quantization,
-    QuantizationConfig,
-    to_plain,
-)
+from qlora_exp.config.enums import ComputeDtype, Quantization
+from qlora_exp.config.schema import Config, LoraConfig, QuantizationConfig, to_plain
 from qlora_exp.records.types import Environment, Plan
 
 CPU_SHAPE_MULTIPLES = (16, 64)

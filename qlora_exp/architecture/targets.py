@@ -8,7 +8,8 @@ from functools import lru_cache
 
 from qlora_exp.architecture.shapes import Architecture, WeightShape
 from qlora_exp.config.allowed_values import TARGET_SETS
-from qlora_exp.config.schema import AdapterInit, LoraConfig, TargetsConfig
+from qlora_exp.config.enums import AdapterInit
+from qlora_exp.config.schema import LoraConfig, TargetsConfig
 from qlora_exp.errors import ModelError, nearest, raise_all
 
 

@@ -54,7 +54,7 @@ def export(
 
     The defaults are in conf/export.yaml.
     """
-    from qlora_exp.config.schema import DeviceChoice
+    from qlora_exp.config.enums import DeviceChoice
     from qlora_exp.records.find import find_run
     from qlora_exp.runs.process import hide_other_gpus, set_threads, silence_libraries
 

@@ -44,7 +44,7 @@ def doctor(
 
     With overrides it also checks whether the runs fit on the disk. The exit code is 1 if there is a problem.
     """
-    from qlora_exp.config.schema import DeviceChoice
+    from qlora_exp.config.enums import DeviceChoice
     from qlora_exp.runs.process import hide_other_gpus, set_threads, silence_libraries
 
     hide_other_gpus(DeviceChoice.auto)
@@ -73,7 +73,7 @@ def calibrate(
 
     The results are stored in the user's cache folder, by device and number of threads.
     """
-    from qlora_exp.config.schema import DeviceChoice
+    from qlora_exp.config.enums import DeviceChoice
     from qlora_exp.estimate.calibration import calibrate_device, rates_file
     from qlora_exp.runs.process import hide_other_gpus, set_threads, silence_libraries
     from qlora_exp.system.environment import probe

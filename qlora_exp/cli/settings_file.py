@@ -49,9 +49,9 @@ def _key(text: str) -> str:
 def _axes(sweep: str, overrides: Sequence[str]) -> dict[str, str]:
     """Return the axes of ``sweeps/SWEEP.yaml``, key → text, and for a ladder the keys that it chooses itself."""
     from qlora_exp.config.compose import compose_raw
+    from qlora_exp.config.enums import Sampler
     from qlora_exp.config.override_errors import problems_of
     from qlora_exp.config.overrides import is_swept
-    from qlora_exp.config.schema import Sampler
     from qlora_exp.rank_doubling.settings import RANK, SPLIT
 
     # plan.* are options of the command `plan`, not keys of the configuration.

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 
-from qlora_exp.config.schema import Quantization
+from qlora_exp.config.enums import Quantization
 from qlora_exp.errors import ConfigError, nearest
 
 TARGET_SETS = ("attention", "attention_qv", "mlp", "all_linear")

@@ -29,7 +29,8 @@ from qlora_exp.config.allowed_values import (
 )
 from qlora_exp.config.checks_lora import lora_problems, model_problems, quantization_problems, targets_problems
 from qlora_exp.config.checks_task import goal_problems, task_problems
-from qlora_exp.config.schema import BudgetConfig, Config, EvaluationConfig, PaddingFree, TrainingConfig, WorkersConfig
+from qlora_exp.config.enums import PaddingFree
+from qlora_exp.config.schema import BudgetConfig, Config, EvaluationConfig, TrainingConfig, WorkersConfig
 from qlora_exp.errors import ConfigError
 
 MINIMUM = {

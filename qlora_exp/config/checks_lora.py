@@ -13,17 +13,8 @@ from qlora_exp.config.allowed_values import (
     config_error,
     one_of,
 )
-from qlora_exp.config.schema import (
-    AdapterInit,
-    ComputeDtype,
-    Config,
-    DeviceChoice,
-    LoraConfig,
-    ModelConfig,
-    Quantization,
-    QuantizationConfig,
-    TargetsConfig,
-)
+from qlora_exp.config.enums import AdapterInit, ComputeDtype, DeviceChoice, Quantization
+from qlora_exp.config.schema import Config, LoraConfig, ModelConfig, QuantizationConfig, TargetsConfig
 from qlora_exp.errors import ConfigError, nearest
 
 

@@ -10,7 +10,8 @@ import typing
 from collections.abc import Iterator
 
 from qlora_exp.config.allowed_values import config_error, one_of
-from qlora_exp.config.schema import Config, Format, Learn, TaskConfig, TaskKind, TaskSource
+from qlora_exp.config.enums import Format, Learn, TaskKind, TaskSource
+from qlora_exp.config.schema import Config, TaskConfig
 from qlora_exp.errors import ConfigError, nearest
 from qlora_exp.records.types import Scores
 

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qlora_exp.config.schema import Config, Format, Variant
+from qlora_exp.config.enums import Format, Variant
+from qlora_exp.config.schema import Config
 from qlora_exp.data.chat_encoding import ChatWriter
 from qlora_exp.data.items import InvalidRow, RowProblem
 from qlora_exp.data.plain_text import Texts, plain_texts

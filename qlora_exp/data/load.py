@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from qlora_exp.config.schema import Config, InvalidRows, Learn, SpecialTokens, TaskKind
+from qlora_exp.config.enums import InvalidRows, Learn, SpecialTokens, TaskKind
+from qlora_exp.config.schema import Config
 from qlora_exp.data.chat_template import reads_clock
 from qlora_exp.data.encoding import (
     Encoding,

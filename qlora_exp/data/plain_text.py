@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_exp.config.schema import SpecialTokens
+from qlora_exp.config.enums import SpecialTokens
 from qlora_exp.data.items import InvalidRow
 from qlora_exp.data.messages import TOOL_CALLS
 from qlora_exp.data.rows import Example

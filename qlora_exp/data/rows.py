@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qlora_exp.config.schema import Learn, SpecialTokens, TaskConfig, TaskKind, TaskSource
+from qlora_exp.config.enums import Learn, SpecialTokens, TaskKind, TaskSource
+from qlora_exp.config.schema import TaskConfig
 from qlora_exp.data.files import DataFile, RawRow, Unlabelled
 from qlora_exp.data.items import InvalidRow, RowProblem
 from qlora_exp.data.messages import Message, describe_value, read_messages, read_tools, read_variables, without_nulls

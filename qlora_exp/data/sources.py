@@ -6,7 +6,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from qlora_exp.config.schema import TaskConfig, TaskSource
+from qlora_exp.config.enums import TaskSource
+from qlora_exp.config.schema import TaskConfig
 from qlora_exp.data.contents import ARCHIVES, COMPRESSED, ENDINGS, ending_of
 from qlora_exp.data.files import DataFile, read_file
 from qlora_exp.data.folders import check_not_a_shard, files_by_split, parse_name

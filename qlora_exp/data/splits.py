@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qlora_exp.config.schema import InvalidRows, TaskConfig, TaskKind
+from qlora_exp.config.enums import InvalidRows, TaskKind
+from qlora_exp.config.schema import TaskConfig
 from qlora_exp.data.contents import ending_of
 from qlora_exp.data.files import DataFile, Unlabelled
 from qlora_exp.data.items import DROP_HINT, SPLIT_NAMES, Item, RowProblem

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
 
-from qlora_exp.config.schema import Quantization
+from qlora_exp.config.enums import Quantization
 from qlora_exp.errors import QloraExpError
 from qlora_exp.estimate.calibration import calibration_flops_per_second
 from qlora_exp.paths import EMBEDDED, PACKAGE, OutputPaths

@@ -8,7 +8,8 @@ import time
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from qlora_exp.config.schema import ComputeDtype, Quantization, QuantizationConfig
+from qlora_exp.config.enums import ComputeDtype, Quantization
+from qlora_exp.config.schema import QuantizationConfig
 from qlora_exp.estimate.workload import MeanRow, train_flops_per_token
 from qlora_exp.models.base import load_model
 from qlora_exp.models.inspect import architecture_of

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from qlora_exp.config.schema import BudgetConfig, Config, DeviceChoice
+from qlora_exp.config.enums import DeviceChoice
+from qlora_exp.config.schema import BudgetConfig, Config
 from qlora_exp.errors import ConfigError
 from qlora_exp.estimate.throughput import Interval
 from qlora_exp.records.types import RunRecord, Spent

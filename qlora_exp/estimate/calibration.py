@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from qlora_exp.config.schema import Quantization
+from qlora_exp.config.enums import Quantization
 from qlora_exp.estimate.throughput import Interval, machine_of
 from qlora_exp.paths import user_cache
 from qlora_exp.records.files import write_json

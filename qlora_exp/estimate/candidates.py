@@ -14,10 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 from qlora_exp.config.checks import check
 from qlora_exp.config.choices import groups
 from qlora_exp.config.compose import Composer, as_config, compose_raw, default_choices, read_choice
+from qlora_exp.config.enums import EvaluationSplit, Sampler
 from qlora_exp.config.interpolations import resolve_outside, unresolved_texts
 from qlora_exp.config.override_errors import problems_of, typed_value
 from qlora_exp.config.overrides import has_interpolation, hydra_value, is_swept, override_key, override_value
-from qlora_exp.config.schema import Config, EvaluationSplit, Sampler, SweepConfig
+from qlora_exp.config.schema import Config, SweepConfig
 from qlora_exp.errors import ConfigError, Problems, QloraExpError, raise_all
 from qlora_exp.paths import CONF
 from qlora_exp.study.space import grid, is_grid, parse_axes, point_overrides

@@ -13,7 +13,8 @@ from qlora_exp.architecture.run_plan import compute_dtype
 from qlora_exp.architecture.shapes import Architecture
 from qlora_exp.architecture.targets import layers_without_adapters
 from qlora_exp.config.allowed_values import QUANTIZED
-from qlora_exp.config.schema import Config, DeviceChoice
+from qlora_exp.config.enums import DeviceChoice
+from qlora_exp.config.schema import Config
 from qlora_exp.errors import ConfigError, nearest
 from qlora_exp.records.types import Device
 from qlora_exp.system.cards import CARDS, card_of

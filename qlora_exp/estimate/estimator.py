@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from qlora_exp.architecture.padding import planned_padding_reason
 from qlora_exp.architecture.shapes import Architecture
 from qlora_exp.config.allowed_values import AUTO_TOKENS
-from qlora_exp.config.schema import Checkpointing, Config, PaddingFree, to_plain
+from qlora_exp.config.enums import Checkpointing, PaddingFree
+from qlora_exp.config.schema import Config, to_plain
 from qlora_exp.data.items import Splits
 from qlora_exp.estimate.calibration import calibrated_rate, lower_bound_seconds
 from qlora_exp.estimate.memory_fit import RELATIVE_ERROR

@@ -9,7 +9,8 @@ from dataclasses import replace
 from qlora_exp.architecture.run_plan import compute_dtype, shape_multiples
 from qlora_exp.architecture.shapes import Architecture
 from qlora_exp.config.allowed_values import AUTO_TOKENS
-from qlora_exp.config.schema import Checkpointing, Config
+from qlora_exp.config.enums import Checkpointing
+from qlora_exp.config.schema import Config
 from qlora_exp.errors import ConfigError
 from qlora_exp.estimate.workload import RowLengths
 from qlora_exp.records.types import Device

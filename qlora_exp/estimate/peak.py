@@ -19,7 +19,8 @@ from qlora_exp.architecture.padding import FLASH_ATTENTION
 from qlora_exp.architecture.run_plan import adapter_dtype, compute_dtype, optimizer_on, shape_multiples
 from qlora_exp.architecture.shapes import Architecture
 from qlora_exp.config.allowed_values import QUANTIZED
-from qlora_exp.config.schema import Checkpointing, Config, Quantization
+from qlora_exp.config.enums import Checkpointing, Quantization
+from qlora_exp.config.schema import Config
 from qlora_exp.estimate.activations import (
     FLOAT32_BYTES,
     SavedActivations,

@@ -12,7 +12,8 @@ from qlora_exp.architecture.families import known_architecture
 from qlora_exp.architecture.shapes import Architecture, WeightShape
 from qlora_exp.architecture.targets import rank_warning, resolve_targets
 from qlora_exp.config.checks_lora import int8_dora
-from qlora_exp.config.schema import Config, DeviceChoice, Isolation, ModelConfig, PaddingFree, TargetsConfig, to_plain
+from qlora_exp.config.enums import DeviceChoice, Isolation, PaddingFree
+from qlora_exp.config.schema import Config, ModelConfig, TargetsConfig, to_plain
 from qlora_exp.errors import ConfigError, QloraExpError
 from qlora_exp.estimate.budget import Affordable, BudgetTooSmall, affordable_steps, check_covers_a_step, check_energy
 from qlora_exp.estimate.calibration import calibrated_card_rate, calibrated_rate

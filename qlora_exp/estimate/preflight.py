@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qlora_exp.config.checks import check
-from qlora_exp.config.schema import Checkpointing, Config, Quantization, to_plain
+from qlora_exp.config.enums import Checkpointing, Quantization
+from qlora_exp.config.schema import Config, to_plain
 from qlora_exp.errors import ConfigError
 from qlora_exp.estimate.budget import check_covers_a_step
 from qlora_exp.estimate.estimator import RunEstimate

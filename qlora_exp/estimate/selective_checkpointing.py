@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from qlora_exp.architecture.shapes import Architecture
 from qlora_exp.config.allowed_values import MASKED_ATTENTIONS
-from qlora_exp.config.schema import Checkpointing, Config
+from qlora_exp.config.enums import Checkpointing
+from qlora_exp.config.schema import Config
 from qlora_exp.errors import ConfigError
 from qlora_exp.estimate.activations import FLOAT32_BYTES, Layer, TrainingPass, is_eager, layers_of
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qlora_exp.config.schema import Config, InvalidRows, Learn, TaskKind, TaskSource
+from qlora_exp.config.enums import InvalidRows, Learn, TaskKind, TaskSource
+from qlora_exp.config.schema import Config
 from qlora_exp.data.encoding import Encoding, check_tokenizer, date_of, encode_rows, resolve_format
 from qlora_exp.data.items import Item, Splits
 from qlora_exp.data.rows import Example

@@ -11,7 +11,8 @@ from functools import lru_cache
 from qlora_exp.architecture.run_plan import adapter_dtype, compute_dtype
 from qlora_exp.architecture.shapes import DTYPES, Architecture, WeightShape
 from qlora_exp.config.allowed_values import QUANTIZED
-from qlora_exp.config.schema import AdapterInit, ComputeDtype, LoraConfig, Quantization, QuantizationConfig
+from qlora_exp.config.enums import AdapterInit, ComputeDtype, Quantization
+from qlora_exp.config.schema import LoraConfig, QuantizationConfig
 
 QUANTIZATION_BLOCK = 64
 """4-bit weights per constant (bitsandbytes ``Params4bit``)."""

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
-from qlora_exp.config.schema import Config, EvaluationSplit
+from qlora_exp.config.enums import EvaluationSplit
+from qlora_exp.config.schema import Config
 from qlora_exp.data.few_shot import few_shot_draws
 from qlora_exp.data.items import Splits
 from qlora_exp.evaluation.base_scores import cache_key, item_names, table_path, write_items

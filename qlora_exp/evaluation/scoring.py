@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from qlora_exp.config.schema import Config, EvaluationSplit, TaskSource
+from qlora_exp.config.enums import EvaluationSplit, TaskSource
+from qlora_exp.config.schema import Config
 from qlora_exp.data.texts import normal_form
 from qlora_exp.evaluation.generation import StopRule, as_answer, decode_completions, generate, stop_rule
 from qlora_exp.evaluation.kv_cache import CausalModel, batches, prefill, scoring_mode, start_token

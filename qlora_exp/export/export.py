@@ -19,7 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 
 from qlora_exp.architecture.targets import resolve_targets
-from qlora_exp.config.schema import ComputeDtype, Config
+from qlora_exp.config.enums import ComputeDtype
+from qlora_exp.config.schema import Config
 from qlora_exp.errors import ConfigError, ExportError, ModelError, QloraExpError, nearest
 from qlora_exp.export.card import export_card
 from qlora_exp.export.compatibility import add_end_token, end_of_answers, write_for_version_4

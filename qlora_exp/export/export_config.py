@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qlora_exp.config.schema import ComputeDtype
+from qlora_exp.config.enums import ComputeDtype
 
 
 @dataclass

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qlora_exp.config.schema import Config, EvaluationSplit
+from qlora_exp.config.enums import EvaluationSplit
+from qlora_exp.config.schema import Config
 from qlora_exp.data.items import Item, Splits
 from qlora_exp.data.load import load_data
 from qlora_exp.errors import QloraExpError

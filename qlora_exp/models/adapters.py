@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora_exp.architecture.run_plan import adapter_dtype, effective_alpha
-from qlora_exp.config.schema import AdapterInit, Config, LoraConfig
+from qlora_exp.config.enums import AdapterInit
+from qlora_exp.config.schema import Config, LoraConfig
 from qlora_exp.errors import ModelError
 from qlora_exp.models.base import Base, clone_sharing_weights
 from qlora_exp.models.portable_adapters import make_portable

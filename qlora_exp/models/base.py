@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from qlora_exp.architecture.run_plan import compute_dtype, weight_dtype
 from qlora_exp.config.allowed_values import FOUR_BIT, QUANTIZED
-from qlora_exp.config.schema import Config, Quantization, QuantizationConfig
+from qlora_exp.config.enums import Quantization
+from qlora_exp.config.schema import Config, QuantizationConfig
 from qlora_exp.errors import ModelError
 from qlora_exp.models.causality import check_causal
 from qlora_exp.models.gguf_header import gguf_parts

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from qlora_exp.config.schema import Kernels
+from qlora_exp.config.enums import Kernels
 from qlora_exp.errors import ConfigError
 
 SUPPORTED = {

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from qlora_exp.config.schema import ComputeDtype, Config, Quantization
+from qlora_exp.config.enums import ComputeDtype, Quantization
+from qlora_exp.config.schema import Config
 from qlora_exp.errors import ModelError
 from qlora_exp.models.adapters import load_adapter
 from qlora_exp.models.base import load_base

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
-from qlora_exp.config.schema import ComputeDtype, Quantization, QuantizationConfig
+from qlora_exp.config.enums import ComputeDtype, Quantization
+from qlora_exp.config.schema import QuantizationConfig
 from qlora_exp.models.base import load_model
 from qlora_exp.models.quiet_loading import quiet_loading
 from qlora_exp.models.sources import ModelSource

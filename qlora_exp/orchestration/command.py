@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qlora_exp.config.choices import groups
 from qlora_exp.config.compose import GRID_CHECK_LIMIT, check_candidates, compose_raw
+from qlora_exp.config.enums import Engine, Pruner, Sampler
 from qlora_exp.config.interpolations import (
     depends_on,
     resolve_outside,
@@ -36,16 +37,7 @@ from qlora_exp.config.overrides import (
     override_key,
     override_value,
 )
-from qlora_exp.config.schema import (
-    Engine,
-    Pruner,
-    Sampler,
-    SweepConfig,
-    TrackingConfig,
-    WorkersConfig,
-    absolute_path,
-    absolute_store,
-)
+from qlora_exp.config.schema import SweepConfig, TrackingConfig, WorkersConfig, absolute_path, absolute_store
 from qlora_exp.errors import ConfigError, RecordError, raise_all
 from qlora_exp.estimate import budget
 from qlora_exp.formatting import flatten

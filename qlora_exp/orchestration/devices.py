@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_exp.config.schema import DeviceChoice, Engine
+from qlora_exp.config.enums import DeviceChoice, Engine
 from qlora_exp.errors import ConfigError, QloraExpError, raise_all
 from qlora_exp.records.files import write_json
 from qlora_exp.system import heap

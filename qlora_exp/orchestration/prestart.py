@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_exp.config.schema import Engine, WorkersConfig
+from qlora_exp.config.enums import Engine
+from qlora_exp.config.schema import WorkersConfig
 from qlora_exp.errors import QloraExpError
 from qlora_exp.orchestration import forking
 from qlora_exp.orchestration.devices import assign_slots, environment_of, threads_per_process

@@ -16,7 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qlora_exp.config.schema import BudgetConfig, Isolation, WorkersConfig
+from qlora_exp.config.enums import Isolation
+from qlora_exp.config.schema import BudgetConfig, WorkersConfig
 from qlora_exp.errors import QloraExpError, RecordError
 from qlora_exp.estimate.memory_fit import smaller_micro_batch
 from qlora_exp.orchestration.live_state import SlotState, utc_now

@@ -16,7 +16,8 @@ from qlora_exp.analysis.power import Noise, half_width, plan
 from qlora_exp.analysis.rank import Comparison, RankAnswer, as_object, deciding_step
 from qlora_exp.analysis.rank_rule import Rule, SeedPlan, StepVerdict
 from qlora_exp.config.compose import compose_raw
-from qlora_exp.config.schema import LadderConfig, LrPolicy
+from qlora_exp.config.enums import LrPolicy
+from qlora_exp.config.schema import LadderConfig
 from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.rank_doubling.ladder import (
     LOSS_UNIT,

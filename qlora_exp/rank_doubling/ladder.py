@@ -22,7 +22,7 @@ from qlora_exp.analysis.rank import Comparison, RankAnswer
 from qlora_exp.analysis.rank_rule import Rule
 from qlora_exp.analysis.rank_walk import Walk, walk
 from qlora_exp.analysis.variance import Array
-from qlora_exp.config.schema import LrPolicy
+from qlora_exp.config.enums import LrPolicy
 from qlora_exp.errors import AnalysisError
 from qlora_exp.paths import StudyPaths
 from qlora_exp.rank_doubling.ladder_trials import LadderTrial, ended_trial, trial_key

@@ -11,9 +11,10 @@ from typing import Any
 from qlora_exp.analysis.margin import Levels, Margin, MarginUnit, parse_margin
 from qlora_exp.analysis.rank_rule import MAX_SEEDS, MIN_SEEDS, Rule, SeedPlan, make_rule
 from qlora_exp.config.compose import compose_raw
+from qlora_exp.config.enums import LrPolicy
 from qlora_exp.config.interpolations import unresolved_texts
 from qlora_exp.config.overrides import override_key
-from qlora_exp.config.schema import LadderConfig, LrPolicy, SweepConfig
+from qlora_exp.config.schema import LadderConfig, SweepConfig
 from qlora_exp.errors import AnalysisError, ConfigError, QloraExpError, raise_all
 from qlora_exp.study.space import grid, parse_axes, point_overrides
 from qlora_exp.study.types import Axis, LadderSettings, LadderSpec

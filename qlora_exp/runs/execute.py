@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from filelock import FileLock, Timeout, UnixFileLock
 
 from qlora_exp.config.allowed_values import AUTO_TOKENS
-from qlora_exp.config.schema import Config, Engine
+from qlora_exp.config.enums import Engine
+from qlora_exp.config.schema import Config
 from qlora_exp.errors import DataError, QloraExpError, RecordError
 from qlora_exp.estimate.budget import check_energy, without_limits
 from qlora_exp.estimate.memory_fit import MemoryLimit, PredictedOutOfMemory, smaller_micro_batch, with_micro_batch

@@ -7,7 +7,8 @@ import secrets
 
 import yaml
 
-from qlora_exp.config.schema import Config, Engine, to_plain
+from qlora_exp.config.enums import Engine
+from qlora_exp.config.schema import Config, to_plain
 from qlora_exp.paths import OutputPaths, RunPaths, make_folder, slug
 from qlora_exp.records import redaction
 from qlora_exp.records.files import read_record, write_json, write_text

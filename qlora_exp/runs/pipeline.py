@@ -11,7 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from qlora_exp.architecture.targets import rank_warning
-from qlora_exp.config.schema import Config, EvaluationSplit
+from qlora_exp.config.enums import EvaluationSplit
+from qlora_exp.config.schema import Config
 from qlora_exp.errors import ModelError, QloraExpError
 from qlora_exp.estimate.budget import affordable_steps, budget_stop_message
 from qlora_exp.estimate.estimator import with_first_predictions

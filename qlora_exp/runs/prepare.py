@@ -12,7 +12,8 @@ from qlora_exp.architecture.padding import needs_padding
 from qlora_exp.architecture.shapes import Architecture
 from qlora_exp.architecture.targets import rank_warning, resolve_targets
 from qlora_exp.config.checks_lora import int8_dora, scaled_16_bit_adapters
-from qlora_exp.config.schema import Config, EvaluationSplit, PaddingFree
+from qlora_exp.config.enums import EvaluationSplit, PaddingFree
+from qlora_exp.config.schema import Config
 from qlora_exp.data.items import Splits, check_positions, check_vocabulary
 from qlora_exp.data.load import load_data
 from qlora_exp.data.sources import state_of_files

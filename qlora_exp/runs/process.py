@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterable
 
-from qlora_exp.config.schema import DeviceChoice
+from qlora_exp.config.enums import DeviceChoice
 from qlora_exp.errors import QloraExpError
 from qlora_exp.records import redaction
 from qlora_exp.records.types import Status

@@ -20,7 +20,8 @@ from typing import NoReturn
 
 from qlora_exp.analysis.pilots import comparison_loss, comparison_step
 from qlora_exp.architecture.run_plan import effective_alpha
-from qlora_exp.config.schema import Config, EvaluationSplit, Quantization, SleepFault, to_plain
+from qlora_exp.config.enums import EvaluationSplit, Quantization, SleepFault
+from qlora_exp.config.schema import Config, to_plain
 from qlora_exp.estimate.budget import RECORD_SECONDS, budget_stop_message, exhausted, spent_before
 from qlora_exp.estimate.memory_fit import MemoryEstimate, MemoryLimit, PredictedOutOfMemory, correction_key, fit_into
 from qlora_exp.paths import RunPaths

@@ -9,7 +9,7 @@ import subprocess
 from functools import lru_cache
 from pathlib import Path
 
-from qlora_exp.config.schema import DeviceChoice
+from qlora_exp.config.enums import DeviceChoice
 from qlora_exp.errors import ConfigError
 from qlora_exp.paths import PACKAGE
 from qlora_exp.records.types import Device, Environment, Process

@@ -16,7 +16,8 @@ from trl import SFTConfig, SFTTrainer
 from trl.models import enable_selective_activation_checkpointing
 
 from qlora_exp.architecture.run_plan import optimizer_on
-from qlora_exp.config.schema import Checkpointing, Config
+from qlora_exp.config.enums import Checkpointing
+from qlora_exp.config.schema import Config
 from qlora_exp.data.items import Item
 from qlora_exp.data.load import to_training_dataset
 from qlora_exp.models.adapters import autocast_casts_inputs, recast_adapters

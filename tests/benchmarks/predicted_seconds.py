@@ -24,7 +24,7 @@ from pathlib import Path
 
 from predicted_memory import Case, overrides
 
-from qlora_exp.config.schema import Quantization
+from qlora_exp.config.enums import Quantization
 from qlora_exp.estimate.calibration import calibration_flops_per_second, rate_from_calibration, rates_file
 from qlora_exp.estimate.throughput import Interval, from_finished_runs, prediction_interval, seconds_at
 from qlora_exp.records.files import read_record

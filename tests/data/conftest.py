@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from qlora_exp.config.compose import compose
-from qlora_exp.config.schema import Config, TaskKind
+from qlora_exp.config.enums import TaskKind
+from qlora_exp.config.schema import Config
 
 TEMPLATE = """{%- for message in messages %}
 {{- '<|im_start|>' + message['role'] + '\\n' }}

@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from qlora_exp.config.schema import InvalidRows
+from qlora_exp.config.enums import InvalidRows
 from qlora_exp.data.splits import load_rows
 from qlora_exp.errors import DataError, Problems, QloraExpError
 

@@ -19,7 +19,7 @@ import pyarrow.parquet
 import pytest
 
 from qlora_exp.config.compose import compose
-from qlora_exp.config.schema import InvalidRows
+from qlora_exp.config.enums import InvalidRows
 from qlora_exp.data.hub import rows_of_dataset
 from qlora_exp.data.rows import read_examples
 from qlora_exp.data.splits import RawSplits, load_rows

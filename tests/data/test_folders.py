@@ -17,7 +17,7 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
-from qlora_exp.config.schema import InvalidRows
+from qlora_exp.config.enums import InvalidRows
 from qlora_exp.data.splits import RawSplits, load_rows
 from qlora_exp.errors import DataError, Problems, QloraExpError
 

@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from qlora_exp.config.schema import Format, InvalidRows, Variant
+from qlora_exp.config.enums import Format, InvalidRows, Variant
 from qlora_exp.data.encoding import resolve_format
 from qlora_exp.data.items import Splits
 from qlora_exp.data.load import load_data, to_training_dataset

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FalconConfig,
 from qlora_exp.architecture.run_plan import inputs_rounded_in
 from qlora_exp.architecture.targets import resolve_targets
 from qlora_exp.config.compose import compose
-from qlora_exp.config.schema import Config, Quantization
+from qlora_exp.config.enums import Quantization
+from qlora_exp.config.schema import Config
 from qlora_exp.errors import ModelError
 from qlora_exp.models.adapters import attach_adapters
 from qlora_exp.models.base import clone_sharing_weights, load_base

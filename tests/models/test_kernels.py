@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from qlora_exp.config.compose import compose
-from qlora_exp.config.schema import Kernels
+from qlora_exp.config.enums import Kernels
 from qlora_exp.errors import ConfigError
 from qlora_exp.models.adapters import attach_adapters
 from qlora_exp.models.base import Base, load_base

@@ -13,7 +13,8 @@ import pytest
 
 from qlora_exp.architecture.shapes import Architecture, WeightShape
 from qlora_exp.config.compose import compose
-from qlora_exp.config.schema import Config, Quantization, to_plain
+from qlora_exp.config.enums import Quantization
+from qlora_exp.config.schema import Config, to_plain
 from qlora_exp.errors import ConfigError
 from qlora_exp.estimate import benchmark, calibration
 from qlora_exp.estimate.device import device_by_name

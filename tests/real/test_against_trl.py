@@ -24,7 +24,8 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from qlora_exp.config.schema import Config, Format, InvalidRows, Learn, TaskKind
+from qlora_exp.config.enums import Format, InvalidRows, Learn, TaskKind
+from qlora_exp.config.schema import Config
 from qlora_exp.data.items import Item
 from qlora_exp.data.load import load_data, to_training_dataset
 from qlora_exp.errors import DataError, Problems

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from qlora_exp.config.schema import Config, Format, InvalidRows, Learn
+from qlora_exp.config.enums import Format, InvalidRows, Learn
+from qlora_exp.config.schema import Config
 from qlora_exp.data.few_shot import few_shot_draws
 from qlora_exp.data.load import load_data
 from qlora_exp.errors import DataError, Problems

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from qlora_exp.config.schema import Config, InvalidRows, TaskKind
+from qlora_exp.config.enums import InvalidRows, TaskKind
+from qlora_exp.config.schema import Config
 from qlora_exp.data.items import Splits
 from qlora_exp.data.load import load_data
 from qlora_exp.errors import DataError, Problems

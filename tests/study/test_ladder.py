@@ -23,7 +23,8 @@ from qlora_exp.analysis.power import Noise, half_width
 from qlora_exp.analysis.rank_rule import StepVerdict
 from qlora_exp.analysis.report_content import StudyInfo
 from qlora_exp.cli import main
-from qlora_exp.config.schema import LadderConfig, LrPolicy
+from qlora_exp.config.enums import LrPolicy
+from qlora_exp.config.schema import LadderConfig
 from qlora_exp.errors import QloraExpError
 from qlora_exp.orchestration.command import study_spec
 from qlora_exp.paths import OutputPaths

@@ -20,7 +20,8 @@ from studies import ENVIRONMENT
 from qlora_exp.analysis.error_rates.stopped_pilots import PILOTS_FILE, SHARES, load_pilots, measure_rule, rules_table
 from qlora_exp.analysis.pilots import MAX_BEHIND, SHARE_OF_STEPS, comparison_loss, comparison_step
 from qlora_exp.cli import main
-from qlora_exp.config.schema import LadderConfig, LrPolicy
+from qlora_exp.config.enums import LrPolicy
+from qlora_exp.config.schema import LadderConfig
 from qlora_exp.paths import OutputPaths
 from qlora_exp.rank_doubling.ladder import evaluate_ladder, next_point
 from qlora_exp.rank_doubling.ladder_trials import LadderTrial

@@ -16,7 +16,8 @@ import pytest
 from studies import ENVIRONMENT
 
 from qlora_exp.cli import main
-from qlora_exp.config.schema import LadderConfig, LrPolicy
+from qlora_exp.config.enums import LrPolicy
+from qlora_exp.config.schema import LadderConfig
 from qlora_exp.errors import ConfigError, QloraExpError
 from qlora_exp.orchestration.command import study_spec
 from qlora_exp.rank_doubling.ladder import is_done, next_point

@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qlora_exp.config.schema import Isolation, WorkersConfig
+from qlora_exp.config.enums import Isolation
+from qlora_exp.config.schema import WorkersConfig
 from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records.types import Failure, RunRecord, Status
 from qlora_exp.study.types import Claim, Counts, Outcome, Owner, StudySpec

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_exp.config.schema import DeviceChoice, Engine
+from qlora_exp.config.enums import DeviceChoice, Engine
 from qlora_exp.errors import ConfigError
 from qlora_exp.orchestration import devices
 from qlora_exp.orchestration.devices import Gpu, GpuUser, assign, environment_of, threads_per_process

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from qlora_exp.config.schema import Isolation
+from qlora_exp.config.enums import Isolation
 from qlora_exp.errors import QloraExpError, StudyError
 from qlora_exp.orchestration import worker
 from qlora_exp.orchestration.slot import LAST_OWNER_SECONDS

@@ -126,7 +126,7 @@ def seconds_of(call: Any, repeats: int = 20) -> float:
 
 
 def gpu_tests(kit: Kit) -> None:
-    from qlora_exp.config.schema import Quantization
+    from qlora_exp.config.enums import Quantization
     from qlora_exp.models.self_test import quantization_self_test
 
     device = "cpu" if kit.rehearse else "cuda"

@@ -334,7 +334,7 @@ def _profile_rows(kit: Kit, profile: dict[str, Any], cell: Cell) -> None:
 
 def calibration(kit: Kit) -> None:
     """Calibrate, and compare the seconds that it predicts for the cells with what they took."""
-    from qlora_exp.config.schema import Quantization
+    from qlora_exp.config.enums import Quantization
     from qlora_exp.estimate import calibration as product
     from qlora_exp.estimate.benchmark import measured_flops_per_second
     from qlora_exp.estimate.throughput import seconds_at
