@@ -60,9 +60,9 @@ def quantize_command(
     set_threads(None)
     silence_libraries()
     paths = find_run(run, outputs_of(output_root))
-    from qlora_exp.ptq.ptq_config import load_settings
+    from qlora_exp.ptq.ptq_config import load_ptq_config
 
-    settings = load_settings(
+    settings = load_ptq_config(
         {
             "bits": _listed(bits),
             "symmetric": None if symmetric is None else [symmetric],

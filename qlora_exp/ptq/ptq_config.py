@@ -53,7 +53,7 @@ class PtqConfig:
         return [AffineFormat(b, symmetric, size) for b in self.bits for symmetric in self.symmetric for size in sizes]
 
 
-def load_settings(changes: Mapping[str, Any]) -> PtqConfig:
+def load_ptq_config(changes: Mapping[str, Any]) -> PtqConfig:
     """Return conf/ptq.yaml, overridden by ``changes`` (``None`` keeps a default).
 
     Raises:

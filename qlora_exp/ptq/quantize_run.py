@@ -35,7 +35,7 @@ from qlora_exp.ptq.affine import (
 from qlora_exp.ptq.ptq_config import Calibration, PtqConfig
 from qlora_exp.records.files import write_json
 
-RESULTS_SCHEMA_VERSION = 1
+QUANTIZATION_SCHEMA_VERSION = 1
 UNQUANTIZED_BITS = 16
 """Embeddings, head, norms and biases ship in 16 bits."""
 Z_TWO_SIDED_95 = 1.96
@@ -302,7 +302,7 @@ def _quantization(
     weights = sum(shape.in_features * shape.out_features for shape in quantized_shapes(architecture))
     trained = questions.answers["loss_sum_nats"].to_pylist() if scored else []
     return QuantizationResults(
-        schema_version=RESULTS_SCHEMA_VERSION,
+        schema_version=QUANTIZATION_SCHEMA_VERSION,
         run_id=run.record.run_id,
         created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         base=run.model.name,
