@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qlora_exp.formatting import flatten
+from qlora_exp.records.redaction import redact
 from qlora_exp.records.types import RunRecord
 
 MIN_ID_LENGTH = 4
@@ -105,7 +106,7 @@ def run_name(record: RunRecord) -> str:
     if record.trial is None or not record.trial.params:
         return record.name
     given = record.config.get("name")
-    words = ("SYNTHETIC" if record.synthetic else "", str(given) if given else "", label(record.trial.params))
+    words = ("SYNTHETIC" if record.synthetic else "", str(given) if given else "", label(redact(record.trial.params)))
     return " ".join(word for word in words if word)
 
 

@@ -17,6 +17,8 @@ from qlora_exp.records.types import RunRecord, Scores
 MAIN_SCORES = ("accuracy", "exact_match", "rouge_l", "loss")
 """The first of these that a run has is its main score."""
 
+HIGHER_IS_BETTER = ("accuracy", "exact_match", "rouge_l")
+
 OTHER_NAMES = {
     "rank": "r",
     "lora.r": "r",
