@@ -185,7 +185,7 @@ def ui(
 
 def _worth_comparing(records: Sequence[RunRecord]) -> list[RunRecord]:
     """Return the completed runs of the newest run's study, best score first; or the newest runs of no study."""
-    from qlora_exp.records.rows import HIGHER_IS_BETTER, run_row
+    from qlora_exp.records.flat_rows import RISING_SCORES, run_row
     from qlora_exp.records.types import Status
     from qlora_exp.tracking.ui import MAX_COMPARED
 
@@ -203,7 +203,7 @@ def _worth_comparing(records: Sequence[RunRecord]) -> list[RunRecord]:
         value = row["score_after"]
         if value is None:
             return True, 0.0
-        return False, -value if row["score"] in HIGHER_IS_BETTER else value
+        return False, -value if row["score"] in RISING_SCORES else value
 
     return sorted(done, key=order)[:MAX_COMPARED]
 

@@ -17,7 +17,7 @@ from qlora_exp.records.types import RunRecord, Scores
 MAIN_SCORES = ("accuracy", "exact_match", "rouge_l", "loss")
 """The first of these that a run has is its main score."""
 
-HIGHER_IS_BETTER = ("accuracy", "exact_match", "rouge_l")
+RISING_SCORES = ("accuracy", "exact_match", "rouge_l")
 
 OTHER_NAMES = {
     "rank": "r",
@@ -64,7 +64,7 @@ def run_row(record: RunRecord) -> dict[str, Any]:
     validation. Sizes are in bytes, times in seconds, costs in US dollars.
     """
     settings, trial = dict(flatten(record.config)), record.trial
-    before, after = scores_of(record)
+    before, after = shown_scores(record)
     shown = after or before
     modules = settings.get("targets.modules")
     baselines = record.baselines
@@ -122,7 +122,7 @@ def all_fields(record: RunRecord) -> dict[str, Any]:
     return {**dict(flatten(plain.pop("config"))), **axes, **dict(flatten(plain)), **run_row(record)}
 
 
-def scores_of(record: RunRecord) -> tuple[Scores | None, Scores | None]:
+def shown_scores(record: RunRecord) -> tuple[Scores | None, Scores | None]:
     """Return the scores before and after tuning: on test if the run was scored there."""
     scores = record.scores
     return (scores.test_before, scores.test) if scores.test is not None else (scores.before, scores.after)
@@ -131,7 +131,7 @@ def scores_of(record: RunRecord) -> tuple[Scores | None, Scores | None]:
 def main_score(record: RunRecord) -> str | None:
     """Return the name of the run's main score: accuracy, else exact match, else ROUGE-L, else loss; ``None``: the run
     has no scores."""
-    before, after = scores_of(record)
+    before, after = shown_scores(record)
     shown = after or before
     if shown is None:
         return None
