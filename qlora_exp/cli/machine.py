@@ -184,7 +184,8 @@ def ui(
 
 
 def _worth_comparing(records: Sequence[RunRecord]) -> list[RunRecord]:
-    """Return the completed runs of the newest run's study, best score first; or the newest runs of no study."""
+    """Return the best completed runs of the newest run's study, best first; or the newest runs of no study. If some
+    were scored on test, only these: scores of two splits can't be compared."""
     from qlora_exp.records.flat_rows import RISING_SCORES, run_row
     from qlora_exp.records.types import Status
     from qlora_exp.tracking.ui import MAX_COMPARED
@@ -195,6 +196,7 @@ def _worth_comparing(records: Sequence[RunRecord]) -> list[RunRecord]:
         for record in records
         if record.status is Status.COMPLETED and (record.trial.study if record.trial is not None else None) == study
     ]
+    done = [record for record in done if record.scores.test is not None] or done
     if study is None:
         return done[-MAX_COMPARED:]
 
