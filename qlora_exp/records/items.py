@@ -19,7 +19,7 @@ def read_items(run_folder: Path | str, split: str | None = None) -> list[dict[st
 
     * ``id``: the data file and row, e.g. ``train.jsonl:17``; ``split``; ``group`` (the row's document or context)
     * ``prompt``: as the model reads it, cut if it is very long; ``None`` in runs of earlier versions and with
-      ``evaluation.keep_texts=false``
+      ``evaluation.keep_texts=false``, which leaves out all texts of answers, too
     * ``expected``: the right answer
     * ``base_answer``, ``answer``: of the base model before tuning and of the tuned model. ``answer_kind`` says what
       they are: ``label``, the label with the largest likelihood (classification, which generates nothing for its
@@ -84,7 +84,7 @@ def _by_id(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def _answer_kind(row: dict[str, Any], text: dict[str, Any]) -> str | None:
-    if row.get("predicted") is not None:
+    if row.get("correct") is not None or row.get("predicted") is not None:
         return "label"
     texts = (row.get("generated"), text.get("generated"), text.get("base_generated"))
     return "generated" if any(value is not None for value in texts) else None

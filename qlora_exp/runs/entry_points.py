@@ -7,7 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qlora_exp.architecture.run_plan import EARLIER_TASK_DEFAULTS, EARLIER_TRAINING_DEFAULTS
+from qlora_exp.architecture.run_plan import (
+    EARLIER_EVALUATION_DEFAULTS,
+    EARLIER_TASK_DEFAULTS,
+    EARLIER_TRAINING_DEFAULTS,
+)
 from qlora_exp.config.compose import as_checked_config
 from qlora_exp.config.overrides import escape_interpolations
 from qlora_exp.config.schema import Config
@@ -72,6 +76,7 @@ def config_from_plain(plain: dict[str, Any]) -> Config:
         plain["budget"] = {**dict.fromkeys(STUDY_LIMITS), "force": False, **plain.get("budget", {})}
         plain["task"] = {**EARLIER_TASK_DEFAULTS, **plain.get("task", {})}  # older records lack some keys of both
         plain["task"]["columns"] = {"tools": None, **(plain["task"].get("columns") or {})}
+        plain["evaluation"] = {**EARLIER_EVALUATION_DEFAULTS, **plain.get("evaluation", {})}
         training = plain.get("training")
         if isinstance(training, dict):
             plain["training"] = training = {**EARLIER_TRAINING_DEFAULTS, **training}
