@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 UNKNOWN_CELL = "–"
+
+COLUMN_GAP = 2
+"""Spaces between two columns of :func:`fitted_table`."""
 
 LOG_WIDTH = 4000
 """Table width in columns where there is no terminal: lines in a log must not be cut or wrapped."""
@@ -24,6 +28,87 @@ def print_table(renderable: RenderableType, stream: TextIO | None = None) -> Non
     file = stream if stream is not None else sys.stdout
     width = None if file.isatty() or os.environ.get("COLUMNS", "").isdigit() else LOG_WIDTH
     Console(file=file, width=width, highlight=False, soft_wrap=False).print(renderable, markup=False)
+
+
+def table_width(stream: TextIO | None = None) -> int:
+    """Return how many columns :func:`print_table` has on ``stream``."""
+    from rich.console import Console
+
+    file = stream if stream is not None else sys.stdout
+    return Console(file=file).width if file.isatty() or os.environ.get("COLUMNS", "").isdigit() else LOG_WIDTH
+
+
+@dataclass(frozen=True)
+class TableColumn:
+    """A column of :func:`fitted_table`.
+
+    ``text`` makes a cell of a value that is known; by default :func:`cell_text`. ``priority`` 0 is always shown; of the
+    others, the highest go first where the terminal is too narrow.
+    """
+
+    key: str
+    heading: str | None = None
+    text: Callable[[Any], Any] | None = None
+    """May return rich's ``Text`` with a style."""
+    priority: int = 0
+
+    @property
+    def shown_heading(self) -> str:
+        return self.heading if self.heading is not None else self.key
+
+
+def fitted_table(
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[TableColumn], width: int
+) -> tuple[Table, list[TableColumn]]:
+    """Return a table of at most ``width`` columns, one line per row if possible, and the columns that it lacks.
+
+    Numbers are right-aligned. A cell of the first column is never broken; if even the columns of priority 0 are too
+    wide, the others are folded.
+    """
+    from rich.cells import cell_len
+
+    def cell(row: Mapping[str, Any], column: TableColumn) -> Any:
+        value = row.get(column.key)
+        return UNKNOWN_CELL if value is None else (column.text or (lambda v: cell_text(column.key, v)))(value)
+
+    cells = {column.key: [cell(row, column) for row in rows] for column in columns}
+    needed = {
+        column.key: max([cell_len(column.shown_heading), *(cell_len(str(text)) for text in cells[column.key])])
+        for column in columns
+    }
+    shown = list(columns)
+    while sum(needed[column.key] + COLUMN_GAP for column in shown) - COLUMN_GAP > width:
+        least = max(shown, key=lambda column: column.priority)
+        if least.priority == 0:
+            break
+        shown.remove(least)
+    table = simple_table(*(column.shown_heading for column in shown))
+    table.padding = (0, COLUMN_GAP - 1, 0, 0)  # rich adds a divider, which is a space here
+    for column, drawn in zip(shown, table.columns, strict=True):
+        values = [row.get(column.key) for row in rows]
+        is_number = all(isinstance(value, int | float | None) and not isinstance(value, bool) for value in values)
+        drawn.justify = "right" if is_number and column is not shown[0] else "left"
+        drawn.no_wrap = column is shown[0]
+    for index in range(len(rows)):
+        table.add_row(*(cells[column.key][index] for column in shown))
+    return table, [column for column in columns if column not in shown]
+
+
+def cell_text(key: str, value: Any) -> str:
+    """Return a value as a cell, by the unit at the end of its key; a list's entries are joined by ``+``."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list | tuple):
+        return "+".join(cell_text("", entry) for entry in value)
+    if not isinstance(value, int | float):
+        return str(value)
+    if key.endswith("_bytes"):
+        return bytes_text(value)
+    if key.endswith("seconds"):
+        return f"{value:,.1f} s" if abs(value) < 100 else f"{value:,.0f} s"
+    if key.endswith("usd"):
+        return f"${value:,.2f}" if abs(value) >= 0.01 or value == 0 else f"${value:.2g}"
+    return f"{value:,}" if isinstance(value, int) else figure(value) if abs(value) < 1e4 else f"{value:,.0f}"
 
 
 def plain_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:

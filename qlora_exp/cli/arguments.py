@@ -110,6 +110,8 @@ Source = Annotated[
         help="YAML file with settings; the sweep's axes and the overrides typed here take precedence",
     ),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts (docs/json.md)")]
+AsCsv = Annotated[bool, typer.Option("--csv", help="Print comma-separated values for other tools")]
 
 Force = Annotated[
     bool, typer.Option("--force", help="Start a run even if it is predicted not to fit into memory (budget.force=true)")

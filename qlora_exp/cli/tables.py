@@ -2,20 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import csv
+import json
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
 from qlora_exp.config.choices import Choice
-from qlora_exp.formatting import UNKNOWN_CELL, bytes_text, flatten, number, simple_table
+from qlora_exp.formatting import (
+    UNKNOWN_CELL,
+    TableColumn,
+    bytes_text,
+    fitted_table,
+    flatten,
+    number,
+    print_table,
+    simple_table,
+    table_width,
+)
 from qlora_exp.records.schema import to_dict
 from qlora_exp.records.types import RunRecord, Status
 
 STATUS_STYLES = {Status.COMPLETED: "green", Status.RUNNING: "cyan", Status.PRUNED: "yellow"}
 NOT_COMPARED = ("run_id.", "name.", "started_at.", "ended_at.", "process.", "config.name.", "config.output_root.")
 """Beginnings of the keys that differ between any two runs and explain nothing; a dot ends a key."""
+
+
+def print_rows(
+    rows: Sequence[Mapping[str, Any]],
+    columns: Sequence[TableColumn],
+    as_json: bool = False,
+    as_csv: bool = False,
+    header: str = "",
+) -> None:
+    """Print one row per mapping: as a table within the terminal's width, as JSON, or as CSV.
+
+    JSON is a list of flat objects with all keys of the rows, numbers unrounded, unknown values ``null``. CSV has the
+    same keys as columns; unknown values are empty. The table has only ``columns``, and ``header`` above it.
+
+    Example: ``print_rows([{"run_id": "3f2a", "peak_bytes": 12}], [TableColumn("run_id"), TableColumn("peak_bytes")])``
+    """
+    if as_json:
+        print_json([flat_row(row) for row in rows])
+    elif as_csv:
+        keys = list(dict.fromkeys(key for row in rows for key in flat_row(row)))
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(keys)
+        for row in map(flat_row, rows):
+            writer.writerow([_csv_cell(row.get(key)) for key in keys])
+    else:
+        table, missing = fitted_table(rows, columns, table_width())
+        if header:
+            print(header)
+        print_table(table)
+        if missing:
+            print(f"not shown for lack of width: {', '.join(column.shown_heading for column in missing)}")
+
+
+def print_json(value: Any) -> None:
+    """Print JSON. NaN and infinities are ``null``: JSON has neither."""
+    print(json.dumps(_json_value(value), indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def flat_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the row with dotted keys in place of nested mappings."""
+    return dict(flatten(row))
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _json_value(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_value(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | None) else str(value)
+
+
+def _csv_cell(value: Any) -> Any:
+    value = _json_value(value)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
 
 
 def runs_table(records: Sequence[RunRecord]) -> Table:
