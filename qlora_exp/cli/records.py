@@ -21,8 +21,10 @@ COLUMNS = {"models": ("checkpoints.base", "checkpoints.instruct"), "tasks": ("ki
 
 def add_to(app: typer.Typer) -> None:
     app.command("ls", epilog=examples("qlora-exp ls runs", "qlora-exp ls models", "qlora-exp ls runs --limit 10"))(ls)
-    app.command("show", epilog=examples("qlora-exp show last", "qlora-exp show last --json | jq .scores.after"))(show)
-    app.command("diff", epilog=examples("qlora-exp diff last 20261121-043802"))(diff)
+    shows = ("qlora-exp show last", "qlora-exp show last --items 20 --wrong")
+    app.command("show", epilog=examples(*shows, "qlora-exp show last --json | jq .scores.after"))(show)
+    diffs = ("qlora-exp diff last 20261121-043802", "qlora-exp diff last 3f2a --items       # answers side by side")
+    app.command("diff", epilog=examples(*diffs))(diff)
 
 
 def complete_lists(incomplete: str) -> list[str]:
@@ -55,15 +57,24 @@ def ls(
 
 def show(
     run: Run,
-    json: Annotated[bool, typer.Option("--json", help="Print record.json")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print record.json; with --items, the items")] = False,
+    items: Annotated[
+        int | None,
+        typer.Option("--items", metavar="N", min=1, help="Show N items: right answer, base model, tuned model"),
+    ] = None,
+    wrong: Annotated[bool, typer.Option("--wrong", help="With --items: only wrong answers of the tuned model")] = False,
     output_root: OutputRoot = None,
 ) -> int:
-    """Show the record of a run."""
+    """Show the record of a run, or what its models answered."""
     from qlora_exp.records.files import read_record
     from qlora_exp.records.find import find_run
 
     paths = find_run(run, outputs_of(output_root))
     record = read_record(paths.record)
+    if items is not None or wrong:
+        from qlora_exp.cli.items import ITEMS_SHOWN, show_items
+
+        return show_items(paths, record, items or ITEMS_SHOWN, wrong, json)
     if json:
         print(paths.record.read_text(encoding="utf-8"), end="")
         return 0
@@ -75,15 +86,29 @@ def show(
     return 0
 
 
-def diff(first: Run, second: Run, output_root: OutputRoot = None) -> int:
-    """Show the differences between two runs."""
+def diff(
+    first: Run,
+    second: Run,
+    items: Annotated[
+        bool, typer.Option("--items", help="Show their answers side by side, those where they disagree first")
+    ] = False,
+    limit: Annotated[int, typer.Option(min=1, help="With --items: so many items")] = 20,
+    json: Annotated[bool, typer.Option("--json", help="With --items: print all items as JSON")] = False,
+    output_root: OutputRoot = None,
+) -> int:
+    """Show the differences between two runs: settings and figures, or their answers."""
     from qlora_exp.cli.tables import difference_table
     from qlora_exp.formatting import print_table
     from qlora_exp.records.files import read_record
     from qlora_exp.records.find import find_run
 
     outputs = outputs_of(output_root)
-    left, right = (read_record(find_run(run, outputs).record) for run in (first, second))
+    left_paths, right_paths = (find_run(run, outputs) for run in (first, second))
+    left, right = read_record(left_paths.record), read_record(right_paths.record)
+    if items:
+        from qlora_exp.cli.items import diff_items
+
+        return diff_items(((left_paths, left), (right_paths, right)), outputs, limit, json)
     print_table(difference_table(left, right))
     return 0
 
