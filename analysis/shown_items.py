@@ -103,7 +103,6 @@ def cut(text: str | None, width: int) -> str:
 
 def heading(rows: Sequence[Row], shown: Sequence[Row], wrong: bool = False) -> str:
     """Return which items are shown, and what their answers are."""
-    kind = next((row["answer_kind"] for row in rows if row["answer_kind"]), None)
     right, missed = (sum(row["correct"] is value for row in shown) for value in (True, False))
     split = rows[0]["split"]
     which = f"{len(shown)} of {len(rows):,} {split} items"
@@ -111,17 +110,22 @@ def heading(rows: Sequence[Row], shown: Sequence[Row], wrong: bool = False) -> s
         which = f"{len(shown)} of {sum(row['correct'] is False for row in rows):,} wrong answers on {split}"
     drawn = ", drawn at random" if len(shown) < len(rows) else ""
     counted = f": {right} right, {missed} wrong" if right + missed == len(shown) and not wrong else ""
-    return f"{which}{drawn}{counted}. {answer_words(rows, kind)}"
+    return f"{which}{drawn}{counted}. {answer_words(rows)}"
 
 
-def answer_words(rows: Sequence[Row], kind: str | None) -> str:
-    """Return a sentence on what an answer is."""
+def answer_words(rows: Sequence[Row], with_generated: bool = True) -> str:
+    """Return a sentence on what an answer is. ``with_generated``: what the model writes instead of a label is shown."""
+    kind = next((row["answer_kind"] for row in rows if row["answer_kind"]), None)
     if not any(row["answer"] is not None or row["base_answer"] is not None for row in rows):
         if any(row["correct"] is not None for row in rows):
             return "The answers' texts were not kept (evaluation.keep_texts=false)."
         return "No answer is known: nothing was generated (evaluation.generate=false), and there are no labels."
     if kind == "label":
-        writes = "“Tuned writes” is the text that the tuned model generates." if shows_generated(rows) else ""
+        writes = (
+            "“Tuned writes” is the text that the tuned model generates."
+            if with_generated and shows_generated(rows)
+            else ""
+        )
         if not _has(rows, "generated"):
             writes = "Nothing was generated (evaluation.generate=false)."
         return f"An answer is the label with the largest likelihood. {writes}".rstrip()

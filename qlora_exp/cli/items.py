@@ -94,9 +94,10 @@ def _differences(
     lines += [line for name, value in measures.items() if value for line in wrapped(_in_words(name, value), width)]
     if all(record.seed is not None for record in records):
         lines += wrapped("One run on each side: how much of it is due to the training's seed is not known.", width)
-    kind = rows[0]["answer_kind"]
     shown = c.rows[:limit]
-    lines += wrapped(f"{len(shown)} items, those where the two disagree first. {answer_words(rows, kind)}", width)
+    lines += wrapped(
+        f"{len(shown)} items, those where the two disagree first. {answer_words(rows, with_generated=False)}", width
+    )
     return [*lines, *two_answer_lines(rows, shown, width)]
 
 

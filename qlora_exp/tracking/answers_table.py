@@ -19,8 +19,10 @@ MAX_ROWS = 200
 MAX_CHARACTERS = 1_000
 """Of each text."""
 
-PROMPT, TUNED, EXPECTED, BASE, WRITES, ITEM = "prompt", "tuned", "right answer", "base", "tuned writes", "item"
-"""Columns. The UI's comparison has a row for each different value of the first column, and shows the second."""
+QUESTION, TUNED, EXPECTED, BASE = "prompt → right answer", "tuned", "right answer", "base"
+WRITES, ITEM = "tuned writes", "item"
+"""Columns. The UI's comparison has a row for each different value of the first one, and shows the second of each run:
+the right answer must be in the first."""
 
 
 def answers_table(paths: RunPaths) -> str | None:
@@ -35,17 +37,19 @@ def answers_table(paths: RunPaths) -> str | None:
     if all(row["answer"] is None for row in rows):
         return None
     chosen, prompts = same_items(rows, MAX_ROWS), shown_prompts(rows)
-    columns = [PROMPT, TUNED, EXPECTED, BASE, *([WRITES] if shows_generated(rows) else []), ITEM]
+    columns = [QUESTION, TUNED, EXPECTED, BASE, *([WRITES] if shows_generated(rows) else []), ITEM]
     data = []
     for row in chosen:
         cells = {
-            PROMPT: prompts[row["id"]] or row["id"],
+            QUESTION: without_end(prompts[row["id"]] or row["id"], MAX_CHARACTERS // 2),
             TUNED: marked(row["answer"], row["correct"]),
             EXPECTED: row["expected"],
             BASE: marked(row["base_answer"], row["base_correct"]),
             WRITES: row["generated"],
             ITEM: row["id"],
         }
+        if row["expected"] is not None:
+            cells[QUESTION] += f"\n→ {without_end(row['expected'], MAX_CHARACTERS // 2 - 5)}"
         data.append([without_end(redact_text(cells[name] or ""), MAX_CHARACTERS) for name in columns])
     return json.dumps({"columns": columns, "data": data}, ensure_ascii=False)
 
