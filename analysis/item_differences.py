@@ -59,6 +59,17 @@ def compare_items(first: Sequence[Row], second: Sequence[Row]) -> ItemComparison
     )
 
 
+def as_object(comparison: ItemComparison) -> dict[str, Any]:
+    """Return the comparison as plain values: counts, differences with their 95 % intervals, and all items."""
+    counts = {name: getattr(comparison, name) for name in ("both", "only_first", "only_second", "neither")}
+    differences: dict[str, Any] = {}
+    for name in ("accuracy", "loss"):
+        found = getattr(comparison, name)
+        for key, value in (("", "value"), ("_low", "low"), ("_high", "high")):
+            differences[f"{name}_difference{key}"] = getattr(found, value) if found is not None else None
+    return {**counts, **differences, "items": comparison.rows}
+
+
 def check_same_items(runs: Sequence[tuple[RunRecord, Sequence[Row]]]) -> None:
     """Check that both runs were scored on the same items.
 

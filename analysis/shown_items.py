@@ -110,7 +110,7 @@ def heading(rows: Sequence[Row], shown: Sequence[Row], wrong: bool = False) -> s
         which = f"{len(shown)} of {sum(row['correct'] is False for row in rows):,} wrong answers on {split}"
     drawn = ", drawn at random" if len(shown) < len(rows) else ""
     counted = f": {right} right, {missed} wrong" if right + missed == len(shown) and not wrong else ""
-    return f"{which}{drawn}{counted}. {answer_words(rows)}"
+    return f"{which}{drawn}{counted}. {answer_words(rows, shows_generated(shown))}"
 
 
 def answer_words(rows: Sequence[Row], with_generated: bool = True) -> str:

@@ -17,6 +17,9 @@ UNKNOWN_CELL = "–"
 COLUMN_GAP = 2
 """Spaces between two columns of :func:`fitted_table`."""
 
+FOLDED_WIDTH = 34
+"""Characters a line of a cell that may be folded, if there is no room for more."""
+
 LOG_WIDTH = 4000
 """Table width in columns where there is no terminal: lines in a log must not be cut or wrapped."""
 
@@ -51,6 +54,8 @@ class TableColumn:
     text: Callable[[Any], Any] | None = None
     """May return rich's ``Text`` with a style."""
     priority: int = 0
+    fold: bool = False
+    """Long cells may take several lines: the column needs no more than :data:`FOLDED_WIDTH`."""
 
     @property
     def shown_heading(self) -> str:
@@ -62,33 +67,34 @@ def fitted_table(
 ) -> tuple[Table, list[TableColumn]]:
     """Return a table of at most ``width`` columns, one line per row if possible, and the columns that it lacks.
 
-    Numbers are right-aligned. A cell of the first column is never broken; if even the columns of priority 0 are too
-    wide, the others are folded.
+    Numbers are right-aligned. Only the columns with ``fold`` are broken into lines.
     """
     from rich.cells import cell_len
 
     def cell(row: Mapping[str, Any], column: TableColumn) -> Any:
         value = row.get(column.key)
-        return UNKNOWN_CELL if value is None else (column.text or (lambda v: cell_text(column.key, v)))(value)
+        return UNKNOWN_CELL if value is None else (column.text or (lambda known: cell_text(column.key, known)))(value)
 
     cells = {column.key: [cell(row, column) for row in rows] for column in columns}
-    needed = {
-        column.key: max([cell_len(column.shown_heading), *(cell_len(str(text)) for text in cells[column.key])])
-        for column in columns
-    }
+    needed: dict[str, int] = {}
+    for column in columns:
+        widest = max((cell_len(str(text)) for text in cells[column.key]), default=0)
+        widest = min(widest, FOLDED_WIDTH) if column.fold else widest
+        needed[column.key] = COLUMN_GAP + max(cell_len(column.shown_heading), widest)
     shown = list(columns)
-    while sum(needed[column.key] + COLUMN_GAP for column in shown) - COLUMN_GAP > width:
+    while sum(needed[column.key] for column in shown) - COLUMN_GAP > width:
         least = max(shown, key=lambda column: column.priority)
         if least.priority == 0:
             break
         shown.remove(least)
     table = simple_table(*(column.shown_heading for column in shown))
     table.padding = (0, COLUMN_GAP - 1, 0, 0)  # rich adds a divider, which is a space here
+    can_fold = any(column.fold for column in shown)
     for column, drawn in zip(shown, table.columns, strict=True):
         values = [row.get(column.key) for row in rows]
         is_number = all(isinstance(value, int | float | None) and not isinstance(value, bool) for value in values)
         drawn.justify = "right" if is_number and column is not shown[0] else "left"
-        drawn.no_wrap = column is shown[0]
+        drawn.no_wrap = column is shown[0] or (can_fold and not column.fold)
     for index in range(len(rows)):
         table.add_row(*(cells[column.key][index] for column in shown))
     return table, [column for column in columns if column not in shown]
@@ -145,6 +151,13 @@ def number(value: float | None, digits: int = 3) -> str:
 def figure(value: float | None) -> str:
     """Return ``value`` with four significant digits."""
     return UNKNOWN_CELL if value is None else f"{value:.4g}"
+
+
+def clock_text(seconds: float) -> str:
+    """Return a duration as minutes and seconds, ``1:05``, or with hours, ``2:01:05``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def simple_table(*columns: str) -> Table:

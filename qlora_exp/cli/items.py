@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 if TYPE_CHECKING:
     from qlora_exp.analysis.contrasts import Difference
     from qlora_exp.analysis.item_differences import ItemComparison
-    from qlora_exp.paths import OutputPaths, RunPaths
+    from qlora_exp.paths import RunPaths
     from qlora_exp.records.types import RunRecord
 
 ITEMS_SHOWN = 20
-"""With ``--wrong`` alone."""
+
+ShownItems = Annotated[
+    int | None,
+    typer.Option("--items", metavar="N", min=1, help="Show N items: right answer, base model, tuned model"),
+]
+OnlyWrong = Annotated[bool, typer.Option("--wrong", help="Show items that the tuned model answers wrongly")]
+AnswersOfBoth = Annotated[
+    bool, typer.Option("--items", help="Show their answers side by side, items on which they disagree first")
+]
+ItemLimit = Annotated[int, typer.Option("--limit", metavar="N", min=1, help="With --items: show N of them")]
 
 
 def show_items(paths: RunPaths, record: RunRecord, count: int, wrong: bool, as_json: bool) -> int:
@@ -34,29 +46,28 @@ def show_items(paths: RunPaths, record: RunRecord, count: int, wrong: bool, as_j
     return 0
 
 
-def diff_items(
-    sides: tuple[tuple[RunPaths, RunRecord], tuple[RunPaths, RunRecord]],
-    outputs: OutputPaths,
-    limit: int,
-    as_json: bool,
-) -> int:
-    """Print the answers of two runs side by side, items where one is right and the other wrong first."""
-    from qlora_exp.analysis.item_differences import check_same_items, compare_items
+def diff_items(folders: Sequence[RunPaths], records: tuple[RunRecord, RunRecord], limit: int, as_json: bool) -> int:
+    """Print the answers of two runs side by side, items where one is right and the other wrong first.
+
+    Raises:
+        AnalysisError: the runs were scored on different items.
+        RecordError: a run has no per-item files.
+    """
+    from qlora_exp.analysis.item_differences import as_object, check_same_items, compare_items
     from qlora_exp.cli.tables import print_json
     from qlora_exp.formatting import table_width
 
-    first, second = _rows_of_one_split([paths for paths, _ in sides])
-    records = [record for _, record in sides]
+    first, second = _rows_of_one_split(folders)
     check_same_items([(records[0], first), (records[1], second)])
     comparison = compare_items(first, second)
     if as_json:
-        print_json(comparison.rows)
+        print_json({"first": records[0].run_id, "second": records[1].run_id, **as_object(comparison)})
         return 0
-    print("\n".join(_differences(comparison, records, first, outputs, limit, table_width())))
+    print("\n".join(_differences(comparison, records, first, limit, table_width())))
     return 0
 
 
-def _rows_of_one_split(runs: list[RunPaths]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _rows_of_one_split(runs: Sequence[RunPaths]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return the items of both runs: on test if both were scored there, else on validation."""
     from qlora_exp.records.items import SPLITS, read_items
 
@@ -67,9 +78,8 @@ def _rows_of_one_split(runs: list[RunPaths]) -> tuple[list[dict[str, Any]], list
 
 def _differences(
     comparison: ItemComparison,
-    records: list[RunRecord],
+    records: Sequence[RunRecord],
     rows: list[dict[str, Any]],
-    outputs: OutputPaths,
     limit: int,
     width: int,
 ) -> list[str]:
@@ -78,7 +88,7 @@ def _differences(
     from qlora_exp.records.labels import labels, short_id
 
     names = labels([{"config": record.config} for record in records])
-    ids = [folder.name for folder in outputs.runs.iterdir()] if outputs.runs.is_dir() else []
+    ids = [record.run_id for record in records]
     lines = [
         f"{letter}: {name}  ({short_id(record.run_id, ids)})"
         for letter, name, record in zip("AB", names, records, strict=True)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qlora_exp.formatting import flatten
+from qlora_exp.records.redaction import redact
 from qlora_exp.records.types import RunRecord
 
 MIN_ID_LENGTH = 4
@@ -68,8 +69,8 @@ def labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     Args:
         rows: per run its record (with a ``config``), its configuration, or its trial's params; nested or dotted.
 
-    If nothing varies, the label has the settings that describe a run: model, quantization, rank, targets, rate, seed.
-    Runs with the same settings are numbered: ``r16 s3``, ``r16 s3 (2)``. No label is empty.
+    If nothing varies, the label has the settings that describe a run: model, quantization, rank, targets, rate, seed;
+    or all of a trial's params. Runs with the same settings are numbered: ``r16 s3``, ``r16 s3 (2)``. No label is empty.
     """
     settings = [named_settings(row) for row in rows]
     keys = varying_keys(settings) or _describing_keys(settings)
@@ -105,8 +106,8 @@ def run_name(record: RunRecord) -> str:
     if record.trial is None or not record.trial.params:
         return record.name
     given = record.config.get("name")
-    named = label(record.trial.params)
-    return f"{given} {named}" if given else named
+    words = ("SYNTHETIC" if record.synthetic else "", str(given) if given else "", label(redact(record.trial.params)))
+    return " ".join(word for word in words if word)
 
 
 def named_settings(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,6 +121,10 @@ def named_settings(row: Mapping[str, Any]) -> dict[str, Any]:
         settings["targets.set"] = modules  # the list takes precedence
     if not any(isinstance(value, Mapping) for value in config.values()):
         return settings  # a trial's params
+    source = settings.get("model.path") or settings.get("model.id")
+    if source and settings.get("model.family") in ("local", "hub"):
+        settings["model.family"] = _last_part(str(source))
+        settings = {key: value for key, value in settings.items() if key not in ("model.path", "model.id")}
     kept = {"evaluation.split", *axes}
     return {key: value for key, value in settings.items() if key in kept or not key.startswith(NOT_NAMED)}
 
@@ -165,8 +170,9 @@ def _describing_keys(settings: Sequence[Mapping[str, Any]]) -> list[str]:
         *("model", "model.family", "model.variant", "quantization", "quantization.mode", "lora.r", "targets"),
         *("targets.set", "training.learning_rate", "seed"),
     ]
-    known = [key for key in describing if any(row.get(key) is not None for row in settings)]
-    return known or _in_order({key for row in settings for key in row})
+    if any("model.family" in row for row in settings):
+        return [key for key in describing if any(row.get(key) is not None for row in settings)]
+    return _in_order({key for row in settings for key in row})  # a trial's params
 
 
 def _comparable(value: Any) -> Any:
@@ -202,8 +208,12 @@ def _part(key: str, value: Any, texts: Mapping[Any, str]) -> str:
         return ""
     text = texts[_comparable(value)]
     if key in ("model.id", "model.path"):
-        text = text.rstrip("/").rsplit("/", 1)[-1]
+        text = _last_part(text)
     return f"{SPELLINGS[key]}{text}" if key in SPELLINGS else f"{key.rsplit('.', 1)[-1]}={text}"
+
+
+def _last_part(path: str) -> str:
+    return path.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _joined(parts: Iterable[str], nothing: str = "default") -> str:
