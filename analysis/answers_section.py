@@ -49,7 +49,7 @@ def answers_section(
     tables = [_table("Best", chosen, first, items)]
     tables += [_table("Next", others[0], second, items)] if second is not None else []
     of_all = f"{len(items)} of {len(first[1]):,} {first[1][0]['split']} items, drawn at random"
-    text = f"{of_all}. {answer_words(first[1])} It is a look at the answers, no score."
+    text = f"{of_all}. {answer_words(first[1])} So few items show how a model answers, not how often it is right."
     return Section("what-it-says", "What the tuned model says", (text,), tuple(tables))
 
 
