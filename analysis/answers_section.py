@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from qlora_exp.analysis.configurations import Configuration, Measure, known_mean
 from qlora_exp.analysis.report_content import QUOTE, Column, Section, Table
 from qlora_exp.analysis.shown_items import (
-    Row,
+    ItemRow,
     answer_words,
     chosen_items,
     marked,
@@ -19,12 +19,12 @@ from qlora_exp.analysis.shown_items import (
 )
 from qlora_exp.records.types import RunRecord
 
-SHOWN_ITEMS = 12
+REPORTED_ANSWERS = 12
 SHOWN_IN_MARKDOWN = 4
-MAX_CHARACTERS = 400
+REPORTED_CHARACTERS = 400
 """Of each text."""
 
-Answers = Callable[[RunRecord], Sequence[Row]]
+Answers = Callable[[RunRecord], Sequence[ItemRow]]
 """Run → its items, as :func:`qlora_exp.records.items.read_items` returns them; empty if it has none."""
 
 
@@ -44,7 +44,7 @@ def answers_section(
     first = _answered(chosen, answers)
     if first is None:
         return None
-    items = [row["id"] for row in chosen_items(first[1], SHOWN_ITEMS)]
+    items = [row["id"] for row in chosen_items(first[1], REPORTED_ANSWERS)]
     second = next((found for c in others[:1] if (found := _answered(c, answers)) is not None), None)
     tables = [_table("Best", chosen, first, items)]
     tables += [_table("Next", others[0], second, items)] if second is not None else []
@@ -53,7 +53,7 @@ def answers_section(
     return Section("what-it-says", "What the tuned model says", (text,), tuple(tables))
 
 
-def _answered(configuration: Configuration, answers: Answers) -> tuple[RunRecord, Sequence[Row]] | None:
+def _answered(configuration: Configuration, answers: Answers) -> tuple[RunRecord, Sequence[ItemRow]] | None:
     """Return the configuration's first run that has answers, and its items."""
     for run in configuration.runs:
         rows = answers(run)
@@ -62,7 +62,9 @@ def _answered(configuration: Configuration, answers: Answers) -> tuple[RunRecord
     return None
 
 
-def _table(which: str, configuration: Configuration, found: tuple[RunRecord, Sequence[Row]], items: list[str]) -> Table:
+def _table(
+    which: str, configuration: Configuration, found: tuple[RunRecord, Sequence[ItemRow]], items: list[str]
+) -> Table:
     run, rows = found
     by_id, prompts = {row["id"]: row for row in rows}, shown_prompts(rows)
     shown = [by_id[name] for name in items if name in by_id]
@@ -77,7 +79,9 @@ def _table(which: str, configuration: Configuration, found: tuple[RunRecord, Seq
         )[: len(names)]
         for row in shown
     ]
-    texts = tuple(tuple(None if c is None else one_line(without_end(c, MAX_CHARACTERS)) for c in row) for row in cells)
+    texts = tuple(
+        tuple(None if c is None else one_line(without_end(c, REPORTED_CHARACTERS)) for c in row) for row in cells
+    )
     seed = "" if run.seed is None else f", seed {run.seed}"
     caption = f"{which}: {configuration.label}{seed} ({run.run_id})"
     return Table(tuple(Column(name, QUOTE) for name in names), texts, caption, SHOWN_IN_MARKDOWN)

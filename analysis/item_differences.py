@@ -11,7 +11,7 @@ import numpy as np
 
 from qlora_exp.analysis.contrasts import Difference, interval
 from qlora_exp.analysis.item_groups import group_means
-from qlora_exp.analysis.shown_items import Row
+from qlora_exp.analysis.shown_items import ItemRow
 from qlora_exp.errors import AnalysisError
 from qlora_exp.records.types import RunRecord
 
@@ -34,7 +34,7 @@ class ItemComparison:
     """Mean over items of the loss in nats per token, second run minus first; below 0, the second is better."""
 
 
-def compare_items(first: Sequence[Row], second: Sequence[Row]) -> ItemComparison:
+def compare_items(first: Sequence[ItemRow], second: Sequence[ItemRow]) -> ItemComparison:
     """Compare the rows of :func:`~qlora_exp.records.items.read_items` of two runs on the same items.
 
     The intervals are over items, or groups of items, of two single runs: they don't hold the variation from seed to
@@ -59,7 +59,7 @@ def compare_items(first: Sequence[Row], second: Sequence[Row]) -> ItemComparison
     )
 
 
-def as_object(comparison: ItemComparison) -> dict[str, Any]:
+def plain_comparison(comparison: ItemComparison) -> dict[str, Any]:
     """Return the comparison as plain values: counts, differences with their 95 % intervals, and all items."""
     counts = {name: getattr(comparison, name) for name in ("both", "only_first", "only_second", "neither")}
     differences: dict[str, Any] = {}
@@ -70,7 +70,7 @@ def as_object(comparison: ItemComparison) -> dict[str, Any]:
     return {**counts, **differences, "items": comparison.rows}
 
 
-def check_same_items(runs: Sequence[tuple[RunRecord, Sequence[Row]]]) -> None:
+def check_same_items(runs: Sequence[tuple[RunRecord, Sequence[ItemRow]]]) -> None:
     """Check that both runs were scored on the same items.
 
     Raises:
@@ -110,7 +110,7 @@ def _setting_hint(first: RunRecord, second: RunRecord) -> str:
     return f"{', '.join(differing)}; {again}" if differing else again
 
 
-def _joined(first: Row, second: Row) -> dict[str, Any]:
+def _joined(first: ItemRow, second: ItemRow) -> dict[str, Any]:
     shared = {key: first[key] if first[key] is not None else second[key] for key in ("id", "prompt", "expected")}
     fields = ("answer", "correct", "generated", "loss")
     return {

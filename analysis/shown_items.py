@@ -10,7 +10,7 @@ from typing import Any
 
 from qlora_exp.formatting import UNKNOWN_CELL
 
-Row = Mapping[str, Any]
+ItemRow = Mapping[str, Any]
 """One item, as :func:`qlora_exp.records.items.read_items` returns it."""
 
 CUT = "…"
@@ -22,13 +22,13 @@ MIN_PROMPT = 24
 GAP = 2
 
 
-def same_items(rows: Sequence[Row], count: int) -> list[Row]:
+def same_items(rows: Sequence[ItemRow], count: int) -> list[ItemRow]:
     """Return ``count`` items at random by their ids, in the rows' order: the same ones for every run on these items."""
     names = {row["id"] for row in sorted(rows, key=_at_random)[:count]}
     return [row for row in rows if row["id"] in names]
 
 
-def chosen_items(rows: Sequence[Row], count: int, wrong: bool = False) -> list[Row]:
+def chosen_items(rows: Sequence[ItemRow], count: int, wrong: bool = False) -> list[ItemRow]:
     """Return ``count`` items, the same at every call: drawn at random by their ids, in the rows' order.
 
     Right and wrong answers of the tuned model are drawn in proportion, and at least one of each if there are both and
@@ -51,11 +51,11 @@ def chosen_items(rows: Sequence[Row], count: int, wrong: bool = False) -> list[R
     return [row for row in rows if row["id"] in names]
 
 
-def _at_random(row: Row) -> bytes:
+def _at_random(row: ItemRow) -> bytes:
     return hashlib.sha256(str(row["id"]).encode()).digest()
 
 
-def shown_prompts(rows: Sequence[Row]) -> dict[str, str | None]:
+def shown_prompts(rows: Sequence[ItemRow]) -> dict[str, str | None]:
     """Return item id → prompt without what all prompts share at their beginning and end: template and instructions.
 
     ``None``: the prompt isn't known. Give all rows of a run, not only the shown ones.
@@ -101,7 +101,7 @@ def cut(text: str | None, width: int) -> str:
     return set_cell_size(line, max(width - 1, 0)).rstrip() + CUT
 
 
-def heading(rows: Sequence[Row], shown: Sequence[Row], wrong: bool = False) -> str:
+def heading(rows: Sequence[ItemRow], shown: Sequence[ItemRow], wrong: bool = False) -> str:
     """Return which items are shown, and what their answers are."""
     right, missed = (sum(row["correct"] is value for row in shown) for value in (True, False))
     split = rows[0]["split"]
@@ -113,7 +113,7 @@ def heading(rows: Sequence[Row], shown: Sequence[Row], wrong: bool = False) -> s
     return f"{which}{drawn}{counted}. {answer_words(rows, shows_generated(shown))}"
 
 
-def answer_words(rows: Sequence[Row], with_generated: bool = True) -> str:
+def answer_words(rows: Sequence[ItemRow], with_generated: bool = True) -> str:
     """Return a sentence on what an answer is. ``with_generated``: what the model writes instead of a label is shown."""
     kind = next((row["answer_kind"] for row in rows if row["answer_kind"]), None)
     if not any(row["answer"] is not None or row["base_answer"] is not None for row in rows):
@@ -134,7 +134,7 @@ def answer_words(rows: Sequence[Row], with_generated: bool = True) -> str:
     return "Answers are generated; one is right if it matches exactly."
 
 
-def answer_lines(rows: Sequence[Row], shown: Sequence[Row], width: int) -> list[str]:
+def answer_lines(rows: Sequence[ItemRow], shown: Sequence[ItemRow], width: int) -> list[str]:
     """Return the items as lines of at most ``width`` columns: prompt, right answer, base model, tuned model.
 
     Short answers stand in a table, one line an item. Long ones get a line each below their prompt.
@@ -152,7 +152,7 @@ def answer_lines(rows: Sequence[Row], shown: Sequence[Row], width: int) -> list[
     return _lines(rows, shown, answers, width)
 
 
-def two_answer_lines(rows: Sequence[Row], shown: Sequence[Row], width: int) -> list[str]:
+def two_answer_lines(rows: Sequence[ItemRow], shown: Sequence[ItemRow], width: int) -> list[str]:
     """Return items of two runs as lines, as :func:`answer_lines` does; ``shown``: those of
     :class:`~qlora_exp.analysis.item_differences.ItemComparison`."""
     answers = [
@@ -167,7 +167,7 @@ def two_answer_lines(rows: Sequence[Row], shown: Sequence[Row], width: int) -> l
 
 
 def _lines(
-    rows: Sequence[Row], shown: Sequence[Row], answers: Sequence[Mapping[str, str | None]], width: int
+    rows: Sequence[ItemRow], shown: Sequence[ItemRow], answers: Sequence[Mapping[str, str | None]], width: int
 ) -> list[str]:
     from rich.cells import cell_len
 
@@ -186,7 +186,7 @@ def marked(answer: str | None, is_correct: bool | None) -> str | None:
     return f"{mark} {answer}" if mark else answer
 
 
-def shows_generated(rows: Sequence[Row]) -> bool:
+def shows_generated(rows: Sequence[ItemRow]) -> bool:
     """Return whether what the tuned model generates must be shown besides its labels, because it differs."""
     return any(
         row["answer_kind"] == "label" and row["generated"] is not None and row["generated"] != row["answer"]
@@ -194,7 +194,7 @@ def shows_generated(rows: Sequence[Row]) -> bool:
     )
 
 
-def _has(rows: Sequence[Row], key: str) -> bool:
+def _has(rows: Sequence[ItemRow], key: str) -> bool:
     return any(row[key] is not None for row in rows)
 
 

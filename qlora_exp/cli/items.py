@@ -53,7 +53,7 @@ def diff_items(folders: Sequence[RunPaths], records: tuple[RunRecord, RunRecord]
         AnalysisError: the runs were scored on different items.
         RecordError: a run has no per-item files.
     """
-    from qlora_exp.analysis.item_differences import as_object, check_same_items, compare_items
+    from qlora_exp.analysis.item_differences import check_same_items, compare_items, plain_comparison
     from qlora_exp.cli.tables import print_json
     from qlora_exp.formatting import table_width
 
@@ -61,7 +61,7 @@ def diff_items(folders: Sequence[RunPaths], records: tuple[RunRecord, RunRecord]
     check_same_items([(records[0], first), (records[1], second)])
     comparison = compare_items(first, second)
     if as_json:
-        print_json({"first": records[0].run_id, "second": records[1].run_id, **as_object(comparison)})
+        print_json({"first": records[0].run_id, "second": records[1].run_id, **plain_comparison(comparison)})
         return 0
     print("\n".join(_differences(comparison, records, first, limit, table_width())))
     return 0

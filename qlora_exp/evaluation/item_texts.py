@@ -27,7 +27,7 @@ MAX_PROMPT_CHARACTERS = 4_000
 """Longest prompt that is kept whole; of a longer one the middle is left out."""
 MAX_FILE_CHARACTERS = 20_000_000
 """Of all prompts of a split together: with more than 5,000 items, each may have fewer characters."""
-LEFT_OUT = " … "
+MIDDLE_MARK = " … "
 
 TEXT_COLUMNS_SCHEMA = pa.schema(
     [("item_id", pa.string()), ("prompt", pa.string()), ("base_generated", pa.string()), ("generated", pa.string())]
@@ -96,8 +96,8 @@ def without_middle(text: str, limit: int) -> str:
     """Return ``text`` with at most ``limit`` characters: its beginning and its end, which has the question itself."""
     if len(text) <= limit:
         return text
-    kept = max(limit - len(LEFT_OUT), 2)
-    return text[: (kept + 1) // 2] + LEFT_OUT + text[len(text) - kept // 2 :]
+    kept = max(limit - len(MIDDLE_MARK), 2)
+    return text[: (kept + 1) // 2] + MIDDLE_MARK + text[len(text) - kept // 2 :]
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:

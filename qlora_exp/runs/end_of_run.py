@@ -11,7 +11,7 @@ from qlora_exp.records.labels import short_id
 from qlora_exp.records.types import RunRecord, Status
 from qlora_exp.tracking.state import root_option
 
-SHOWN_ITEMS = 5
+ANSWERS_SHOWN = 5
 
 
 def answers_at_the_end(record: RunRecord, outputs: OutputPaths, width: int) -> list[str]:
@@ -24,7 +24,7 @@ def answers_at_the_end(record: RunRecord, outputs: OutputPaths, width: int) -> l
         return []
     if record.status is not Status.COMPLETED or all(row["answer"] is None for row in rows):
         return []
-    shown = chosen_items(rows, SHOWN_ITEMS)
+    shown = chosen_items(rows, ANSWERS_SHOWN)
     return [*wrapped(heading(rows, shown), width), *answer_lines(rows, shown, width), ""]
 
 

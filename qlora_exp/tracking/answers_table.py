@@ -14,9 +14,9 @@ from qlora_exp.records.items import read_items
 from qlora_exp.records.redaction import redact_text
 
 ARTIFACT = "answers.json"
-MAX_ROWS = 200
+LOGGED_ITEMS = 200
 """Items of the table; the run folder has all."""
-MAX_CHARACTERS = 1_000
+CELL_CHARACTERS = 1_000
 """Of each text."""
 
 QUESTION, TUNED, EXPECTED, BASE = "prompt → right answer", "tuned", "right answer", "base"
@@ -36,12 +36,12 @@ def answers_table(paths: RunPaths) -> str | None:
         return None
     if all(row["answer"] is None for row in rows):
         return None
-    chosen, prompts = same_items(rows, MAX_ROWS), shown_prompts(rows)
+    chosen, prompts = same_items(rows, LOGGED_ITEMS), shown_prompts(rows)
     columns = [QUESTION, TUNED, EXPECTED, BASE, *([WRITES] if shows_generated(rows) else []), ITEM]
     data = []
     for row in chosen:
         cells = {
-            QUESTION: without_end(prompts[row["id"]] or row["id"], MAX_CHARACTERS // 2),
+            QUESTION: without_end(prompts[row["id"]] or row["id"], CELL_CHARACTERS // 2),
             TUNED: marked(row["answer"], row["correct"]),
             EXPECTED: row["expected"],
             BASE: marked(row["base_answer"], row["base_correct"]),
@@ -49,8 +49,8 @@ def answers_table(paths: RunPaths) -> str | None:
             ITEM: row["id"],
         }
         if row["expected"] is not None:
-            cells[QUESTION] += f"\n→ {without_end(row['expected'], MAX_CHARACTERS // 2 - 5)}"
-        data.append([without_end(redact_text(cells[name] or ""), MAX_CHARACTERS) for name in columns])
+            cells[QUESTION] += f"\n→ {without_end(row['expected'], CELL_CHARACTERS // 2 - 5)}"
+        data.append([without_end(redact_text(cells[name] or ""), CELL_CHARACTERS) for name in columns])
     return json.dumps({"columns": columns, "data": data}, ensure_ascii=False)
 
 

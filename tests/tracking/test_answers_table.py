@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 
 from qlora_exp.paths import OutputPaths, RunPaths
 from qlora_exp.records.files import write_json
-from qlora_exp.tracking.answers_table import ARTIFACT, MAX_CHARACTERS, MAX_ROWS
+from qlora_exp.tracking.answers_table import ARTIFACT, CELL_CHARACTERS, LOGGED_ITEMS
 from qlora_exp.tracking.state import read_state
 from qlora_exp.tracking.sync import sync_runs
 
@@ -48,7 +48,7 @@ def test_the_answers_are_one_table_of_bounded_size_however_often_the_run_is_deli
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{output.mlflow_database}")  # load_table asks this store
     paths = synthetic.write_run(output, synthetic.completed(), adapter=False)
-    write_items(paths, MAX_ROWS + 50)
+    write_items(paths, LOGGED_ITEMS + 50)
     delivered(output, paths)
     write_json(paths.record, synthetic.completed(after=0.6))  # a changed record is delivered again
     client, run_id = delivered(output, paths)
@@ -57,10 +57,10 @@ def test_the_answers_are_one_table_of_bounded_size_however_often_the_run_is_deli
     run = client.get_run(run_id)
     table = client.load_table(run.info.experiment_id, ARTIFACT, [run_id])
     assert list(table.columns)[:4] == ["prompt → right answer", "tuned", "right answer", "base"]
-    assert len(table) == MAX_ROWS
+    assert len(table) == LOGGED_ITEMS
     assert set(table["tuned"]) == {"✓ plant", "✗ food"}
     assert all(text.endswith("\n→ plant") for text in table.iloc[:, 0])
-    assert table.map(len).max().max() <= MAX_CHARACTERS
+    assert table.map(len).max().max() <= CELL_CHARACTERS
 
 
 def test_a_run_that_keeps_no_texts_has_no_table(output: OutputPaths) -> None:
