@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from qlora_exp.analysis import sections
+from qlora_exp.analysis.answers_section import Answers, answers_section
 from qlora_exp.analysis.comparable import (
     Group,
     answering_scores,
@@ -94,6 +95,7 @@ def build(
     unreadable: int = 0,
     curves: Curves | None = None,
     command_of: Callable[[RunRecord], str | None] | None = None,
+    answers: Answers | None = None,
 ) -> ReportContent:
     """Return the report of these runs.
 
@@ -106,6 +108,7 @@ def build(
         unreadable: number of records that could not be read.
         curves: training curves of runs; without them there are no learning curves.
         command_of: run → command that runs its configuration; ``None`` if none is known.
+        answers: run → its items with their answers; without them, the report doesn't show what a model says.
 
     Raises:
         AnalysisError: no runs, SYNTHETIC ones, or none that has finished.
@@ -153,6 +156,7 @@ def build(
     command = command_of(chosen.first) if chosen is not None and command_of is not None else None
     parts = [
         *_first_sections(first, runs, views, curves, command),
+        _answers_section(first, answers),
         *ladder_sections(views),
         *(section for compared in shown for section in _group_sections(compared, groups)),
         sections.importance_section(studies, completed),
@@ -189,6 +193,12 @@ def _first_sections(
         curves_section(first.candidates, runs.records, first.measure, drawn, curves),
         sections.configurations_section(first.candidates, first.measure, first.metric, chosen, command),
     ]
+
+
+def _answers_section(first: _Compared, answers: Answers | None) -> Section | None:
+    if answers is None or first.choice is None or first.measure is None:
+        return None
+    return answers_section(first.candidates, first.choice.configuration, first.measure, answers)
 
 
 def _why(first: _Compared, views: Sequence[LadderView]) -> list[str]:

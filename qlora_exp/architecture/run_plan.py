@@ -120,7 +120,8 @@ def config_fingerprint(config: Config) -> str:
     for key, value in EARLIER_TRAINING_DEFAULTS.items():
         if plain["training"][key] == value:
             del plain["training"][key]
-    del plain["evaluation"]["cache"]
+    for key in ("cache", "keep_texts"):
+        del plain["evaluation"][key]
     return _digest(plain)
 
 
@@ -131,7 +132,7 @@ def base_fingerprint(config: Config, format: str) -> str:
     ``plain``). Scores with worked examples are cached separately.
     """
     plain = to_plain(config)
-    excluded = ("before", "cache", "few_shots", "few_shot_draws")
+    excluded = ("before", "cache", "few_shots", "few_shot_draws", "keep_texts")
     evaluation = {key: value for key, value in plain["evaluation"].items() if key not in excluded}
     task = {key: value for key, value in _without_newer_defaults(plain["task"]).items() if key != "goal"}
     return _digest(
@@ -166,6 +167,10 @@ fingerprint changes."""
 
 EARLIER_TRAINING_DEFAULTS: dict[str, Any] = {"micro_batch_tokens": None, "padding_free": "off", "kernels": "none"}
 """What a training did before these keys existed."""
+
+
+EARLIER_EVALUATION_DEFAULTS: dict[str, Any] = {"keep_texts": True}
+"""What an evaluation did before these keys existed: it kept answers."""
 
 
 def _without_newer_defaults(task: dict[str, Any]) -> dict[str, Any]:

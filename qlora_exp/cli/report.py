@@ -104,6 +104,7 @@ def report(
         *(runs, infos, _item_scores(outputs), margin, len(unreadable)),
         curves=lambda record: training_losses(read_curve(outputs.run(record.run_id).curve)),
         command_of=partial(_command, study_paths, outputs),
+        answers=partial(_answers, outputs),
     )
     if only is not None:
         content = only_section(content, only)
@@ -274,6 +275,17 @@ def _item_scores(outputs: OutputPaths) -> Any:
         return by_item if groups is None else GroupScores(group_means(by_item, groups))
 
     return scores
+
+
+def _answers(outputs: OutputPaths, record: RunRecord) -> list[dict[str, Any]]:
+    """Return the run's items; empty if it has none that can be read."""
+    from qlora_exp.errors import RecordError
+    from qlora_exp.records.items import read_items
+
+    try:
+        return read_items(outputs.run(record.run_id).folder)
+    except RecordError:
+        return []
 
 
 def _log_report(paths: StudyPaths, records: list[RunRecord], outputs: OutputPaths) -> None:

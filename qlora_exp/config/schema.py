@@ -192,6 +192,8 @@ class EvaluationConfig:
     baselines: bool
     metrics: list[str]
     """More metrics by their Hub name (online), computed on generated answers."""
+    keep_texts: bool
+    """False: neither prompts nor answers are written, to no file and not to MLflow; only whether they are right."""
     cache: bool
 
 

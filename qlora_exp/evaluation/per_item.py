@@ -48,6 +48,10 @@ ITEM_COLUMNS = pa.schema(
 GROUP_FIELD = pa.field(GROUP_COLUMN, pa.string())
 """Last column of the table if the data have groups, see :mod:`qlora_exp.analysis.item_groups`."""
 
+TEXT_COLUMNS = ("label", "answer", "predicted", "predicted_calibrated", "predicted_normalized", "predicted_pmi",
+                "generated")  # fmt: skip
+"""Columns with right or given answers; null with ``evaluation.keep_texts=false``."""
+
 
 @dataclass(frozen=True)
 class ItemResult:
@@ -111,6 +115,14 @@ def item_table(
     table = pa.Table.from_pylist(rows, schema=ITEM_COLUMNS)
     groups = [item.group for item in items]
     return table if not groups or None in groups else table.append_column(GROUP_FIELD, pa.array(groups, pa.string()))
+
+
+def without_texts(table: pa.Table) -> pa.Table:
+    """Return the per-item table with nulls in :data:`TEXT_COLUMNS`; whether an answer is right stays."""
+    for name in TEXT_COLUMNS:
+        place = table.schema.get_field_index(name)
+        table = table.set_column(place, table.schema.field(place), pa.nulls(table.num_rows, pa.string()))
+    return table
 
 
 def _predictions(

@@ -7,7 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qlora_exp.architecture.run_plan import EARLIER_TASK_DEFAULTS, EARLIER_TRAINING_DEFAULTS
+from qlora_exp.architecture.run_plan import (
+    EARLIER_EVALUATION_DEFAULTS,
+    EARLIER_TASK_DEFAULTS,
+    EARLIER_TRAINING_DEFAULTS,
+)
 from qlora_exp.config.compose import as_checked_config
 from qlora_exp.config.overrides import escape_interpolations
 from qlora_exp.config.schema import Config
@@ -23,13 +27,16 @@ from qlora_exp.system import environment
 from qlora_exp.system.out_of_memory import killed_for_memory
 
 
-def run_with_progress(config: Config, resume: str | None = None) -> int:
-    """Run with progress on stderr, print the summary on stdout, and return the exit code."""
+def run_with_progress(config: Config, resume: str | None = None, single: bool = True) -> int:
+    """Run with progress on stderr, print the summary on stdout, and return the exit code.
+
+    ``single``: the command makes this run only. On a terminal it then also shows answers, cost and the next command.
+    """
     from qlora_exp.runs.console import ProgressReporter
 
     with ProgressReporter() as observer:
         record = execute(config, observer, resume, alone=True)
-    print(run_summary(record, config))
+    _print_end(record, config, single and sys.stdout is not None and sys.stdout.isatty())
     if config.tracking.enabled:
         from qlora_exp.tracking.state import not_delivered
 
@@ -37,6 +44,19 @@ def run_with_progress(config: Config, resume: str | None = None) -> int:
         if missing is not None:
             print(missing)
     return exit_code_of(record.status)
+
+
+def _print_end(record: RunRecord, config: Config, detailed: bool) -> None:
+    if not detailed:
+        print(run_summary(record, config))
+        return
+    from qlora_exp.formatting import table_width
+    from qlora_exp.runs.end_of_run import answers_at_the_end, cost_and_next
+
+    outputs = OutputPaths.of(config.output_root)
+    width = table_width()
+    answers, rest = answers_at_the_end(record, outputs, width), cost_and_next(record, outputs, width)
+    print("\n".join([*answers, run_summary(record, config), *rest]))
 
 
 def run_summary(record: RunRecord, config: Config) -> str:
@@ -72,6 +92,7 @@ def config_from_plain(plain: dict[str, Any]) -> Config:
         plain["budget"] = {**dict.fromkeys(STUDY_LIMITS), "force": False, **plain.get("budget", {})}
         plain["task"] = {**EARLIER_TASK_DEFAULTS, **plain.get("task", {})}  # older records lack some keys of both
         plain["task"]["columns"] = {"tools": None, **(plain["task"].get("columns") or {})}
+        plain["evaluation"] = {**EARLIER_EVALUATION_DEFAULTS, **plain.get("evaluation", {})}
         training = plain.get("training")
         if isinstance(training, dict):
             plain["training"] = training = {**EARLIER_TRAINING_DEFAULTS, **training}
