@@ -10,6 +10,7 @@ from rich.text import Text
 
 from qlora_exp.config.choices import Choice
 from qlora_exp.formatting import UNKNOWN_CELL, bytes_text, flatten, number, simple_table
+from qlora_exp.records.model_name import model_name
 from qlora_exp.records.schema import to_dict
 from qlora_exp.records.types import RunRecord, Status
 
@@ -25,11 +26,12 @@ def runs_table(records: Sequence[RunRecord]) -> Table:
         table.add_column(heading, justify="right" if heading in ("base weights", "peak memory", "tokens/s") else "left")
     for record in records:
         settings, memory = dict(flatten(record.config)), record.memory
-        names = ("model.family", "model.variant", "quantization.mode", "lora.r")
+        names = ("model.variant", "quantization.mode", "lora.r")
         modules = settings.get("targets.modules")
         weights = [size for size in (memory.base_weight_bytes, memory.quantization_state_bytes) if size is not None]
         table.add_row(
             record.run_id,
+            model_name(record.config.get("model") or {}),
             *(_plain(settings.get(name)) for name in names),
             "+".join(map(str, modules)) if modules else _plain(settings.get("targets.set")),
             quality(record),

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from qlora_exp.formatting import figure
+from qlora_exp.records.model_name import model_place
 from qlora_exp.records.redaction import redact, redact_text
 from qlora_exp.records.types import Data, RunRecord, Scores
 
@@ -37,12 +38,13 @@ def model_card(record: RunRecord, library: str = "peft", chapter: str = "") -> s
 
     config = redact(record.config)
     model = config.get("model") or {}
-    base = model.get("path") or (model.get("checkpoints") or {}).get(model.get("variant"))
+    base = model_place(model)
     on_hub = base is not None and "/" in base and not base.startswith(("/", ".", "~"))
     header = ModelCardData(base_model=base if on_hub else None, library_name=library, tags=["lora", "qlora-exp"])
     lines = ["---", header.to_yaml(), "---", "", f"# {record.name}", ""]
     mode = (config.get("quantization") or {}).get("mode")
-    lines.append(f"A LoRA adapter for `{base or model.get('family')}` ({model.get('variant')}, held in {mode}).")
+    start = f", with the adapter in `{model['adapter']}` merged into its weights" if model.get("adapter") else ""
+    lines.append(f"A LoRA adapter for `{base or model.get('family')}` ({model.get('variant')}, held in {mode}){start}.")
     lines += [*_origin(record), "", *_scores(record), "", *([chapter, ""] if chapter else [])]
     lines += ["## Settings", "", *_settings(record, config), "", "## Licence and limits", "", *_limits(config)]
     return redact_text("\n".join(lines)) + "\n"

@@ -7,7 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qlora_exp.architecture.run_plan import EARLIER_TASK_DEFAULTS, EARLIER_TRAINING_DEFAULTS
+from qlora_exp.architecture.run_plan import (
+    EARLIER_MODEL_DEFAULTS,
+    EARLIER_TASK_DEFAULTS,
+    EARLIER_TRAINING_DEFAULTS,
+)
 from qlora_exp.config.compose import as_checked_config
 from qlora_exp.config.overrides import escape_interpolations
 from qlora_exp.config.schema import Config
@@ -70,7 +74,8 @@ def config_from_plain(plain: dict[str, Any]) -> Config:
         # Records don't hold the sweep's settings.
         plain = {"sweep": None, "workers": None, **plain}
         plain["budget"] = {**dict.fromkeys(STUDY_LIMITS), "force": False, **plain.get("budget", {})}
-        plain["task"] = {**EARLIER_TASK_DEFAULTS, **plain.get("task", {})}  # older records lack some keys of both
+        plain["model"] = {**EARLIER_MODEL_DEFAULTS, **plain.get("model", {})}  # older records lack some keys of these
+        plain["task"] = {**EARLIER_TASK_DEFAULTS, **plain.get("task", {})}
         plain["task"]["columns"] = {"tools": None, **(plain["task"].get("columns") or {})}
         training = plain.get("training")
         if isinstance(training, dict):
