@@ -43,8 +43,14 @@ def model_card(record: RunRecord, library: str = "peft", chapter: str = "") -> s
     header = ModelCardData(base_model=base if on_hub else None, library_name=library, tags=["lora", "qlora-exp"])
     lines = ["---", header.to_yaml(), "---", "", f"# {record.name}", ""]
     mode = (config.get("quantization") or {}).get("mode")
-    start = f", with the adapter in `{model['adapter']}` merged into its weights" if model.get("adapter") else ""
-    lines.append(f"A LoRA adapter for `{base or model.get('family')}` ({model.get('variant')}, held in {mode}){start}.")
+    lines.append(f"A LoRA adapter for `{base or model.get('family')}` ({model.get('variant')}, held in {mode}).")
+    if model.get("adapter"):
+        lines.append(f"Training started with the adapter in `{model['adapter']}` merged into the base's weights.")
+        lines.append(
+            "The files of this export contain both."
+            if chapter
+            else "This adapter belongs to the merged weights; qlora-exp export writes an adapter that contains both."
+        )
     lines += [*_origin(record), "", *_scores(record), "", *([chapter, ""] if chapter else [])]
     lines += ["## Settings", "", *_settings(record, config), "", "## Licence and limits", "", *_limits(config)]
     return redact_text("\n".join(lines)) + "\n"
