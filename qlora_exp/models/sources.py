@@ -137,10 +137,11 @@ def instruct_sibling(model: ModelConfig) -> ModelSource | None:
 
 
 def _key_of_id(model: ModelConfig) -> str:
-    """Return the setting that names the variant's checkpoint."""
+    """Return the setting that names the variant's checkpoint, as messages show it."""
     if model.family != "hub":
         return "model.checkpoints"
-    return "model.instruct_id" if model.instruct_id and model.variant.value == "instruct" else "model.id"
+    key = "model.instruct_id" if model.instruct_id and model.variant.value == "instruct" else "model.id"
+    return f"{key} = {model.checkpoint}"
 
 
 def _with_adapters(source: ModelSource, folder: Path) -> ModelSource:
