@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,8 @@ def check_command(words: list[str]) -> None:
     for word in rest:
         if word.startswith("-"):
             assert word.partition("=")[0] in options, f"{' '.join(words)}: there is no option {word}"
-    overrides = [word for word in rest if re.match(r"[+~]*[a-z_.]+=", word)]
+    conditions = {follower for word, follower in pairwise(rest) if word == "--where"}
+    overrides = [word for word in rest if re.match(r"[+~]*[a-z_.]+=", word) and word not in conditions]
     complete = [word for word in overrides if not any(mark in word for mark in PLACEHOLDERS)]
     assert problems_of(complete, multirun=True) == []
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qlora_exp.cli.arguments import AcceptPrediction, Overrides, Source, examples, forced
+from qlora_exp.cli.arguments import AcceptPrediction, AsJson, Overrides, Source, examples, forced
 from qlora_exp.cli.settings_file import combined_overrides
 from qlora_exp.errors import QloraExpError
 
@@ -48,7 +48,9 @@ def add_to(app: typer.Typer) -> None:
     app.command("init", epilog=examples("qlora-exp init my-task", "cd my-task && qlora-exp run --from task.yaml"))(init)
 
 
-def validate(overrides: Overrides = None, source: Source = None, force: AcceptPrediction = False) -> int:
+def validate(
+    overrides: Overrides = None, source: Source = None, force: AcceptPrediction = False, as_json: AsJson = False
+) -> int:
     """Check configuration and data without loading weights."""
     from qlora_exp.architecture.targets import rank_warning
     from qlora_exp.runs.execute import preflight
@@ -60,11 +62,22 @@ def validate(overrides: Overrides = None, source: Source = None, force: AcceptPr
         from qlora_exp.tracking.store import locate
 
         locate(config.tracking, OutputPaths.of(config.output_root))
-    print("\n".join(_summary_lines(config, prepared.plan, prepared.splits)))
     too_wide = rank_warning(prepared.architecture, prepared.modules, config.lora)
-    for text in (warning, too_wide, *prepared.splits.warnings):
-        if text is not None:
-            print(f"  warning  {text}")
+    warnings = [text for text in (warning, too_wide, *prepared.splits.warnings) if text is not None]
+    if as_json:
+        from qlora_exp.cli.tables import print_json
+        from qlora_exp.records.model_name import model_name
+        from qlora_exp.records.schema import to_dict
+
+        model = model_name(vars(config.model))
+        content = {"valid": True, "model": model, "variant": config.model.variant.value}
+        print_json(
+            content | {"plan": to_dict(prepared.plan), "data": to_dict(prepared.splits.record), "warnings": warnings}
+        )
+        return 0
+    print("\n".join(_summary_lines(config, prepared.plan, prepared.splits)))
+    for text in warnings:
+        print(f"  warning  {text}")
     return 0
 
 
@@ -73,6 +86,7 @@ def preview(
     source: Source = None,
     split: Annotated[str, typer.Option(help="train, validation or test")] = "train",
     count: Annotated[int, typer.Option("--count", "-n", help="Number of items")] = 3,
+    as_json: AsJson = False,
 ) -> int:
     """Show items as tokens. The trained tokens are highlighted, or in [brackets] without a terminal."""
     from rich.text import Text
@@ -81,6 +95,9 @@ def preview(
     from qlora_exp.formatting import print_table
 
     _, prepared, _ = _prepared(combined_overrides(source, overrides))
+    if as_json:
+        _print_items(split, preview_items(prepared.splits, prepared.tokenizer, split, count))
+        return 0
     for item, tokens in preview_items(prepared.splits, prepared.tokenizer, split, count):
         trained = sum(token.trained for token in tokens)
         head = f"{split} {item.item_id}: {len(tokens)} tokens, {trained} trained"
@@ -88,6 +105,19 @@ def preview(
         print_table(_marked_text(tokens))
         print_table("")
     return 0
+
+
+def _print_items(split: str, shown: Any) -> None:
+    """Print ``data preview --json``: one object per item, with its tokens."""
+    from qlora_exp.cli.tables import print_json
+
+    print_json(
+        [
+            {"split": split, "item_id": item.item_id, "label": item.label}
+            | {"tokens": [token._asdict() for token in tokens]}
+            for item, tokens in shown
+        ]
+    )
 
 
 def init(folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="A new or empty folder")] = Path(".")) -> int:

@@ -10,12 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlora_exp.cli.arguments import (
+    AsCsv,
+    AsJson,
+    ColumnNames,
     Force,
     OutputRoot,
     Overrides,
+    Sort,
     Source,
     Storage,
     Study,
+    Where,
     complete_sweeps,
     examples,
     forced,
@@ -138,6 +143,7 @@ def resume(
 def status(
     study: Study = "last",
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Refresh every second; end with Ctrl-C")] = False,
+    as_json: AsJson = False,
     storage: Storage = None,
     output_root: OutputRoot = None,
 ) -> int:
@@ -146,12 +152,17 @@ def status(
     It shows running, finished, pruned and failed trials, the best so far, the time left, CPU and GPU use.
     """
     from qlora_exp.formatting import print_table
-    from qlora_exp.orchestration.status import study_status, watch_status
+    from qlora_exp.orchestration.status import status_fields, study_status, watch_status
     from qlora_exp.system.orchestrator_lease import held_lease
     from qlora_exp.tracking.state import not_delivered
 
     spec, paths = _find_study(study, output_root)
     opened = _read_study(spec, paths, storage)
+    if as_json:
+        from qlora_exp.cli.tables import print_json
+
+        print_json(status_fields(spec, opened, paths, held_lease(paths.orchestrator)))
+        return 0
     if watch:
         watch_status(spec, opened, paths)
         return 0
@@ -185,7 +196,7 @@ def stop(
     return 0
 
 
-def best(study: Study, storage: Storage = None, output_root: OutputRoot = None) -> int:
+def best(study: Study, as_json: AsJson = False, storage: Storage = None, output_root: OutputRoot = None) -> int:
     """Show the best trial as a command.
 
     Of several objectives, the Pareto front; of rank doubling, the rank to use now and its runs.
@@ -198,6 +209,9 @@ def best(study: Study, storage: Storage = None, output_root: OutputRoot = None) 
     spec, paths = _find_study(study, output_root)
     opened = _read_study(spec, paths, storage)
     rows = opened.best()
+    if as_json:
+        _print_best(spec, paths, rows)
+        return 0
     if spec.ladder is not None:
         print_answers(spec, paths, opened.trials())
     elif not rows:
@@ -210,6 +224,22 @@ def best(study: Study, storage: Storage = None, output_root: OutputRoot = None) 
     for command in _commands(rows, spec):
         print(f"qlora-exp run {command}")
     return 0
+
+
+def _print_best(spec: StudySpec, paths: StudyPaths, rows: Sequence[TrialRow]) -> None:
+    """Print ``best --json``: the best trials with their commands, and a ladder's answers as in ladder.json."""
+    import json
+
+    from qlora_exp.cli.tables import print_json
+    from qlora_exp.orchestration.command import run_overrides
+    from qlora_exp.orchestration.status import trial_rows
+
+    trials = [
+        row | {"command": shlex.join(["qlora-exp", "run", *run_overrides(spec, trial.params)])}
+        for row, trial in zip(trial_rows(rows, spec), rows, strict=True)
+    ]
+    ladders = json.loads(paths.ladder.read_text(encoding="utf-8"))["ladders"] if paths.ladder.is_file() else []
+    print_json({"study": spec.name, "objectives": spec.objectives, "trials": trials, "ladders": ladders})
 
 
 def _commands(rows: Sequence[TrialRow], spec: StudySpec) -> Iterator[str]:
@@ -226,22 +256,37 @@ def _commands(rows: Sequence[TrialRow], spec: StudySpec) -> Iterator[str]:
 
 def trials(
     study: Study,
-    csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values for other tools")] = False,
+    as_csv: AsCsv = False,
+    as_json: AsJson = False,
+    where: Where = None,
+    sort: Sort = None,
+    columns: ColumnNames = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Show only so many trials: the first by --sort, else the newest", min=1)
+    ] = None,
     storage: Storage = None,
     output_root: OutputRoot = None,
 ) -> int:
     """List a study's trials, one row each."""
     import sys
 
-    from qlora_exp.formatting import print_table
-    from qlora_exp.orchestration.status import trials_table, write_csv
+    from qlora_exp.cli.tables import print_rows, select
+    from qlora_exp.orchestration.status import trial_columns, trial_rows, write_csv
+    from qlora_exp.records.find import run_folders
+    from qlora_exp.records.flat_rows import Selection, selected
 
     spec, paths = _find_study(study, output_root)
-    rows = _read_study(spec, paths, storage).trials()
-    if csv:
-        write_csv(rows, spec, sys.stdout)
-    else:
-        print_table(trials_table(rows, spec))
+    trials = _read_study(spec, paths, storage).trials()
+    everybody = [run.folder.name for run in run_folders(paths.outputs)]
+    rows = trial_rows(trials, spec, everybody)
+    positions = selected(rows, Selection(tuple(where or ()), sort, columns, limit))
+    trials = [trials[position] for position in positions]
+    if as_csv and columns is None:
+        write_csv(trials, spec, sys.stdout)
+        return 0
+    rows = trial_rows(trials, spec, everybody)
+    shown, chosen = select(rows, rows, columns, trial_columns(spec))
+    print_rows(shown, chosen, as_json, as_csv, f"study {spec.name}: {len(rows)} trial{'s' if len(rows) != 1 else ''}")
     return 0
 
 

@@ -194,6 +194,7 @@ def _log_summary(
     tags = (
         study_fields.study_tags(definition)
         | study_fields.ladder_tags(answers)
+        | study_fields.best_tag(definition, summary, answers)
         | {
             NOTE_TAG: study_fields.study_note(definition, summary, answers),
             "qlora_exp.status": summary.status.value,

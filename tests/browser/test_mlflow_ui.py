@@ -26,6 +26,7 @@ import synthetic
 
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records.files import write_json
+from qlora_exp.records.labels import run_name
 from qlora_exp.records.types import RunRecord, Status, Trial
 from qlora_exp.tracking.state import read_state
 from qlora_exp.tracking.sync import sync_runs
@@ -52,7 +53,8 @@ FLAGS = (
 CONFIGURATIONS = (("base", "fp16", 8), ("base", "nf4", 16), ("instruct", "nf4", 32))
 
 
-TRIAL = "a trial of a study"
+TRIAL = "r8 dropout0.05"
+"""The name of a trial in MLflow: the values of its study's axes."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ def records() -> Iterator[RunRecord]:
     for number, (variant, mode, rank) in enumerate(CONFIGURATIONS):
         overrides = (f"model.variant={variant}", f"quantization={mode}", f"lora.r={rank}")
         yield synthetic.completed(f"run-{number}", *overrides, after=0.51 + 0.1 * number)
-    trial = Trial("which-rank", 0, 1, {"lora.r": 8})
-    yield synthetic.completed("run-trial").replace(name=TRIAL, trial=trial)
+    trial = Trial("which-rank", 0, 1, {"lora.r": 8, "lora.dropout": 0.05})
+    yield synthetic.completed("run-trial").replace(name="a name of the record", trial=trial)
     yield synthetic.failed("run-failed", Status.OUT_OF_MEMORY).replace(name="out of memory")
 
 
@@ -82,7 +84,7 @@ def ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ui]:
     for record in records():
         synthetic.write_run(output, record)
     assert sync_runs(output.root).failed == {}
-    states = {record.name: read_state(output.run(record.run_id)) for record in records()}
+    states = {run_name(record): read_state(output.run(record.run_id)) for record in records()}
     runs = {name: str(state.mlflow_run_id) for name, state in states.items() if state is not None}
     experiment_id = str(next(state.experiment_id for state in states.values() if state is not None))
     port = free_port()

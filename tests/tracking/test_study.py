@@ -167,7 +167,9 @@ def test_parent_and_children_are_rebuilt_on_a_new_store(output: OutputPaths, emp
     report = sync_runs(output.root, uri=f"sqlite:///{other}")
     assert (report.delivered, report.studies, report.failed) == (("trial-0",), (STUDY,), {})
     first, again = family(output.mlflow_database), family(other)
-    assert [run.info.run_name for run in again[1]] == ["base nf4 r8"]
+    assert [run.info.run_name for run in again[1]] == ["r8 lr0.001 key=x"]
+    assert [run.info.run_name for run in first[1]] == ["r8 lr0.001 key=x"]
+    assert again[0].data.tags["qlora_exp.best"] == "r8: loss_per_item 2"
     assert again[0].info.status == "FINISHED"
     assert again[0].data.metrics == first[0].data.metrics
     assert again[0].data.tags["mlflow.note.content"] == first[0].data.tags["mlflow.note.content"]
