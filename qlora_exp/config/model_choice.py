@@ -16,14 +16,13 @@ from qlora_exp.config.schema import ModelConfig, absolute_path
 from qlora_exp.errors import ConfigError, RecordError, nearest
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records.find import find_run
-from qlora_exp.records.model_name import name_of_path
+from qlora_exp.records.model_name import OWNER_AND_NAME, name_of_path
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-OWNER_AND_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 HUB_ADDRESS = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+?)(?:/.*|\.git)?")
 INSTRUCT_WORDS = re.compile(r"(?:^|[-_. ])(?:instruct\w*|it|chat)(?=$|[-_. ])", re.IGNORECASE)
 """What the names of instruct models contain: Llama-3.2-1B-Instruct, gemma-3-1b-it, Qwen1.5-0.5B-Chat."""
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_SETTINGS = "adapter_config.json"
 
 
 def completed(model: ModelConfig, output_root: str) -> ModelConfig:
@@ -35,7 +34,7 @@ def completed(model: ModelConfig, output_root: str) -> ModelConfig:
     Raises:
         RecordError: ``adapter`` is neither a run under ``output_root`` nor a directory.
     """
-    variant = variant_of(model) if model.variant is Variant.auto else model.variant
+    variant = variant_by_name(model) if model.variant is Variant.auto else model.variant
     checkpoints = model.checkpoints
     if model.family == "hub":
         pair = {"base": model.id, "instruct": model.instruct_id} if model.instruct_id else {variant.value: model.id}
@@ -44,7 +43,7 @@ def completed(model: ModelConfig, output_root: str) -> ModelConfig:
     return replace(model, variant=variant, checkpoints=checkpoints, adapter=adapter)
 
 
-def variant_of(model: ModelConfig) -> Variant:
+def variant_by_name(model: ModelConfig) -> Variant:
     """Return the variant that ``model.variant=auto`` means.
 
     It is base for a pair and for a family. A single model is an instruct model if conf/model/ lists it as one, or if
@@ -79,7 +78,7 @@ def adapter_folder(adapter: str, output_root: str) -> str:
         RecordError: there is no such run or directory.
     """
     place = Path(absolute_path(adapter) or "")
-    if (place / ADAPTER_CONFIG).is_file():
+    if (place / ADAPTER_SETTINGS).is_file():
         return str(place)
     if (place / "record.json").is_file() or not (place.is_dir() or os.sep in adapter):
         try:
@@ -89,7 +88,7 @@ def adapter_folder(adapter: str, output_root: str) -> str:
             hint = f"a run (an id, a folder, last) or a directory of PEFT; {error.hint}"
             raise RecordError(error.what, where, hint) from None
     if place.is_dir():
-        raise RecordError(f"the directory holds no adapter: {ADAPTER_CONFIG} is missing", str(place), _inside(place))
+        raise RecordError(f"the directory holds no adapter: {ADAPTER_SETTINGS} is missing", str(place), _inside(place))
     if os.path.isabs(os.path.expanduser(adapter)):  # of a record: only a command that loads the model needs it
         return str(place)
     hint = "a run (an id, a folder, last) or a directory of PEFT"
@@ -101,7 +100,7 @@ def adapter_folder(adapter: str, output_root: str) -> str:
 def _inside(folder: Path) -> str:
     """Return the hint for a folder without an adapter: the adapters of the folders in it, or of a Trainer's
     checkpoints."""
-    adapters = sorted(file.parent for file in folder.glob(f"*/{ADAPTER_CONFIG}"))
+    adapters = sorted(file.parent for file in folder.glob(f"*/{ADAPTER_SETTINGS}"))
     return f"model.adapter={adapters[-1]}" if adapters else "a run (an id, a folder, last) or a directory of PEFT"
 
 

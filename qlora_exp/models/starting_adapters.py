@@ -23,6 +23,7 @@ from qlora_exp.errors import ModelError, RecordError
 from qlora_exp.models.file_digests import model_file_digest
 from qlora_exp.models.portable_adapters import SETTINGS_FILE, WEIGHTS_FILE
 from qlora_exp.records.files import read_record
+from qlora_exp.records.model_name import OWNER_AND_NAME
 from qlora_exp.system.device_errors import is_device_error
 
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "pissa")
@@ -32,7 +33,6 @@ NEVER_SET = ("modules_to_save", "trainable_token_indices", "target_parameters", 
 TENSOR = re.compile(
     r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B|magnitude_vector)(?:\.weight)?$"
 )
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 MERGE_HINT = "merge it with PEFT (merge_and_unload, save_pretrained), then model=local model.path=DIR"
 
 
@@ -93,7 +93,7 @@ def check_base_of_adapter(adapter: StartingAdapter, base: str, is_local: bool, f
                 hint = f"model.revision={commit}"
             what = f"the adapter of {adapter.run} was trained on another model, or on another state of it"
             raise ModelError(what, f"model.adapter = {adapter.folder}", hint)
-    elif adapter.base and HUB_ID.fullmatch(adapter.base) and not is_local and adapter.base.lower() != base.lower():
+    elif not is_local and OWNER_AND_NAME.fullmatch(adapter.base or "") and str(adapter.base).lower() != base.lower():
         what = f"the adapter was trained on {adapter.base}, and the model is {base}"
         raise ModelError(what, f"model.adapter = {adapter.folder}", hint)
 

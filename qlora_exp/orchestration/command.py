@@ -69,7 +69,7 @@ FILES, STORES = (
     ("tracking.uri", "sweep.storage"),
 )
 """Settings that may name a place relative to the command's working directory."""
-ADAPTER = "model.adapter"
+STARTING_ADAPTER = "model.adapter"
 """The setting that may name a run."""
 MAX_NAME_CHARACTERS = 200
 """Optuna's databases store at most 512 bytes or characters, depending on their kind; a folder name has at most 255
@@ -271,10 +271,12 @@ def _axes(texts: Mapping[str, str], settings: SweepConfig, narrowed: Sequence[st
 
 def _last_as_an_axis(texts: Mapping[str, str]) -> list[ConfigError]:
     """Return the error for ``model.adapter=null,last``: it would be another run in each trial."""
-    if LAST not in texts.get(ADAPTER, "").split(","):
+    if LAST not in texts.get(STARTING_ADAPTER, "").split(","):
         return []
-    hint = f"the run's id: {ADAPTER}={texts[ADAPTER].replace(LAST, 'RUN')}"
-    return [ConfigError("last would mean another run in each trial", f"{ADAPTER}={texts[ADAPTER]}", hint)]
+    hint = f"the run's id: {STARTING_ADAPTER}={texts[STARTING_ADAPTER].replace(LAST, 'RUN')}"
+    return [
+        ConfigError("last would mean another run in each trial", f"{STARTING_ADAPTER}={texts[STARTING_ADAPTER]}", hint)
+    ]
 
 
 def _one_model_for_two_variants(axes: Sequence[Axis], raw: DictConfig) -> list[ConfigError]:
@@ -403,10 +405,12 @@ def _check_name(name: str) -> None:
 def _with_absolute_paths(fixed: Sequence[str], raw: DictConfig) -> list[str]:
     """Return ``fixed`` with absolute paths, including those that a file of sweeps/ sets, so that they mean the same
     place from every folder."""
-    places = {key: _text_as_written(raw, key) for key in (*FILES, *STORES, ADAPTER)}
+    places = {key: _text_as_written(raw, key) for key in (*FILES, *STORES, STARTING_ADAPTER)}
     absolute = {key: _absolute_value(key, value) for key, value in places.items()}
-    if (adapter := places[ADAPTER]) and not has_interpolation(adapter):  # last is the run that is the last one now
-        absolute[ADAPTER] = adapter_folder(adapter, str(raw.output_root))
+    if (adapter := places[STARTING_ADAPTER]) and not has_interpolation(
+        adapter
+    ):  # last is the run that is the last one now
+        absolute[STARTING_ADAPTER] = adapter_folder(adapter, str(raw.output_root))
     changed = {key: value for key, value in absolute.items() if value != places[key]}
     return [*(text for text in fixed if override_key(text) not in changed), *point_overrides(changed)]
 

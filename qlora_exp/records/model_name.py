@@ -10,7 +10,8 @@ from typing import Any
 SNAPSHOT = re.compile(r"(?:^|/)models--([^/]+)/snapshots/[^/]+")
 """A folder of the Hub's cache, e.g. ``models--Qwen--Qwen3-8B/snapshots/COMMIT``."""
 GGUF_PART = re.compile(r"-\d{5}-of-\d{5}$")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+OWNER_AND_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+"""What most ids of the Hub look like."""
 CHOSEN = ("hub", "local")
 """Families that hold any model."""
 ADAPTER_FOLDER = "adapter"
@@ -31,7 +32,7 @@ def model_name(model: Mapping[str, Any], short: bool = False) -> str:
     family, place = str(model.get("family")), model_place(model)
     name = family
     if place and family in CHOSEN:
-        name = name_of_path(place) if model.get("path") and not HUB_ID.fullmatch(place) else place
+        name = name_of_path(place) if model.get("path") and not OWNER_AND_NAME.fullmatch(place) else place
     return f"{name.rpartition('/')[2] if short else name}{_adapter_suffix(model)}"
 
 
