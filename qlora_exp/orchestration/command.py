@@ -271,12 +271,11 @@ def _axes(texts: Mapping[str, str], settings: SweepConfig, narrowed: Sequence[st
 
 def _last_as_an_axis(texts: Mapping[str, str]) -> list[ConfigError]:
     """Return the error for ``model.adapter=null,last``: it would be another run in each trial."""
-    if LAST not in texts.get(STARTING_ADAPTER, "").split(","):
+    text = texts.get(STARTING_ADAPTER, "")
+    if LAST not in text.split(","):
         return []
-    hint = f"the run's id: {STARTING_ADAPTER}={texts[STARTING_ADAPTER].replace(LAST, 'RUN')}"
-    return [
-        ConfigError("last would mean another run in each trial", f"{STARTING_ADAPTER}={texts[STARTING_ADAPTER]}", hint)
-    ]
+    hint = f"the run's id: {STARTING_ADAPTER}={text.replace(LAST, 'RUN')}"
+    return [ConfigError("last would mean another run in each trial", f"{STARTING_ADAPTER}={text}", hint)]
 
 
 def _one_model_for_two_variants(axes: Sequence[Axis], raw: DictConfig) -> list[ConfigError]:
