@@ -109,7 +109,7 @@ def adapter_dtype(lora: LoraConfig) -> str:
 def config_fingerprint(config: Config) -> str:
     """Return SHA-256 over all settings that can change a result. Names, places, prices and tracking can't."""
     plain = to_plain(config)
-    plain["model"] = _with_earlier_attention(plain["model"])
+    plain["model"] = _without_newer_model_defaults(plain["model"])
     plain["task"] = _without_newer_defaults(plain["task"])
     for group in ("tracking", "budget", "sweep", "workers", "name", "output_root"):
         del plain[group]
@@ -137,7 +137,7 @@ def base_fingerprint(config: Config, format: str) -> str:
     task = {key: value for key, value in _without_newer_defaults(plain["task"]).items() if key != "goal"}
     return _digest(
         {
-            "model": _with_earlier_attention(plain["model"]),
+            "model": _without_newer_model_defaults(plain["model"]),
             "quantization": plain["quantization"],
             "task": task,
             "evaluation": evaluation,
@@ -148,10 +148,16 @@ def base_fingerprint(config: Config, format: str) -> str:
     )
 
 
-def _with_earlier_attention(model: dict[str, Any]) -> dict[str, Any]:
-    """Return ``model`` with ``sdpa`` for ``auto``. ``sdpa`` was the earlier default and gives the same scores wherever
-    it is supported, so old fingerprints stay valid."""
-    return model | ({"attention": "sdpa"} if model["attention"] == "auto" else {})
+EARLIER_MODEL_DEFAULTS: dict[str, Any] = dict.fromkeys(("id", "instruct_id", "instruct_path", "adapter"))
+"""What a model was before these keys existed."""
+
+
+def _without_newer_model_defaults(model: dict[str, Any]) -> dict[str, Any]:
+    """Return ``model`` without the keys that earlier versions lacked, unless they are set, and with ``sdpa`` for
+    ``auto``. ``sdpa`` was the earlier default and gives the same scores wherever it is supported, so old fingerprints
+    stay valid."""
+    kept = {key: value for key, value in model.items() if key not in EARLIER_MODEL_DEFAULTS or value is not None}
+    return kept | ({"attention": "sdpa"} if model["attention"] == "auto" else {})
 
 
 EARLIER_TASK_DEFAULTS: dict[str, Any] = {

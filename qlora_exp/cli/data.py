@@ -66,9 +66,11 @@ def validate(
     warnings = [text for text in (warning, too_wide, *prepared.splits.warnings) if text is not None]
     if as_json:
         from qlora_exp.cli.tables import print_json
+        from qlora_exp.records.model_name import model_name
         from qlora_exp.records.schema import to_dict
 
-        content = {"valid": True, "model": config.model.family, "variant": config.model.variant.value}
+        model = model_name(vars(config.model))
+        content = {"valid": True, "model": model, "variant": config.model.variant.value}
         print_json(
             content | {"plan": to_dict(prepared.plan), "data": to_dict(prepared.splits.record), "warnings": warnings}
         )
@@ -163,6 +165,7 @@ def _prepared(overrides: list[str]) -> tuple[Config, Prepared, Environment]:
 def _summary_lines(config: Config, plan: Plan, splits: Splits) -> list[str]:
     """Return the lines that ``validate`` prints."""
     from qlora_exp.data.preview import rows_report
+    from qlora_exp.records.model_name import model_name
 
     data = splits.record
     share = plan.trainable_parameters / plan.total_parameters
@@ -171,7 +174,7 @@ def _summary_lines(config: Config, plan: Plan, splits: Splits) -> list[str]:
     dropped = f", {data.dropped_rows} rows dropped" if data.dropped_rows else ""
     return [
         "valid",
-        f"  model    {config.model.family} {config.model.variant.value} ({plan.architecture}, "
+        f"  model    {model_name(vars(config.model))} {config.model.variant.value} ({plan.architecture}, "
         f"{plan.total_parameters:,} parameters), {plan.weight_dtype} weights, "
         f"computing in {plan.compute_dtype} on {plan.device}{rounded}",
         f"  LoRA     r={config.lora.r} alpha={plan.alpha:g} on {plan.adapted_modules} modules "

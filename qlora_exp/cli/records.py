@@ -36,6 +36,13 @@ if TYPE_CHECKING:
     from qlora_exp.records.types import RunRecord
 
 LISTS = ("models", "quantizations", "targets", "tasks", "sweeps", "runs")
+NOTES = {
+    "models": (
+        "any other model:      model=hub model.id=OWNER/NAME    or    model=local model.path=DIR_OR_GGUF",
+        "start from a run:     model.adapter=RUN",
+    )
+}
+"""Lines above the table of a list."""
 COLUMNS = {"models": ("checkpoints.base", "checkpoints.instruct"), "tasks": ("kind",)}
 """Keys of the files that get a column, in addition to name, meaning and command."""
 
@@ -89,7 +96,8 @@ def ls(
     rows = [rows[position] for position in selected(rows, selection)]
     shown, chosen = select(rows, rows, columns, choices_columns(rows))
     command = "qlora-exp sweep NAME" if what == "sweeps" else f"qlora-exp run {LISTED[what]}=NAME"
-    print_rows(shown, chosen, as_json, as_csv, f"{command}      (--json has the command of each)")
+    header = "\n".join([f"{command}      (--json has the command of each)", *NOTES.get(what, ())])
+    print_rows(shown, chosen, as_json, as_csv, header)
     return 0
 
 

@@ -23,6 +23,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from qlora_exp.config.checks import check
 from qlora_exp.config.choices import groups
 from qlora_exp.config.interpolations import unresolved_error
+from qlora_exp.config.model_choice import completed
 from qlora_exp.config.override_errors import problems_of
 from qlora_exp.config.overrides import (
     SEARCH_PATH,
@@ -216,12 +217,14 @@ def as_config(config: Any) -> Config:
         ConfigError: a value is missing, or an interpolation can't be resolved.
     """
     try:
-        return typed(_without_search(config))
+        result = typed(_without_search(config))
     except MissingMandatoryValue as error:
         key = str(getattr(error, "full_key", None) or "a key")
         raise ConfigError(f"{key} must be given", "command line", f"{key}=VALUE") from None
     except OmegaConfBaseException as error:
         raise unresolved_error(error, str(getattr(error, "full_key", None) or "the configuration")) from None
+    result.model = completed(result.model, result.output_root)
+    return result
 
 
 def _without_search(config: Any) -> Any:

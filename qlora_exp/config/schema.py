@@ -40,9 +40,17 @@ class ModelConfig:
     family: str
     variant: Variant
     checkpoints: dict[str, str]
-    """Hub id or ``embedded:NAME`` by variant; empty for ``model=local``."""
+    """Hub id or ``embedded:NAME`` by variant; empty for ``model=local``. Those of ``model=hub`` follow from its ids."""
+    id: str | None
+    """A Hub id, e.g. ``Qwen/Qwen2.5-0.5B``; only for ``model=hub``."""
+    instruct_id: str | None
+    """The Hub id of the pair's instruct model; ``None``: ``id`` is the only model, of either variant."""
     path: str | None
     """A directory (safetensors) or a GGUF file on disk; only for ``model=local``."""
+    instruct_path: str | None
+    """That of the pair's instruct model; ``None``: ``path`` is the only model, of either variant."""
+    adapter: str | None
+    """The folder of an adapter that is merged into the weights before training."""
     revision: str | None
     chat_template: str | None
     """A .jinja file that replaces the tokenizer's own template."""
@@ -51,6 +59,16 @@ class ModelConfig:
     attention: str
     """transformers' ``attn_implementation``: sdpa, eager, flash_attention_2 …; auto: sdpa if the architecture has
     it."""
+
+    @property
+    def checkpoint(self) -> str | None:
+        """The variant's Hub id or ``embedded:NAME``; ``None`` for a model on disk."""
+        return self.checkpoints.get(self.variant.value)
+
+    @property
+    def variant_path(self) -> str | None:
+        """The variant's directory or GGUF file; ``None`` for a model of the Hub or of the package."""
+        return self.instruct_path if self.variant is Variant.instruct and self.instruct_path else self.path
 
 
 @dataclass
@@ -356,6 +374,7 @@ def typed(config: DictConfig) -> Config:
     assert isinstance(built, Config)
     built.task.path = absolute_path(built.task.path)
     built.model.path = absolute_path(built.model.path)
+    built.model.instruct_path = absolute_path(built.model.instruct_path)
     built.model.chat_template = absolute_path(built.model.chat_template)
     built.tracking.uri = absolute_store(built.tracking.uri)
     return built

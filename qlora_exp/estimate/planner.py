@@ -24,6 +24,7 @@ from qlora_exp.estimate.memory_fit import planned_fit
 from qlora_exp.estimate.micro_batch_tokens import micro_batch_note
 from qlora_exp.estimate.throughput import Interval, MeasuredThroughput, from_finished_runs
 from qlora_exp.estimate.tokens import PlannedRows, RowCounter
+from qlora_exp.records.model_name import model_name
 from qlora_exp.records.redaction import redact
 from qlora_exp.records.types import Environment, RunRecord
 from qlora_exp.system import heap
@@ -317,7 +318,7 @@ def _describe(model: ModelConfig) -> Architecture:
     from qlora_exp.models.inspect import describe, describe_file
     from qlora_exp.models.weight_files import holds_weights
 
-    path = Path(model.path).expanduser() if model.path else None
+    path = Path(model.variant_path).expanduser() if model.variant_path else None
     if path is not None and (path / "config.json").is_file() and not holds_weights(path):
         path = path / "config.json"
     if path is not None and path.suffix == ".json":
@@ -333,7 +334,7 @@ def _settings(config: Config) -> dict[str, Any]:
     """Return what the plan is of, with every key of ``training`` by its name."""
     training = config.training
     return {
-        "model": config.model.family,
+        "model": model_name(vars(config.model)),
         "variant": config.model.variant.value,
         "quantization": config.quantization.mode.value,
         "r": config.lora.r,
@@ -344,4 +345,4 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _model_key(model: ModelConfig) -> tuple[Any, ...]:
-    return model.path, model.family, model.checkpoints.get(model.variant.value), model.revision
+    return model.variant_path, model.family, model.checkpoint, model.revision

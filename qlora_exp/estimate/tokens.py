@@ -136,7 +136,7 @@ def _cut_lengths(row: _Row, max_length: int, options: bool) -> tuple[int, int] |
 
 def _tokenize_rows(config: Config) -> _TokenizedRows | None:
     tokenizer: Any
-    if config.model.path is not None and Path(config.model.path).suffix == ".gguf":
+    if Path(config.model.variant_path or "").suffix == ".gguf":
         from qlora_exp.models.tokenizers import load_tokenizer
 
         tokenizer = load_tokenizer(config.model)  # transformers makes it, and has read the file's layers by then

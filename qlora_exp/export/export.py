@@ -32,6 +32,7 @@ from qlora_exp.export.task_check import CheckItems, check_exported_gguf, check_m
 from qlora_exp.models import sources
 from qlora_exp.models.adapters import write_portable
 from qlora_exp.models.base import load_base
+from qlora_exp.models.combined_adapters import write_combined
 from qlora_exp.models.inspect import describe
 from qlora_exp.models.merging import merged_model
 from qlora_exp.models.portable_adapters import is_portable
@@ -184,8 +185,11 @@ def _export(source: FinishedRun, folder: Path, settings: ExportConfig, on_step: 
 
 
 def _export_adapter(source: FinishedRun, target: Path) -> Artefact:
-    target.mkdir()
     config, adapter = source.config, source.paths.adapter
+    if source.model.adapters:
+        write_combined([*map(Path, source.model.adapters), adapter], target)
+        return Artefact("adapter", "adapter/", _folder_bytes(target))
+    target.mkdir()
     settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     if is_portable(settings):
         for name in ("adapter_model.safetensors", "adapter_config.json"):

@@ -11,6 +11,7 @@ from typing import Any
 from qlora_exp.errors import ConfigError, nearest
 from qlora_exp.formatting import flatten
 from qlora_exp.records.labels import run_name
+from qlora_exp.records.model_name import model_name
 from qlora_exp.records.schema import to_dict
 from qlora_exp.records.types import RunRecord, Scores
 
@@ -77,7 +78,7 @@ def run_row(record: RunRecord) -> dict[str, Any]:
         "started_at": record.started_at,
         "ended_at": record.ended_at,
         "seconds": record.speed.total_seconds,
-        "model": settings.get("model.family"),
+        "model": model_name(record.config.get("model") or {}),
         "variant": settings.get("model.variant"),
         "quantization": settings.get("quantization.mode"),
         "r": settings.get("lora.r"),
