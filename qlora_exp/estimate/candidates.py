@@ -158,6 +158,9 @@ class ConfigFactory:
                 if cache_key not in self._values:
                     self._values[cache_key] = typed_value(key, value)
                 values[key] = self._values[cache_key]
+        lengths = {*values, *map(override_key, self._fixed)}
+        if values.get("training.epochs") is not None and "training.max_steps" not in lengths:
+            values["training.max_steps"] = None  # as with_one_length does
         config = copy.copy(base)
         # Sections on the way to a value are copied, once; all others are shared with the base.
         copied: set[str] = set()
