@@ -184,3 +184,8 @@ class RunPaths:
     def items(self, moment: str, split: str) -> Path:
         """Per-item results (Parquet); ``moment`` is ``before``, ``after`` or ``few_shot_DRAW``."""
         return self.folder / f"items_{moment}_{split}.parquet"
+
+    def texts(self, split: str) -> Path:
+        """The items' prompts (Parquet), with the few answers that were generated only to be shown. Not written with
+        ``evaluation.keep_texts=false``."""
+        return self.folder / f"texts_{split}.parquet"

@@ -68,6 +68,7 @@ LONGER: dict[str, str] = {}
 SAME_NAME: dict[str, str] = {
     "few_shot.py": "data/ draws the worked examples, evaluation/ scores the base model with them",
     "files.py": "data/ reads rows, records/ reads and writes records",
+    "items.py": "data/: rows ready for training; records/: what a run's models answered",
     "messages.py": "data/: of conversations; orchestration/: between a worker and its trial process",
     "schema.py": "config/: of configurations; records/: of records",
     "sources.py": "data/: where rows come from; models/: where weights come from",
