@@ -12,7 +12,8 @@ import typer
 from qlora_exp.cli.arguments import OutputRoot, complete_studies, examples, outputs_of
 
 if TYPE_CHECKING:
-    from qlora_exp.analysis.report_content import StudyInfo
+    from qlora_exp.analysis.margin import Margin
+    from qlora_exp.analysis.report_content import ReportContent, StudyInfo
     from qlora_exp.paths import OutputPaths, StudyPaths
     from qlora_exp.records.types import RunRecord
     from qlora_exp.study.study import Study
@@ -84,28 +85,20 @@ def report(
     output_root: OutputRoot = None,
 ) -> int:
     """Write report.html, report.md and runs.csv: the answer in words, and its evidence."""
-    from functools import partial
     from os.path import relpath
     from urllib.parse import quote
 
     from qlora_exp.analysis.margin import MarginUnit, parse_margin
-    from qlora_exp.analysis.report import build, only_section
+    from qlora_exp.analysis.report import only_section
     from qlora_exp.analysis.report_content import to_csv, to_html, to_markdown
     from qlora_exp.errors import RecordError
-    from qlora_exp.records.files import read_curve, training_losses, write_text
-    from qlora_exp.records.find import find_study, read_runs
+    from qlora_exp.records.files import write_text
+    from qlora_exp.records.find import find_study
 
     outputs = outputs_of(output_root)
     study_paths = list(dict.fromkeys(find_study(name, outputs) for name in studies or []))
     margin = parse_margin(equivalence, MarginUnit.SCORE, "--equivalence") if equivalence is not None else None
-    records, unreadable = read_runs(outputs)
-    infos, runs = _studies_and_runs(study_paths, records, outputs)
-    content = build(
-        *(runs, infos, _item_scores(outputs), margin, len(unreadable)),
-        curves=lambda record: training_losses(read_curve(outputs.run(record.run_id).curve)),
-        command_of=partial(_command, study_paths, outputs),
-        answers=partial(_answers, outputs),
-    )
+    content, runs = content_of(study_paths, outputs, margin)
     if only is not None:
         content = only_section(content, only)
         print(to_markdown(content))
@@ -129,6 +122,27 @@ def report(
             print(f"  {card.question} {card.verdict} ({card.status})")
     print(f"report: {folder / 'report.html'}")
     return 0
+
+
+def content_of(
+    study_paths: list[StudyPaths], outputs: OutputPaths, margin: Margin | None = None
+) -> tuple[ReportContent, list[RunRecord]]:
+    """Return the report on these studies (none: on every run under ``outputs``), and the runs that it is about."""
+    from functools import partial
+
+    from qlora_exp.analysis.report import build
+    from qlora_exp.records.files import read_curve, training_losses
+    from qlora_exp.records.find import read_runs
+
+    records, unreadable = read_runs(outputs)
+    infos, runs = _studies_and_runs(study_paths, records, outputs)
+    content = build(
+        *(runs, infos, _item_scores(outputs), margin, len(unreadable)),
+        curves=lambda record: training_losses(read_curve(outputs.run(record.run_id).curve)),
+        command_of=partial(_command, study_paths, outputs),
+        answers=partial(_answers, outputs),
+    )
+    return content, runs
 
 
 def _studies_and_runs(
