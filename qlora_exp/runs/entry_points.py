@@ -14,7 +14,7 @@ from qlora_exp.config.schema import Config
 from qlora_exp.errors import ConfigError, RecordError
 from qlora_exp.estimate.budget import STUDY_LIMITS
 from qlora_exp.paths import OutputPaths
-from qlora_exp.records.files import read_record, write_json
+from qlora_exp.records.files import read_curve, read_record, write_json
 from qlora_exp.records.types import Failure, RunRecord, Status
 from qlora_exp.runs.execute import execute
 from qlora_exp.runs.first_record import current_time
@@ -23,12 +23,17 @@ from qlora_exp.system import environment
 from qlora_exp.system.out_of_memory import killed_for_memory
 
 
-def run_with_progress(config: Config, resume: str | None = None) -> int:
-    """Run with progress on stderr, print the summary on stdout, and return the exit code."""
+def run_with_progress(config: Config, resume: str | None = None, curve: bool | None = None) -> int:
+    """Run with progress on stderr, print the summary on stdout, and return the exit code.
+
+    ``curve``: whether to print the learning curve; ``None``: on a terminal.
+    """
     from qlora_exp.runs.console import ProgressReporter
 
     with ProgressReporter() as observer:
         record = execute(config, observer, resume, alone=True)
+    if sys.stdout.isatty() if curve is None else curve:
+        print_learning_curve(record, config)
     print(run_summary(record, config))
     if config.tracking.enabled:
         from qlora_exp.tracking.state import not_delivered
@@ -37,6 +42,15 @@ def run_with_progress(config: Config, resume: str | None = None) -> int:
         if missing is not None:
             print(missing)
     return exit_code_of(record.status)
+
+
+def print_learning_curve(record: RunRecord, config: Config) -> None:
+    """Print the run's losses over its steps as a few lines of text, if there are enough of them."""
+    from qlora_exp.runs.text_curve import text_curve
+
+    lines = text_curve(read_curve(OutputPaths.of(config.output_root).run(record.run_id).curve), sys.stdout)
+    if lines:
+        print(*lines, "", sep="\n")
 
 
 def run_summary(record: RunRecord, config: Config) -> str:
