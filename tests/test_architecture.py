@@ -21,7 +21,7 @@ NO_ROOMS = {"conf", "sweeps"}
 
 ORDER: tuple[tuple[str, ...], ...] = (
     ("errors", "version"),
-    ("formatting", "paths"),
+    ("formatting", "paths", "progress"),
     ("records",),
     ("config",),
     ("analysis", "data", "system"),

@@ -86,10 +86,12 @@ def execute(
     with contextlib.ExitStack() as locks:
         if resume is not None:
             locks.enter_context(_run_lock(outputs.run(resume)))
+        if alone and config.training.engine is not Engine.sleep:
+            if observer is not None:
+                observer.phase("import libraries")
+            import_and_freeze_gc(("qlora_exp.runs.pipeline",))
         if observer is not None:
             observer.phase("prepare")
-        if alone and config.training.engine is not Engine.sleep:
-            import_and_freeze_gc(("qlora_exp.runs.pipeline",))
         if resume is not None:  # its memory was checked when it first started
             earlier = read_record(outputs.run(resume).record)
             prepared = _prepare(_with_earlier_micro_batch(config, earlier), bases, memory)
@@ -107,6 +109,8 @@ def execute(
         if resume is None:
             locks.enter_context(_run_lock(paths))
         if alone and config.tracking.enabled:
+            if observer is not None:
+                observer.phase("import and open MLflow")
             import_and_freeze_gc(("qlora_exp.tracking.run",))
         may_end = alone or deliver is not None  # never end a notebook's process
         return _run_and_deliver(config, prepared, record, paths, observer, resume is not None, report, deliver, may_end)
