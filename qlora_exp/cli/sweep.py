@@ -147,6 +147,7 @@ def status(
     """
     from qlora_exp.formatting import print_table
     from qlora_exp.orchestration.status import study_status, watch_status
+    from qlora_exp.orchestration.study_end import how_sure
     from qlora_exp.system.orchestrator_lease import held_lease
     from qlora_exp.tracking.state import not_delivered
 
@@ -156,7 +157,10 @@ def status(
         watch_status(spec, opened, paths)
         return 0
     print_table(study_status(spec, opened, paths, held_lease(paths.orchestrator)))
-    runs = [row.run_id for row in opened.trials() if row.run_id is not None]
+    rows = opened.trials()
+    for line in how_sure(spec, paths, rows):
+        print(line)
+    runs = [row.run_id for row in rows if row.run_id is not None]
     busy = held_lease(paths.orchestrator) is not None
     missing = not_delivered(paths.outputs, runs, spec.name, busy)
     if missing is not None:
@@ -186,20 +190,26 @@ def stop(
 
 
 def best(study: Study, storage: Storage = None, output_root: OutputRoot = None) -> int:
-    """Show the best trial as a command.
+    """Show the best trial, how sure that is, and the command that runs it again.
 
-    Of several objectives, the Pareto front; of rank doubling, the rank to use now and its runs.
+    Of several objectives, the Pareto front; of rank doubling, the rank to use now and its runs; of a study that
+    confirms finalists, its answer.
     """
     from qlora_exp.errors import RecordError
     from qlora_exp.formatting import print_table
+    from qlora_exp.orchestration.finalists import read_plan
     from qlora_exp.orchestration.status import best_table
+    from qlora_exp.orchestration.study_end import best_row, how_sure, print_confirmation, write_best
     from qlora_exp.rank_doubling.answers import print_answers
 
     spec, paths = _find_study(study, output_root)
     opened = _read_study(spec, paths, storage)
-    rows = opened.best()
+    rows, plan = opened.best(), read_plan(paths)
     if spec.ladder is not None:
         print_answers(spec, paths, opened.trials())
+    elif plan is not None and rows:
+        used = print_confirmation(spec, paths, plan, opened.trials())
+        rows = [used] if used is not None else rows
     elif not rows:
         completed, name = opened.counts().completed, shlex.quote(spec.name)
         problem = f"none of {completed} completed trials satisfies {', '.join(spec.constraints)}"
@@ -207,12 +217,16 @@ def best(study: Study, storage: Storage = None, output_root: OutputRoot = None) 
         raise RecordError(problem, f"study {spec.name}", f"qlora-exp {'trials' if completed else 'status'} {name}")
     if rows:
         print_table(best_table(rows, spec))
-    for command in _commands(rows, spec):
-        print(f"qlora-exp run {command}")
+    for line in how_sure(spec, paths, opened.trials()):
+        print(line)
+    short_row = best_row(rows, spec)
+    short = write_best(spec, paths, short_row)
+    for row, command in _commands(rows, spec):
+        print(short if row is short_row and short is not None else command)
     return 0
 
 
-def _commands(rows: Sequence[TrialRow], spec: StudySpec) -> Iterator[str]:
+def _commands(rows: Sequence[TrialRow], spec: StudySpec) -> Iterator[tuple[TrialRow, str]]:
     """Yield one command per trial. A ladder's runs that differ only in their seed give one command, the first."""
     from qlora_exp.orchestration.command import run_overrides
 
@@ -221,7 +235,7 @@ def _commands(rows: Sequence[TrialRow], spec: StudySpec) -> Iterator[str]:
         params = {key: value for key, value in row.params.items() if spec.ladder is None or key != "seed"}
         if (settings := frozenset(run_overrides(spec, params))) not in seen:
             seen.add(settings)
-            yield shlex.join(run_overrides(spec, row.params))
+            yield row, shlex.join(["qlora-exp", "run", *run_overrides(spec, row.params)])
 
 
 def trials(

@@ -100,6 +100,17 @@ def search_space(overrides: Sequence[str]) -> SearchSpace:
     )
 
 
+def listed_space(overrides: Sequence[str], points: Sequence[Mapping[str, Any]]) -> SearchSpace:
+    """Return the candidates at ``points`` (axis → value), which are all trials that there will be, as enqueued ones
+    are.
+
+    Args:
+        overrides: what they share, without axes.
+    """
+    factory = ConfigFactory(resolve_outside(overrides))
+    return SearchSpace(tuple(map(factory.point, points)), len(points), sampled=False)
+
+
 class ConfigFactory:
     """Makes configurations that differ only in the axes' values.
 
