@@ -156,4 +156,4 @@ def _resume(run: str, output_root: str | None, overrides: Sequence[str], curve: 
     training = replace(config.training, resume=True)  # this is what --resume means
     resumed = replace(config, training=training, output_root=str(paths.folder.parent.parent))
     with _interruptible():
-        return run_with_progress(resumed, record.run_id, curve)
+        return run_with_progress(resumed, record.run_id, curve=curve)

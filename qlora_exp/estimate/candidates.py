@@ -112,6 +112,17 @@ def _check_can_vary(axis_texts: Mapping[str, str]) -> None:
     raise_all(errors)
 
 
+def listed_space(overrides: Sequence[str], points: Sequence[Mapping[str, Any]]) -> SearchSpace:
+    """Return the candidates at ``points`` (axis → value), which are all trials that there will be, as enqueued ones
+    are.
+
+    Args:
+        overrides: what they share, without axes.
+    """
+    factory = ConfigFactory(resolve_outside(overrides))
+    return SearchSpace(tuple(map(factory.point, points)), len(points), sampled=False)
+
+
 class ConfigFactory:
     """Makes configurations that differ only in the axes' values.
 
