@@ -28,6 +28,7 @@ SPELLINGS = {
     "task.name": "",
     "lora.r": "r",
     "lora.alpha": "alpha",
+    "lora.alpha_policy": "alpha=",
     "lora.dropout": "dropout",
     "targets": "",
     "targets.set": "",
@@ -123,6 +124,8 @@ def named_settings(row: Mapping[str, Any]) -> dict[str, Any]:
     modules = settings.pop("targets.modules", None)
     if modules is not None:
         settings["targets.set"] = modules  # the list takes precedence
+    if settings.get("lora.alpha") is not None and settings.get("lora.alpha_policy") == "fixed":
+        del settings["lora.alpha_policy"]  # alpha's own value says it
     if not any(isinstance(value, Mapping) for value in config.values()):
         return settings  # a trial's params
     source = settings.get("model.path") or settings.get("model.id")
