@@ -158,7 +158,7 @@ def ui(
     from qlora_exp.records.files import read_record
     from qlora_exp.records.find import find_run, read_runs, tracking_uri
     from qlora_exp.tracking.state import read_state
-    from qlora_exp.tracking.ui import charts_url, compare_url, runs_url, ui_command, ui_environment
+    from qlora_exp.tracking.ui import answers_url, charts_url, compare_url, runs_url, ui_command, ui_environment
 
     outputs = outputs_of(output_root)
     records = read_runs(outputs)[0]
@@ -174,6 +174,7 @@ def ui(
         pages = {
             "all runs, with settings and scores:": runs_url(address, state.experiment_id),
             "charts of quality, memory and speed:": charts_url(address, state.experiment_id),
+            "answers, item by item:": answers_url(address, state.experiment_id),
         }
         if len(ids) > 1:
             pages[f"{len(ids)} runs side by side:"] = compare_url(address, state.experiment_id, ids)
@@ -188,7 +189,7 @@ def _worth_comparing(records: Sequence[RunRecord]) -> list[RunRecord]:
 
     If some were scored on test, only these: scores of two splits can't be compared.
     """
-    from qlora_exp.records.flat_rows import RISING_SCORES, run_row
+    from qlora_exp.records.flat_rows import RISING_SCORES, flat_run
     from qlora_exp.records.types import Status
     from qlora_exp.tracking.ui import MAX_COMPARED
 
@@ -200,7 +201,7 @@ def _worth_comparing(records: Sequence[RunRecord]) -> list[RunRecord]:
         return completed[-MAX_COMPARED:]
 
     def order(record: RunRecord) -> tuple[bool, float]:
-        row = run_row(record)
+        row = flat_run(record)
         value = row["score_after"]
         if value is None:
             return True, 0.0

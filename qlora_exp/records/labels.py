@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qlora_exp.formatting import flatten
+from qlora_exp.records.model_name import model_name
 from qlora_exp.records.redaction import redact
 from qlora_exp.records.types import RunRecord
 
@@ -63,6 +64,9 @@ study's axes are in labels all the same, and the split, by which pilots differ."
 
 MAX_TEXT = 24
 """Characters of a text in a label."""
+
+IN_THE_NAME = tuple(f"model.{key}" for key in ("id", "instruct_id", "path", "instruct_path", "adapter"))
+"""Settings that a model's name says."""
 
 IMPLIED = {"evaluation.split": "test"}
 """Values that a label leaves out: a pilot's label has ``validation``."""
@@ -128,10 +132,9 @@ def named_settings(row: Mapping[str, Any]) -> dict[str, Any]:
         del settings["lora.alpha_policy"]  # alpha's own value says it
     if not any(isinstance(value, Mapping) for value in config.values()):
         return settings  # a trial's params
-    source = settings.get("model.path") or settings.get("model.id")
-    if source and settings.get("model.family") in ("local", "hub"):
-        settings["model.family"] = _last_part(str(source))
-        settings = {key: value for key, value in settings.items() if key not in ("model.path", "model.id")}
+    if isinstance(model := config.get("model"), Mapping) and "family" in model:
+        settings["model.family"] = model_name(model, short=True)
+        settings = {key: value for key, value in settings.items() if key not in IN_THE_NAME}
     kept = {"evaluation.split", *axes}
     return {key: value for key, value in settings.items() if key in kept or not key.startswith(NOT_NAMED)}
 

@@ -143,6 +143,11 @@ def charts_url(address: str, experiment_id: str) -> str:
     return f"{_view_url(address, experiment_id, CHARTS_VIEW_KEY)}&compareRunsMode=CHART"
 
 
+def answers_url(address: str, experiment_id: str) -> str:
+    """Return the address of the runs' answers, item by item (:mod:`qlora_exp.tracking.answers_table`)."""
+    return f"{_view_url(address, experiment_id, VIEW_KEY)}&compareRunsMode=ARTIFACT"
+
+
 def compare_url(address: str, experiment_id: str, mlflow_run_ids: Sequence[str]) -> str:
     """Return the address of the page that puts settings and scores of these runs side by side."""
     runs, experiments = (
