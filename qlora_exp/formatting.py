@@ -56,6 +56,8 @@ class TableColumn:
     priority: int = 0
     fold: bool = False
     """Long cells may take several lines: the column needs no more than :data:`FOLDED_WIDTH`."""
+    cut: bool = False
+    """The same, but long cells are cut, so that each row is one line."""
 
     @property
     def shown_heading(self) -> str:
@@ -67,7 +69,7 @@ def fitted_table(
 ) -> tuple[Table, list[TableColumn]]:
     """Return a table of at most ``width`` columns, one line per row if possible, and the columns that it lacks.
 
-    Numbers are right-aligned. Only the columns with ``fold`` are broken into lines.
+    Numbers are right-aligned. Only columns with ``fold`` are broken into lines, and only those with ``cut`` are cut.
     """
     from rich.cells import cell_len
 
@@ -79,7 +81,7 @@ def fitted_table(
     needed: dict[str, int] = {}
     for column in columns:
         widest = max((cell_len(str(text)) for text in cells[column.key]), default=0)
-        widest = min(widest, FOLDED_WIDTH) if column.fold else widest
+        widest = min(widest, FOLDED_WIDTH) if column.fold or column.cut else widest
         needed[column.key] = COLUMN_GAP + max(cell_len(column.shown_heading), widest)
     shown = list(columns)
     while sum(needed[column.key] for column in shown) - COLUMN_GAP > width:
@@ -89,12 +91,15 @@ def fitted_table(
         shown.remove(least)
     table = simple_table(*(column.shown_heading for column in shown))
     table.padding = (0, COLUMN_GAP - 1, 0, 0)  # rich adds a divider, which is a space here
-    can_fold = any(column.fold for column in shown)
+    can_fold = any(column.fold or column.cut for column in shown)
+    left = width + COLUMN_GAP - sum(needed[column.key] for column in shown)
     for column, drawn in zip(shown, table.columns, strict=True):
         values = [row.get(column.key) for row in rows]
         is_number = all(isinstance(value, int | float | None) and not isinstance(value, bool) for value in values)
         drawn.justify = "right" if is_number and column is not shown[0] else "left"
         drawn.no_wrap = column is shown[0] or (can_fold and not column.fold)
+        if column.cut:
+            drawn.overflow, drawn.max_width = "ellipsis", needed[column.key] - COLUMN_GAP + max(left, 0)
     for index in range(len(rows)):
         table.add_row(*(cells[column.key][index] for column in shown))
     return table, [column for column in columns if column not in shown]

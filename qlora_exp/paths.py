@@ -173,6 +173,8 @@ class RunPaths:
     adapter = Child("adapter")
     export = Child("export")
     """The default folder of ``qlora-exp export``."""
+    quantization = Child("quantization.json")
+    """Results of ``qlora-exp quantize``."""
     checkpoints = Child("checkpoints")
     trained = Child("trained.json")
     """Result of a finished training (``Trained`` as JSON); deleted when the run is complete."""

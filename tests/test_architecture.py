@@ -33,7 +33,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("estimate",),
     ("runs",),
     ("export", "orchestration"),
-    ("doctor", "plugins"),
+    ("doctor", "plugins", "ptq"),
     ("cli",),
     ("__init__", "__main__", "embedded"),
 )

@@ -121,7 +121,7 @@ Where = Annotated[
 Sort = Annotated[
     str | None, typer.Option("--sort", metavar="FIELD", help="Sort by a field; -FIELD: from the largest down")
 ]
-Columns = Annotated[
+ColumnNames = Annotated[
     str | None, typer.Option("--columns", metavar="A,B,…", help="Fields to show, e.g. lora.r,accuracy (docs/json.md)")
 ]
 

@@ -143,7 +143,7 @@ def ui(
         list[str] | None,
         typer.Argument(
             metavar="[RUN]...",
-            help="Runs to compare, as for show; default: the newest study's best trials, or the newest runs",
+            help="Runs to compare, as for show; default: the best of the newest study, or the newest runs",
             autocompletion=complete_runs,
             show_default=False,
         ),
@@ -185,26 +185,27 @@ def ui(
 
 
 def _worth_comparing(records: Sequence[RunRecord]) -> list[RunRecord]:
-    """Return the completed runs of the newest run's study, best score first; or the newest runs of no study."""
-    from qlora_exp.records.rows import HIGHER_IS_BETTER, run_row
+    """Return the best completed runs of the newest run's study, best first; the newest runs if that has fewer than two.
+
+    If some were scored on test, only these: scores of two splits can't be compared.
+    """
+    from qlora_exp.records.flat_rows import RISING_SCORES, run_row
     from qlora_exp.records.types import Status
     from qlora_exp.tracking.ui import MAX_COMPARED
 
+    completed = [record for record in records if record.status is Status.COMPLETED]
     study = records[-1].trial.study if records[-1].trial is not None else None
-    done = [
-        record
-        for record in records
-        if record.status is Status.COMPLETED and (record.trial.study if record.trial is not None else None) == study
-    ]
-    if study is None:
-        return done[-MAX_COMPARED:]
+    done = [record for record in completed if record.trial is not None and record.trial.study == study]
+    done = [record for record in done if record.scores.test is not None] or done
+    if len(done) < 2:
+        return completed[-MAX_COMPARED:]
 
     def order(record: RunRecord) -> tuple[bool, float]:
         row = run_row(record)
         value = row["score_after"]
         if value is None:
             return True, 0.0
-        return False, -value if row["score"] in HIGHER_IS_BETTER else value
+        return False, -value if row["score"] in RISING_SCORES else value
 
     return sorted(done, key=order)[:MAX_COMPARED]
 

@@ -9,7 +9,7 @@ import typer
 from qlora_exp.cli.arguments import (
     AsCsv,
     AsJson,
-    Columns,
+    ColumnNames,
     OutputRoot,
     Run,
     Sort,
@@ -32,10 +32,17 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from qlora_exp.paths import OutputPaths
-    from qlora_exp.records.rows import Selection
+    from qlora_exp.records.flat_rows import Selection
     from qlora_exp.records.types import RunRecord
 
 LISTS = ("models", "quantizations", "targets", "tasks", "sweeps", "runs")
+NOTES = {
+    "models": (
+        "any other model:      model=hub model.id=OWNER/NAME    or    model=local model.path=DIR_OR_GGUF",
+        "start from a run:     model.adapter=RUN",
+    )
+}
+"""Lines above the table of a list."""
 COLUMNS = {"models": ("checkpoints.base", "checkpoints.instruct"), "tasks": ("kind",)}
 """Keys of the files that get a column, in addition to name, meaning and command."""
 
@@ -65,14 +72,14 @@ def ls(
     ] = None,
     where: Where = None,
     sort: Sort = None,
-    columns: Columns = None,
+    columns: ColumnNames = None,
     as_csv: AsCsv = False,
     as_json: AsJson = False,
 ) -> int:
     """List the runs, or the choices: models, quantizations, targets, tasks, sweeps."""
     from qlora_exp.config.choices import LISTED, choices, sweeps
     from qlora_exp.errors import ConfigError, nearest
-    from qlora_exp.records.rows import Selection, selected
+    from qlora_exp.records.flat_rows import Selection, selected
 
     if what not in LISTS:
         raise ConfigError(f"{what!r} can't be listed", "qlora-exp ls", nearest(what, LISTS))
@@ -89,7 +96,8 @@ def ls(
     rows = [rows[position] for position in selected(rows, selection)]
     shown, chosen = select(rows, rows, columns, choices_columns(rows))
     command = "qlora-exp sweep NAME" if what == "sweeps" else f"qlora-exp run {LISTED[what]}=NAME"
-    print_rows(shown, chosen, as_json, as_csv, f"{command}      (--json has the command of each)")
+    header = "\n".join([f"{command}      (--json has the command of each)", *NOTES.get(what, ())])
+    print_rows(shown, chosen, as_json, as_csv, header)
     return 0
 
 
@@ -168,8 +176,8 @@ def _runs(outputs: OutputPaths, study: str | None, selection: Selection, as_csv:
     from qlora_exp.cli.tables import print_rows, runs_columns, runs_rows, select, with_quality
     from qlora_exp.errors import QloraExpError
     from qlora_exp.records.find import read_runs
+    from qlora_exp.records.flat_rows import all_fields, selected
     from qlora_exp.records.labels import shared_settings
-    from qlora_exp.records.rows import all_fields, selected
     from qlora_exp.system.environment import is_alive
     from qlora_exp.tracking.interrupted import mark_interrupted
 
@@ -196,8 +204,9 @@ def _runs(outputs: OutputPaths, study: str | None, selection: Selection, as_csv:
         print(f"none of {len(everybody)} runs matches")
         return 0
     shared = shared_settings([{"config": record.config} for record in records]) if len(records) > 1 else ""
-    plural = "s" if len(records) != 1 else ""
-    print_rows(shown, columns, as_json, as_csv, f"{len(records)} run{plural}{f', all {shared}' if shared else ''}")
+    header = f"{len(records)} run{'s' if len(records) != 1 else ''}{f', all {shared}' if shared else ''}"
+    synthetic = sum(record.synthetic for record in records)
+    print_rows(shown, columns, as_json, as_csv, header + (f"; {synthetic} SYNTHETIC" if synthetic else ""))
     for problem in unreadable:
         print(f"not shown: {problem}", file=sys.stdout if is_table else sys.stderr)
     if not is_table:

@@ -12,7 +12,7 @@ import typer
 from qlora_exp.cli.arguments import (
     AsCsv,
     AsJson,
-    Columns,
+    ColumnNames,
     Force,
     OutputRoot,
     Overrides,
@@ -260,7 +260,7 @@ def trials(
     as_json: AsJson = False,
     where: Where = None,
     sort: Sort = None,
-    columns: Columns = None,
+    columns: ColumnNames = None,
     limit: Annotated[
         int | None, typer.Option(help="Show only so many trials: the first by --sort, else the newest", min=1)
     ] = None,
@@ -273,7 +273,7 @@ def trials(
     from qlora_exp.cli.tables import print_rows, select
     from qlora_exp.orchestration.status import trial_columns, trial_rows, write_csv
     from qlora_exp.records.find import run_folders
-    from qlora_exp.records.rows import Selection, selected
+    from qlora_exp.records.flat_rows import Selection, selected
 
     spec, paths = _find_study(study, output_root)
     trials = _read_study(spec, paths, storage).trials()

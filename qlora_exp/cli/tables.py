@@ -21,8 +21,8 @@ from qlora_exp.formatting import (
     print_table,
     table_width,
 )
+from qlora_exp.records.flat_rows import field_named, run_row
 from qlora_exp.records.labels import labels, short_id
-from qlora_exp.records.rows import field_named, run_row
 from qlora_exp.records.schema import to_dict
 from qlora_exp.records.types import RunRecord
 
@@ -129,7 +129,7 @@ def runs_columns(rows: Sequence[Mapping[str, Any]]) -> list[TableColumn]:
     studies = {row["study"] for row in rows}
     return [
         TableColumn("short_id", "run"),
-        TableColumn("label", "settings", fold=True),
+        TableColumn("label", "settings", cut=True),
         *([TableColumn("study", priority=3)] if len(studies) > 1 else []),
         TableColumn("quality", heading),
         TableColumn("peak_train_bytes", "peak", priority=1),
@@ -140,7 +140,7 @@ def runs_columns(rows: Sequence[Mapping[str, Any]]) -> list[TableColumn]:
 
 
 def runs_rows(records: Sequence[RunRecord], everybody: Iterable[str]) -> list[dict[str, Any]]:
-    """Return one row per run: :func:`~qlora_exp.records.rows.run_row` with ``short_id`` (unique among the ids
+    """Return one row per run: :func:`~qlora_exp.records.flat_rows.run_row` with ``short_id`` (unique among the ids
     ``everybody``) and ``label``."""
     ids = list(everybody)
     plain = [{"config": record.config, "trial": to_dict(record.trial)} for record in records]

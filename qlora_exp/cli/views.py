@@ -11,8 +11,8 @@ from rich.table import Table
 
 from qlora_exp.formatting import UNKNOWN_CELL, bytes_text, clock_text, figure, flatten, number, simple_table
 from qlora_exp.paths import RunPaths
+from qlora_exp.records.flat_rows import MAIN_SCORES, base_bytes_of, run_row, shown_scores
 from qlora_exp.records.labels import labels, run_name, short_id
-from qlora_exp.records.rows import MAIN_SCORES, base_bytes_of, run_row, scores_of
 from qlora_exp.records.schema import to_dict
 from qlora_exp.records.types import RunRecord, Status
 
@@ -32,7 +32,7 @@ RESOURCE_NAMES = (
     *("trainable_parameters", "base_weight_bytes", "adapter_bytes", "peak_train_bytes", "peak_evaluation_bytes"),
     *("train_tokens_per_second", "train_seconds", "total_seconds", "energy_joules", "cost_usd"),
 )
-NOT_SETTINGS = ("data.mean_prompt_tokens", "data.mean_completion_tokens", "data.truncated_items")
+DERIVED_DATA = ("data.mean_prompt_tokens", "data.mean_completion_tokens", "data.truncated_items")
 MAX_WARNINGS = 1
 
 
@@ -63,7 +63,8 @@ def summary(record: RunRecord, paths: RunPaths, option: str = "") -> Iterator[tu
     if record.plan is not None:
         model += f", {record.plan.total_parameters:,} parameters, on {record.environment.device.name}"
     yield "model", model
-    adapter = f"r = {row['r']}, alpha {_known(row['alpha'])}, {row['targets']}"
+    alpha = _known(row["alpha"]) if row["alpha"] is not None else settings.get("lora.alpha_policy")
+    adapter = f"r = {row['r']}, alpha {alpha}, {row['targets']}"
     if record.plan is not None:
         share = record.plan.trainable_parameters / record.plan.total_parameters
         adapter += f": {record.plan.trainable_parameters:,} trained parameters ({share:.2%})"
@@ -119,7 +120,7 @@ def _training(record: RunRecord, row: dict[str, Any]) -> str:
 
 
 def _score_lines(record: RunRecord) -> Iterator[tuple[str, str]]:
-    before, after = scores_of(record)
+    before, after = shown_scores(record)
     shown = after or before
     if shown is None:
         return
@@ -193,7 +194,7 @@ def is_main(row: dict[str, Any]) -> bool:
     """Return whether ``diff`` shows the difference without ``--all``."""
     last = row["key"].rsplit(".", 1)[-1]
     if row["section"] == "settings":
-        return row["key"] not in NOT_SETTINGS
+        return row["key"] not in DERIVED_DATA
     if row["section"] == "results":
         return last in RESULT_NAMES
     return row["section"] != "other" and last in RESOURCE_NAMES

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qlora_exp.config.choices import groups
+from qlora_exp.config.model_choice import model_choice_hint
 from qlora_exp.config.overrides import glob_matches, is_hydra, parse, search_folders, values_of
 from qlora_exp.config.schema import Config
 from qlora_exp.errors import ConfigError, QloraExpError, nearest
@@ -111,8 +112,7 @@ def _problems_of_ours(
             raise ConfigError(f"the group {key} can't be left out", text, hint)
         for name in map(str, values_of(override)):
             if name not in valid:
-                is_path = key == "model" and Path(name).expanduser().exists()
-                hint = f"model=local model.path={name}" if is_path else nearest(name, valid)
+                hint = model_choice_hint(name, valid) if key == "model" else nearest(name, valid)
                 where = f"{text} ({'sweeps' if key == 'sweeps' else f'conf/{key}'}/)"
                 yield ConfigError(f"{key} has no choice {name!r}", where, hint)
         return

@@ -48,8 +48,16 @@ class Encoding:
         return self.prompt_ids + self.completion_ids + self.end_ids
 
 
-def resolve_format(config: Config) -> str:
-    """Return ``chat`` or ``plain``; ``auto`` is chat for the instruct variant and plain for the base."""
+def resolve_format(config: Config, whole_texts: bool = False) -> str:
+    """Return ``chat`` or ``plain``; ``auto`` is chat for the instruct variant and plain for the base.
+
+    ``whole_texts``: the rows have no prompt, so ``auto`` is plain. Raises :class:`DataError` for ``chat`` then.
+    """
+    if whole_texts:
+        if config.task.format is Format.chat:
+            hint = "task.format=plain; or name a prompt: task.columns.prompt=COLUMN"
+            raise DataError("whole texts have no turns for a chat template", "task.format = chat", hint)
+        return "plain"
     if config.task.format is Format.auto:
         return "chat" if config.model.variant is Variant.instruct else "plain"
     return config.task.format.name
@@ -154,6 +162,9 @@ def _divide_all(texts: Sequence[Texts], tokenizer: Tokenizer, plain: bool) -> li
             try:
                 if literal:
                     _refuse_remaining_special_tokens(ids[1], tokenizer)
+                if not text.prompt and not ids[0]:  # a whole text, and a tokenizer that adds no BOS
+                    start = _start_ids(tokenizer)
+                    ids = (start, start + ids[1], start + ids[2])
                 results[number] = _divide(text, *ids)
             except InvalidRow as refusal:
                 results[number] = refusal
@@ -210,6 +221,12 @@ def _refuse_remaining_special_tokens(ids: Sequence[int], tokenizer: Tokenizer) -
         if token is not None and token != tokenizer.unk_token:
             detail = f"this tokenizer has no other way to write {token!r}"
             raise InvalidRow("special token in the text", detail, "take it out of the row")
+
+
+def _start_ids(tokenizer: Tokenizer) -> list[int]:
+    """Return the token that stands before a whole text, so that its first token has a loss, too: BOS, or else EOS."""
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return [int(start)]  # check_tokenizer refuses the plain format without EOS
 
 
 def _divide(text: Texts, prompt_ids: list[int], head_ids: list[int], full_ids: list[int]) -> Encoding:

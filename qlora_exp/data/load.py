@@ -23,6 +23,7 @@ from qlora_exp.data.encoding import (
     template_tokens,
 )
 from qlora_exp.data.items import InvalidRow, Item, RowProblem, Splits
+from qlora_exp.data.layouts import Reading
 from qlora_exp.data.plain_text import Texts, plain_prompt, plain_text, unusual_space_notes
 from qlora_exp.data.rows import Example
 from qlora_exp.data.sources import read_general_chats, read_general_text
@@ -49,8 +50,10 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
     Raises :class:`DataError` or :class:`Problems` with file, row number, column and reason, as ``load_rows`` does.
     ``task.invalid_rows`` also covers rows that can't be tokenized, or whose completion would be cut away.
     """
-    format = resolve_format(config)
     rows = rows or load_rows(config.task)
+    reading = rows.reading or Reading(config.task)
+    format = resolve_format(config, reading.whole_texts)
+    config = replace(config, task=reading.task)
     check_tokenizer(tokenizer, format)
     if max_length < 2:
         raise DataError(f"max_length is {max_length}", "training.max_length", "at least 2: a prompt and an answer")
@@ -121,6 +124,8 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
         answer_prefix=sample.prefix or None if sample is not None else None,
         answer_prefix_variables=dict(sample.variables) if sample is not None and sample.variables else None,
         chat_date=chat_date,
+        layout=reading.layout,
+        layout_settings=dict(reading.settings) or None,
     )
     return Splits(
         items["train"],
@@ -136,6 +141,9 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
         left_out=left_out,
         truncated=tuple(truncated),
         notes=(*rows.notes, *notes),
+        whole_texts=reading.whole_texts,
+        answer_after=reading.task.answer_after,
+        read_as=reading.line,
         warnings=rows.warnings,
     )
 

@@ -76,8 +76,7 @@ def device_of(config: Config) -> PlanDevice:
     chosen = config.training.device
     if chosen is not DeviceChoice.auto:
         return device_by_name(chosen.value)
-    checkpoint = config.model.checkpoints.get(config.model.variant.value, "embedded:")
-    local = config.model.path is not None or checkpoint.startswith("embedded:")
+    local = config.model.path is not None or (config.model.checkpoint or "embedded:").startswith("embedded:")
     if not local:
         return CUDA
     return gpu_here() or device_by_name("cpu")

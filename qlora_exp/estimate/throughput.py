@@ -212,7 +212,8 @@ def machine_of(environment: Environment) -> str:
 
 def _base_key(config: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return the base model (both variants) and the quantization."""
-    model = tuple(_setting(config, "model", key) for key in ("family", "path", "checkpoints", "revision"))
+    keys = ("family", "path", "instruct_path", "checkpoints", "revision")
+    model = tuple(_setting(config, "model", key) for key in keys)
     return (*model, _setting(config, "quantization", "mode"))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from qlora_exp.analysis.item_groups import GROUP_COLUMN
-from qlora_exp.data.texts import comparable, same_text
+from qlora_exp.data.texts import comparable, final_answer, same_text
 from qlora_exp.evaluation.likelihood import CompletionScore
 from qlora_exp.evaluation.metrics import rouge_l_f, score_completions, token_f1
 from qlora_exp.records.types import Scores
@@ -106,7 +106,8 @@ def item_table(
             row[f"correct{suffix}"] = predicted[number] == item.label
         if result.generated is not None:
             row["generated"] = result.generated
-            row["exact"] = same_text(result.generated, item.answer, fold_case)
+            generated, answer = (final_answer(text, splits.answer_after) for text in (result.generated, item.answer))
+            row["exact"] = same_text(generated, answer, fold_case)
             row["rouge_l"] = rouge_l_f(result.generated, item.answer)
             row["token_f1"] = token_f1(result.generated, item.answer)
             if valid:

@@ -68,7 +68,8 @@ def evaluate_model(
     trie = OptionTrie.of([splits.option_ids[label] for label in splits.labels]) if splits.labels else None
     with scoring_mode(model):
         causal = CausalModel(model)
-        rule = stop_rule(splits, tokenizer, config, causal.base) if config.evaluation.generate else None
+        generates = config.evaluation.generate and not splits.whole_texts
+        rule = stop_rule(splits, tokenizer, config, causal.base) if generates else None
         results = score_items(causal, tokenizer, items, trie, rule, config.evaluation.batch_size)
         if trie is not None and label_marginal is None and items:
             reference = results

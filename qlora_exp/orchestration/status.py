@@ -118,7 +118,7 @@ def _running_table(slots: Sequence[SlotState], width: int | None) -> Table:
         rows.append(row | {"step": step, "loss": slot.loss, "seconds": seconds})
     columns = [
         TableColumn("trial", "running"),
-        TableColumn("label", "settings", fold=True),
+        TableColumn("label", "settings", cut=True),
         TableColumn("phase"),
         TableColumn("step"),
         TableColumn("loss", text=number, priority=1),
@@ -155,7 +155,7 @@ def best_table(rows: Sequence[TrialRow], spec: StudySpec, width: int | None = No
     shown = [row | {"best": f"trial {row['number']}"} for row in trial_rows(rows, spec)]
     columns = [
         TableColumn("best"),
-        TableColumn("name", "settings", fold=True),
+        TableColumn("name", "settings", cut=True),
         *value_columns(spec),
         TableColumn("short_id", "run"),
     ]
@@ -189,7 +189,7 @@ def trial_columns(spec: StudySpec) -> list[TableColumn]:
     """Return the columns of ``trials``: what varies, the objectives, time, status and run."""
     return [
         TableColumn("number", "trial"),
-        TableColumn("label", "settings", fold=True),
+        TableColumn("label", "settings", cut=True),
         *value_columns(spec),
         TableColumn("seconds", "time", clock_text, priority=1),
         TableColumn("status"),

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qlora_exp.formatting import flatten
+from qlora_exp.records.model_name import model_name
 from qlora_exp.records.redaction import redact
 from qlora_exp.records.types import RunRecord
 
@@ -40,8 +41,7 @@ SPELLINGS = {
     "seed": "s",
     "evaluation.split": "",
 }
-"""Setting → what precedes its value in a label, in the order of labels. Any other reads ``name=value``, before the
-seed."""
+"""Setting → what precedes its value in a label, in the order of labels. Others read ``name=value`` and come last."""
 
 GROUPS = {
     "model.": "model.family",
@@ -55,9 +55,17 @@ NOT_NAMED = (
     *("name", "output_root", "tracking.", "budget.", "notify.", "sweep.", "workers."),
     *("model.checkpoints", "model.template_tokens_trained", "training.logging_steps", "training.save_every_steps"),
     *("training.resume", "training.threads", "training.device", "training.evaluate_every_steps", "evaluation."),
+    *("training.micro_batch", "training.gradient_checkpointing", "training.kernels", "training.padding_free"),
+    *("training.engine", "training.sleep", "task.goal", "task.max_", "task.columns", "task.splits", "task.labels"),
 )
 """Beginnings of a configuration's keys that don't change what is trained, or that follow from the model. Those of a
 study's axes are in labels all the same, and the split, by which pilots differ."""
+
+MAX_TEXT = 24
+"""Characters of a text in a label."""
+
+IN_THE_NAME = tuple(f"model.{key}" for key in ("id", "instruct_id", "path", "instruct_path", "adapter"))
+"""Settings that a model's name says."""
 
 IMPLIED = {"evaluation.split": "test"}
 """Values that a label leaves out: a pilot's label has ``validation``."""
@@ -121,10 +129,9 @@ def named_settings(row: Mapping[str, Any]) -> dict[str, Any]:
         settings["targets.set"] = modules  # the list takes precedence
     if not any(isinstance(value, Mapping) for value in config.values()):
         return settings  # a trial's params
-    source = settings.get("model.path") or settings.get("model.id")
-    if source and settings.get("model.family") in ("local", "hub"):
-        settings["model.family"] = _last_part(str(source))
-        settings = {key: value for key, value in settings.items() if key not in ("model.path", "model.id")}
+    if isinstance(model := config.get("model"), Mapping) and "family" in model:
+        settings["model.family"] = model_name(model, short=True)
+        settings = {key: value for key, value in settings.items() if key not in IN_THE_NAME}
     kept = {"evaluation.split", *axes}
     return {key: value for key, value in settings.items() if key in kept or not key.startswith(NOT_NAMED)}
 
@@ -157,10 +164,9 @@ def short_id(run_id: str, among: Iterable[str] = ()) -> str:
 
 def _in_order(keys: Iterable[str]) -> list[str]:
     order = list(SPELLINGS)
-    other = order.index("seed") - 0.5
 
-    def place(key: str) -> tuple[float, str]:
-        return (order.index(key), "") if key in SPELLINGS else (other, key)
+    def place(key: str) -> tuple[int, str]:
+        return (order.index(key), "") if key in SPELLINGS else (len(order), key)
 
     return sorted(keys, key=place)
 
@@ -209,6 +215,8 @@ def _part(key: str, value: Any, texts: Mapping[Any, str]) -> str:
     text = texts[_comparable(value)]
     if key in ("model.id", "model.path"):
         text = _last_part(text)
+    text = " ".join(text.split()) if isinstance(value, str) else text
+    text = text if len(text) <= MAX_TEXT or not isinstance(value, str) else f"{text[: MAX_TEXT - 1]}…"
     return f"{SPELLINGS[key]}{text}" if key in SPELLINGS else f"{key.rsplit('.', 1)[-1]}={text}"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from qlora_exp.architecture.run_plan import (
     EARLIER_EVALUATION_DEFAULTS,
+    EARLIER_MODEL_DEFAULTS,
     EARLIER_TASK_DEFAULTS,
     EARLIER_TRAINING_DEFAULTS,
 )
@@ -90,7 +91,8 @@ def config_from_plain(plain: dict[str, Any]) -> Config:
         # Records don't hold the sweep's settings.
         plain = {"sweep": None, "workers": None, **plain}
         plain["budget"] = {**dict.fromkeys(STUDY_LIMITS), "force": False, **plain.get("budget", {})}
-        plain["task"] = {**EARLIER_TASK_DEFAULTS, **plain.get("task", {})}  # older records lack some keys of both
+        plain["model"] = {**EARLIER_MODEL_DEFAULTS, **plain.get("model", {})}  # older records lack some keys of these
+        plain["task"] = {**EARLIER_TASK_DEFAULTS, **plain.get("task", {})}
         plain["task"]["columns"] = {"tools": None, **(plain["task"].get("columns") or {})}
         plain["evaluation"] = {**EARLIER_EVALUATION_DEFAULTS, **plain.get("evaluation", {})}
         training = plain.get("training")

@@ -102,8 +102,8 @@ def execute(
             record = record.replace(fit=fit, warnings=(*record.warnings, *warnings))
             write_json(paths.record, record)  # explains a killed run: see killed_for_memory
             if observer is not None:
-                for warning in warnings:
-                    observer.note(warning)
+                for note in (*prepared.data_notes, *warnings):
+                    observer.note(note)
         if resume is None:
             locks.enter_context(_run_lock(paths))
         if alone and config.tracking.enabled:
@@ -222,6 +222,8 @@ class _Prepared(Protocol):
     environment: Environment
     data_fingerprint: str | None
     data_warnings: tuple[str, ...]
+    data_notes: tuple[str, ...]
+    """How the rows are read, if no setting says it, and what may be a mistake; shown, not recorded as warnings."""
     plan: Plan | None
 
     def fit(self, memory: MemoryLimit) -> Fit | None: ...
@@ -317,7 +319,10 @@ class _TrainingRun:
         self.environment = environment.probe(config.training.device)
         self.prepared = prepare(config, self.environment, self.bases, memory)
         self.data_fingerprint: str | None = self.prepared.splits.record.fingerprint
-        self.data_warnings = self.prepared.splits.warnings
+        splits = self.prepared.splits
+        self.data_warnings = splits.warnings
+        read_as = [splits.read_as] if splits.read_as is not None else []
+        self.data_notes: tuple[str, ...] = (*read_as, *splits.notes)
         self.plan: Plan | None = self.prepared.plan
 
     def fit(self, memory: MemoryLimit) -> Fit | None:
@@ -338,6 +343,7 @@ class _SleepRun:
 
     data_fingerprint: str | None = None
     data_warnings: tuple[str, ...] = ()
+    data_notes: tuple[str, ...] = ()
     plan: Plan | None = None
 
     def __init__(self, config: Config) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -16,7 +15,6 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -32,7 +30,7 @@ from qlora_exp.records.labels import run_name
 from qlora_exp.records.types import RunRecord, Status, Trial
 from qlora_exp.tracking.state import read_state
 from qlora_exp.tracking.sync import sync_runs
-from qlora_exp.tracking.ui import answers_url, charts_url, runs_url
+from qlora_exp.tracking.ui import answers_url, charts_url, compare_url, runs_url
 
 pytestmark = [
     pytest.mark.browser,
@@ -97,7 +95,9 @@ def ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ui]:
     try:
         address = f"http://127.0.0.1:{port}"
         wait_until_it_answers(address, server, log)
-        assert charts_url(address, experiment_id) in log.read_text()
+        lines = log.read_text().splitlines()
+        assert {runs_url(address, experiment_id), charts_url(address, experiment_id)} <= set(lines)  # each on its own
+        assert any(line.startswith(f"{address}/#/compare-runs?") for line in lines)
         yield Ui(address, experiment_id, runs)
     finally:
         end_group(server)
@@ -201,8 +201,7 @@ def test_the_charts_open_on_the_axes_and_on_quality_memory_and_speed(ui: Ui, tmp
 
 def test_the_comparison_shows_names_axes_and_scores_side_by_side(ui: Ui, tmp_path: Path) -> None:
     shown = [name for name in ui.runs if name not in ("out of memory", TRIAL)]
-    runs, experiments = (quote(json.dumps(ids)) for ids in ([ui.runs[name] for name in shown], [ui.experiment_id]))
-    url = f"{ui.address}/#/compare-runs?runs={runs}&experiments={experiments}"
+    url = compare_url(ui.address, ui.experiment_id, [ui.runs[name] for name in shown])
     axes = ("model.variant", "quantization.mode", "lora.r", "lora.alpha", "targets", "training.learning_rate")
     text = assert_seen(url, tmp_path, "Comparing 3 Runs", *shown, *axes, "score/accuracy", "0.51", "0.61", "0.71")
     assert "out of memory" not in text

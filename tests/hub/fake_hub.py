@@ -24,6 +24,8 @@ class FakeHub:
     repositories: dict[tuple[str, str], Path]
     url: str = ""
     asked: list[str] = field(default_factory=list)
+    closed: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """OWNER/NAME → status and error code of its answers, e.g. ``(403, "GatedRepo")``."""
 
     def files(self, kind: str, name: str) -> list[dict[str, Any]]:
         folder = self.repositories[kind, name]
@@ -103,6 +105,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse("EntryNotFound")
 
     def _is_there(self, kind: str, name: str, revision: str) -> bool:
+        if name in self.hub.closed:
+            status, code = self.hub.closed[name]
+            self._refuse(code, status)
+            return False
         if (kind, name) not in self.hub.repositories:
             self._refuse("RepoNotFound")
             return False
@@ -114,8 +120,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _json(self, value: Any) -> None:
         self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-    def _refuse(self, code: str) -> None:
-        self._send(404, b"{}", {"X-Error-Code": code, "X-Error-Message": code, "X-Repo-Commit": COMMIT})
+    def _refuse(self, code: str, status: int = 404) -> None:
+        self._send(status, b"{}", {"X-Error-Code": code, "X-Error-Message": code, "X-Repo-Commit": COMMIT})
 
     def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)

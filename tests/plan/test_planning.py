@@ -222,6 +222,8 @@ def test_what_experts_change_is_told_where_it_matters(tmp_path: Path, capsys: py
         (("targets.modules=[q_prj]",), "q_proj"),
         (("lora.init=pissa",), "PiSSA"),
         (("model=local", "model.path=nowhere/config.json"), "no such"),
+        (("rank_doubling", "sweep.ladder.margin=0.1,0.2"), "sweep.ladder.margin can't be an axis"),
+        (("workers.count=1,2",), "workers.count can't be an axis"),
         (("lora.r=range(1,400)", "seed=range(1,400)"), "too many"),
     ],
 )

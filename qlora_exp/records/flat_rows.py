@@ -11,13 +11,14 @@ from typing import Any
 from qlora_exp.errors import ConfigError, nearest
 from qlora_exp.formatting import flatten
 from qlora_exp.records.labels import run_name
+from qlora_exp.records.model_name import model_name
 from qlora_exp.records.schema import to_dict
 from qlora_exp.records.types import RunRecord, Scores
 
 MAIN_SCORES = ("accuracy", "exact_match", "rouge_l", "loss")
 """The first of these that a run has is its main score."""
 
-HIGHER_IS_BETTER = ("accuracy", "exact_match", "rouge_l")
+RISING_SCORES = ("accuracy", "exact_match", "rouge_l")
 
 OTHER_NAMES = {
     "rank": "r",
@@ -64,7 +65,7 @@ def run_row(record: RunRecord) -> dict[str, Any]:
     validation. Sizes are in bytes, times in seconds, costs in US dollars.
     """
     settings, trial = dict(flatten(record.config)), record.trial
-    before, after = scores_of(record)
+    before, after = shown_scores(record)
     shown = after or before
     modules = settings.get("targets.modules")
     baselines = record.baselines
@@ -77,7 +78,7 @@ def run_row(record: RunRecord) -> dict[str, Any]:
         "started_at": record.started_at,
         "ended_at": record.ended_at,
         "seconds": record.speed.total_seconds,
-        "model": settings.get("model.family"),
+        "model": model_name(record.config.get("model") or {}),
         "variant": settings.get("model.variant"),
         "quantization": settings.get("quantization.mode"),
         "r": settings.get("lora.r"),
@@ -122,7 +123,7 @@ def all_fields(record: RunRecord) -> dict[str, Any]:
     return {**dict(flatten(plain.pop("config"))), **axes, **dict(flatten(plain)), **run_row(record)}
 
 
-def scores_of(record: RunRecord) -> tuple[Scores | None, Scores | None]:
+def shown_scores(record: RunRecord) -> tuple[Scores | None, Scores | None]:
     """Return the scores before and after tuning: on test if the run was scored there."""
     scores = record.scores
     return (scores.test_before, scores.test) if scores.test is not None else (scores.before, scores.after)
@@ -131,7 +132,7 @@ def scores_of(record: RunRecord) -> tuple[Scores | None, Scores | None]:
 def main_score(record: RunRecord) -> str | None:
     """Return the name of the run's main score: accuracy, else exact match, else ROUGE-L, else loss; ``None``: the run
     has no scores."""
-    before, after = scores_of(record)
+    before, after = shown_scores(record)
     shown = after or before
     if shown is None:
         return None
