@@ -27,6 +27,7 @@ def add_to(app: typer.Typer) -> None:
         "validate",
         epilog=examples(
             "qlora-exp validate quantization=nf4 lora.r=8",
+            "qlora-exp validate task=local task.path=FILE.jsonl    # says how the columns are read",
             "qlora-exp validate task=local task.path=FILE.jsonl task.columns.prompt=question",
         ),
     )(validate)
@@ -91,13 +92,19 @@ def preview(
     """Show items as tokens. The trained tokens are highlighted, or in [brackets] without a terminal."""
     from rich.text import Text
 
-    from qlora_exp.data.preview import preview_items
+    from qlora_exp.data.preview import preview_items, rows_report
     from qlora_exp.formatting import print_table
 
-    _, prepared, _ = _prepared(combined_overrides(source, overrides))
+    config, prepared, _ = _prepared(combined_overrides(source, overrides))
     if as_json:
         _print_items(split, preview_items(prepared.splits, prepared.tokenizer, split, count))
         return 0
+    data = prepared.splits.record
+    counts = f"{data.train_items} train, {data.validation_items} validation, {data.test_items} test items"
+    print(f"{config.task.path or config.task.hub_id or config.task.name}: {counts}; {prepared.plan.format} format")
+    for line in rows_report(prepared.splits):
+        print(line)
+    print()
     for item, tokens in preview_items(prepared.splits, prepared.tokenizer, split, count):
         trained = sum(token.trained for token in tokens)
         head = f"{split} {item.item_id}: {len(tokens)} tokens, {trained} trained"
@@ -171,6 +178,7 @@ def _summary_lines(config: Config, plan: Plan, splits: Splits) -> list[str]:
     share = plan.trainable_parameters / plan.total_parameters
     rounded_in = " and ".join(plan.inputs_rounded_in or ())
     rounded = f", inputs rounded to 8 bits in {rounded_in}" if rounded_in else ""
+    epochs = f" ({config.training.epochs:g} epochs of {data.train_items} rows)" if config.training.epochs else ""
     dropped = f", {data.dropped_rows} rows dropped" if data.dropped_rows else ""
     return [
         "valid",
@@ -182,7 +190,7 @@ def _summary_lines(config: Config, plan: Plan, splits: Splits) -> list[str]:
         f"  data     {data.task}: {data.train_items} train, {data.validation_items} validation, "
         f"{data.test_items} test items{dropped}; {plan.format} format",
         *(f"           {line}" for line in rows_report(splits)),
-        f"  training {plan.max_steps} steps of {plan.batch_size} items "
+        f"  training {plan.max_steps} steps of {plan.batch_size} items{epochs} "
         f"({_micro_batch(plan)} at a time), seed {config.seed}; "
         f"{'without padding' if plan.padding_free else f'with padding: {plan.padded_because}'}",
     ]

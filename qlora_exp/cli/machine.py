@@ -143,7 +143,7 @@ def ui(
         list[str] | None,
         typer.Argument(
             metavar="[RUN]...",
-            help="Runs to compare, as for show; default: the newest study's best trials, or the newest runs",
+            help="Runs to compare, as for show; default: the best of the newest study, or the newest runs",
             autocompletion=complete_runs,
             show_default=False,
         ),
@@ -158,7 +158,7 @@ def ui(
     from qlora_exp.records.files import read_record
     from qlora_exp.records.find import find_run, read_runs, tracking_uri
     from qlora_exp.tracking.state import read_state
-    from qlora_exp.tracking.ui import charts_url, compare_url, runs_url, ui_command, ui_environment
+    from qlora_exp.tracking.ui import answers_url, charts_url, compare_url, runs_url, ui_command, ui_environment
 
     outputs = outputs_of(output_root)
     records = read_runs(outputs)[0]
@@ -174,6 +174,7 @@ def ui(
         pages = {
             "all runs, with settings and scores:": runs_url(address, state.experiment_id),
             "charts of quality, memory and speed:": charts_url(address, state.experiment_id),
+            "answers, item by item:": answers_url(address, state.experiment_id),
         }
         if len(ids) > 1:
             pages[f"{len(ids)} runs side by side:"] = compare_url(address, state.experiment_id, ids)
@@ -184,19 +185,20 @@ def ui(
 
 
 def _worth_comparing(records: Sequence[RunRecord]) -> list[RunRecord]:
-    """Return the completed runs of the newest run's study, best score first; or the newest runs of no study."""
+    """Return the best completed runs of the newest run's study, best first; the newest runs if that has fewer than two.
+
+    If some were scored on test, only these: scores of two splits can't be compared.
+    """
     from qlora_exp.records.flat_rows import RISING_SCORES, run_row
     from qlora_exp.records.types import Status
     from qlora_exp.tracking.ui import MAX_COMPARED
 
+    completed = [record for record in records if record.status is Status.COMPLETED]
     study = records[-1].trial.study if records[-1].trial is not None else None
-    done = [
-        record
-        for record in records
-        if record.status is Status.COMPLETED and (record.trial.study if record.trial is not None else None) == study
-    ]
-    if study is None:
-        return done[-MAX_COMPARED:]
+    done = [record for record in completed if record.trial is not None and record.trial.study == study]
+    done = [record for record in done if record.scores.test is not None] or done
+    if len(done) < 2:
+        return completed[-MAX_COMPARED:]
 
     def order(record: RunRecord) -> tuple[bool, float]:
         row = run_row(record)

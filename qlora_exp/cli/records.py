@@ -18,6 +18,15 @@ from qlora_exp.cli.arguments import (
     examples,
     outputs_of,
 )
+from qlora_exp.cli.items import (
+    ITEMS_SHOWN,
+    AnswersOfBoth,
+    ItemLimit,
+    OnlyWrong,
+    ShownItems,
+    diff_items,
+    show_items,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,8 +49,11 @@ COLUMNS = {"models": ("checkpoints.base", "checkpoints.instruct"), "tasks": ("ki
 
 def add_to(app: typer.Typer) -> None:
     app.command("ls", epilog=examples("qlora-exp ls runs", "qlora-exp ls models", "qlora-exp ls runs --limit 10"))(ls)
-    app.command("show", epilog=examples("qlora-exp show last", "qlora-exp show last --json | jq .scores.after"))(show)
-    app.command("diff", epilog=examples("qlora-exp diff last 20261121-043802"))(diff)
+    shows = ("qlora-exp show last", "qlora-exp show last --items 20 --wrong")
+    app.command("show", epilog=examples(*shows, "qlora-exp show last --json | jq .scores.after"))(show)
+    app.command("diff", epilog=examples("qlora-exp diff last 20261121-043802", "qlora-exp diff last 3f2a --items"))(
+        diff
+    )
 
 
 def complete_lists(incomplete: str) -> list[str]:
@@ -92,16 +104,20 @@ def ls(
 def show(
     run: Run,
     everything: Annotated[bool, typer.Option("--all", "-a", help="Show every figure of the record")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print record.json")] = False,
+    items: ShownItems = None,
+    wrong: OnlyWrong = False,
+    json: Annotated[bool, typer.Option("--json", help="Print record.json; with --items, the items")] = False,
     output_root: OutputRoot = None,
 ) -> int:
-    """Show a run: status, scores before and after, memory, speed, cost, files."""
+    """Show a run: status, scores before and after, memory, speed, cost, files; or what its models answered."""
     from qlora_exp.records.files import read_record
     from qlora_exp.records.find import find_run
 
     outputs = outputs_of(output_root)
     paths = find_run(run, outputs)
     record = read_record(paths.record)
+    if items is not None or wrong:
+        return show_items(paths, record, items or ITEMS_SHOWN, wrong, json)
     if json:
         print(paths.record.read_text(encoding="utf-8"), end="")
         return 0
@@ -123,10 +139,12 @@ def diff(
     everything: Annotated[
         bool, typer.Option("--all", "-a", help="Show all that differs, also machine and plan")
     ] = False,
+    items: AnswersOfBoth = False,
+    limit: ItemLimit = ITEMS_SHOWN,
     as_json: AsJson = False,
     output_root: OutputRoot = None,
 ) -> int:
-    """Show the differences between two runs: settings, results, then memory, speed and cost."""
+    """Show the differences between two runs: settings, results, then memory, speed and cost; or their answers."""
     from qlora_exp.cli.tables import print_json
     from qlora_exp.cli.views import difference_table, differences, is_main, pair_lines
     from qlora_exp.formatting import print_table
@@ -135,7 +153,10 @@ def diff(
     from qlora_exp.records.labels import short_id
 
     outputs = outputs_of(output_root)
-    left, right = (read_record(find_run(run, outputs).record) for run in (first, second))
+    folders = [find_run(run, outputs) for run in (first, second)]
+    left, right = (read_record(paths.record) for paths in folders)
+    if items:
+        return diff_items(folders, (left, right), limit, as_json)
     rows = differences(left, right)
     if as_json:
         print_json({"first": left.run_id, "second": right.run_id, "differences": rows})

@@ -50,7 +50,7 @@ MINIMUM = {
 }
 """The smallest number that is allowed → the keys for which it holds."""
 ABOVE_ZERO = (
-    *("lora.alpha", "training.learning_rate", "tracking.timeout_seconds"),
+    *("lora.alpha", "training.learning_rate", "training.epochs", "tracking.timeout_seconds"),
     *("budget.seconds", "budget.tokens", "budget.usd", "budget.kwh", "budget.memory_bytes"),
     *("workers.heartbeat_seconds", "workers.lease_seconds", "workers.hang_seconds"),
 )
@@ -117,13 +117,18 @@ def _value(config: Config, key: str) -> Any:
 
 
 def _training(training: TrainingConfig) -> Iterator[ConfigError]:
-    if training.max_steps is None and training.max_tokens is None:
-        hint = "training.max_steps=200, or training.max_tokens=100000 instead"
+    lengths = {key: getattr(training, key) for key in ("max_steps", "max_tokens", "epochs")}
+    if all(value is None for value in lengths.values()):
+        hint = "training.max_steps=200; or training.epochs=3 or training.max_tokens=100000 instead"
         yield config_error("the length of the training is not set", "training.max_steps", None, hint)
     if training.max_steps is not None and training.max_tokens is not None:
         what = f"training.max_steps={training.max_steps} is set, too: only one of them may end the training"
         hint = "training.max_steps=null, or training.max_tokens=null"
         yield config_error(what, "training.max_tokens", training.max_tokens, hint)
+    other = next((key for key in ("max_steps", "max_tokens") if lengths[key] is not None), None)
+    if training.epochs is not None and other is not None:
+        what = f"training.{other}={lengths[other]} is set, too: only one of them may end the training"
+        yield config_error(what, "training.epochs", training.epochs, f"training.{other}=null, or training.epochs=null")
     micro_batch, batch = training.micro_batch_size, training.batch_size
     if micro_batch is not None and micro_batch >= 1 and batch >= 1 and batch % micro_batch:
         divisors = ", ".join(str(size) for size in range(1, batch + 1) if batch % size == 0)

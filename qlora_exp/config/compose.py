@@ -121,8 +121,9 @@ class Composer:
         """Return the unchecked configuration; see :func:`compose_raw`."""
         others, values = _split(overrides)
         if others not in self._composed:
-            self._composed[others] = compose_raw(others)
-        return _with_values(self._composed[others], values) or compose_raw(overrides)
+            self._composed[others] = _composed(others)
+        config = _with_values(self._composed[others], values)
+        return with_one_length(config, overrides) if config is not None else compose_raw(overrides)
 
 
 def compose_raw(overrides: Sequence[str]) -> DictConfig:
@@ -131,6 +132,28 @@ def compose_raw(overrides: Sequence[str]) -> DictConfig:
     Raises:
         ConfigError: it can't be composed.
     """
+    return with_one_length(_composed(overrides), overrides)
+
+
+def with_one_length(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Return the composed ``config`` without ``training.max_steps``, if ``training.epochs`` replaces its default.
+
+    A length that ``overrides`` name stays: two of them are refused later, and so is one of a file with another one of
+    ``overrides``.
+    """
+    training = config.get("training")
+    if training is None or OmegaConf.is_missing(training, "epochs") or training.get("epochs") is None:
+        return config
+    named = {override_key(text) for text in overrides if not text.endswith("=null")}
+    if "training.max_steps" in named or training.get("max_steps") is None:
+        return config
+    config = copy.deepcopy(config)
+    OmegaConf.update(config, "training.max_steps", None)
+    return config
+
+
+def _composed(overrides: Sequence[str]) -> DictConfig:
+    """Return what Hydra composes; see :func:`compose_raw`."""
     ours = _ours(overrides)
     folders = search_folders(overrides)
     others, values = _split(ours)

@@ -102,6 +102,8 @@ class TargetsConfig:
 
 @dataclass
 class ColumnsConfig:
+    """Columns of the data. Those that are null, and have no template, are recognised (docs/data.md)."""
+
     prompt: str | None
     completion: str | None
     messages: str | None
@@ -129,7 +131,8 @@ class TaskConfig:
     split_seed: int
     columns: ColumnsConfig
     prompt: str | None
-    """Template over the row's columns, e.g. ``"Definition: {definition}\\nCategory:"``; null: the prompt column."""
+    """Template over the row's columns, e.g. ``"Definition: {definition}\\nCategory:"``; null: the prompt column; empty:
+    no prompt, the whole text is learned (continued pretraining)."""
     completion: str | None
     separator: str | None
     """plain format: the text between prompt and completion; null: depends on the texts (docs/measures.md)."""
@@ -144,6 +147,8 @@ class TaskConfig:
     """Fields of messages to ignore; any other field that the chat template doesn't use is an error."""
     date: str
     """The date for chat templates that ask for today's date, e.g. ``2026-01-01``."""
+    answer_after: str | None
+    """Exact match compares what follows the last such mark, e.g. ``####`` (GSM8K); null: whole answers."""
     invalid_rows: InvalidRows
     goal: str | None
     """A business objective, e.g. ``accuracy >= 0.6``."""
@@ -158,6 +163,9 @@ class TrainingConfig:
     max_tokens: int | None
     """A budget in processed (unpadded) tokens, instead of max_steps, which must be null then. Training ends after the
     step that reaches it."""
+    epochs: float | None
+    """Passes over the training rows, also fractions, instead of max_steps or max_tokens. Its steps follow from the rows
+    of the training split and batch_size: ``plan.max_steps`` of the record."""
     batch_size: int
     micro_batch_size: int | None
     micro_batch_tokens: Any
@@ -210,6 +218,8 @@ class EvaluationConfig:
     baselines: bool
     metrics: list[str]
     """More metrics by their Hub name (online), computed on generated answers."""
+    keep_texts: bool
+    """False: neither prompts nor answers are written, to no file and not to MLflow; only whether they are right."""
     cache: bool
 
 

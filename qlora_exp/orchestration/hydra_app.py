@@ -17,7 +17,14 @@ from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qlora_exp.config.compose import as_checked_config, check_hydra, check_multirun, compose, compose_raw
+from qlora_exp.config.compose import (
+    as_checked_config,
+    check_hydra,
+    check_multirun,
+    compose,
+    compose_raw,
+    with_one_length,
+)
 from qlora_exp.config.interpolations import unresolved_error, unresolved_texts
 from qlora_exp.config.override_errors import problems_of
 from qlora_exp.config.overrides import SEARCH_PATH, first_choice, is_swept, search_folders, search_path, without_globs
@@ -169,7 +176,7 @@ def run_job(raw: Any) -> Any:
     multirun = HydraConfig.get().mode is RunMode.MULTIRUN
     try:
         OmegaConf.resolve(raw)
-        config = as_checked_config(raw)
+        config = as_checked_config(with_one_length(raw, HydraConfig.get().overrides.task))
         code = _run_in_subprocess(config) if multirun else run_with_progress(config)
     except QloraExpError as error:
         print_error(error)

@@ -26,6 +26,7 @@ from qlora_exp.errors import QloraExpError, StudyError, raise_all, unwritable_er
 from qlora_exp.estimate.budget import budget_of, check_energy
 from qlora_exp.formatting import bytes_text, print_table
 from qlora_exp.orchestration.command import SweepCommand, study_spec, typed_settings
+from qlora_exp.orchestration.finalists import read_plan
 from qlora_exp.orchestration.launcher_processes import launcher_job
 from qlora_exp.orchestration.memory_predictions import MAX_CONSECUTIVE_SKIPS
 from qlora_exp.orchestration.orchestrator import (
@@ -38,6 +39,7 @@ from qlora_exp.orchestration.orchestrator import (
 from qlora_exp.orchestration.prestart import prestarted
 from qlora_exp.orchestration.status import LiveStatus, best_table, memory_predictions, progress_text
 from qlora_exp.orchestration.study_budget import StudyBudget, affordable_trials_message, check_memory
+from qlora_exp.orchestration.study_end import best_row, how_sure, output_option, print_confirmation, write_best
 from qlora_exp.paths import OutputPaths
 from qlora_exp.rank_doubling.answers import announce, print_answers, says_what_to_use
 from qlora_exp.rank_doubling.ladder import proposer_of
@@ -56,7 +58,7 @@ from qlora_exp.study.space import point_overrides
 from qlora_exp.study.spec import read_spec, storage_of, without_secrets, write_spec
 from qlora_exp.study.storage import is_unreachable, unreachable_error
 from qlora_exp.study.study import Study
-from qlora_exp.study.types import Counts, StudySpec
+from qlora_exp.study.types import Counts, StudySpec, TrialRow
 from qlora_exp.system import signals, streams
 from qlora_exp.system.distributed import check_single_rank
 
@@ -196,7 +198,8 @@ def _announcement(command: SweepCommand, counts: Counts) -> str:
     axes = " × ".join(f"{axis.key}={axis.text}" for axis in spec.axes) or "no axes"
     axes += "".join(f"\n  {text} on the command line fixes an axis of the sweep" for text in command.fixed_axes)
     stops_pilots = spec.ladder is not None and spec.ladder.stop_pilots
-    search = f"{spec.sampler}, " + ("stops pilots that are behind" if stops_pilots else f"pruner {spec.pruner}")
+    source = spec.sampler if spec.n_trials > len(spec.enqueue) else "all enqueued"
+    search = f"{source}, " + ("stops pilots that are behind" if stops_pilots else f"pruner {spec.pruner}")
     at_most = "at most " if spec.ladder is not None else ""
     return f"{synthetic}study {spec.name}: {at_most}{spec.n_trials} trials{done} ({search})\n  {axes}"
 
@@ -335,7 +338,8 @@ class _Sweep:
     def conclude(self) -> int:
         """Print how the study ended and what to do next; return the exit code."""
         spec, paths, opened = self.spec, self.command.paths, self.opened
-        counts, best = opened.counts(), opened.best()
+        counts, best, rows = opened.counts(), opened.best(), opened.trials()
+        to_run_again = best_row(best, spec)
         exhausted = None if counts.is_complete else self.budget.first_exhausted(opened.trials())
         larger_limit = exhausted.larger if exhausted is not None else None
         answers = None
@@ -343,15 +347,20 @@ class _Sweep:
             answers = print_answers(spec, paths, opened.trials(), larger_limit)
             write_json(paths.ladder, answers)
             print(f"  {paths.ladder}")
+        elif (plan := read_plan(paths)) is not None:
+            to_run_again = print_confirmation(spec, paths, plan, rows)
         elif best:
             print_table(best_table(best, spec))
+        run_again = write_best(spec, paths, to_run_again)
         print(("SYNTHETIC " if spec.synthetic else "") + progress_text(counts))
         predicted = memory_predictions(opened.trials(), paths)
         if predicted is not None:
             print(predicted.sentence)
-        is_default = self.outputs == OutputPaths.of("outputs")
-        option = "" if is_default else f" --output-root {shlex.quote(str(self.outputs.root))}"
-        name = shlex.quote(spec.name)
+        for line in self._how_sure(rows):
+            print(line)
+        if run_again is not None:
+            print(f"  to run it again: {run_again}")
+        option, name = output_option(self.outputs), shlex.quote(spec.name)
         if counts.skipped and (error := self._nothing_fits_error(counts, option)):
             print_error(error)
             return EXIT_COMPLETED if counts.completed else EXIT_WRONG_INPUT
@@ -373,6 +382,10 @@ class _Sweep:
         if counts.failed:
             print(f"  qlora-exp resume {name} --retry failed{option}")
         return EXIT_COMPLETED if counts.completed and not failed else EXIT_RUN_FAILED
+
+    def _how_sure(self, rows: Sequence[TrialRow]) -> list[str]:
+        workers = self.command.workers
+        return how_sure(self.spec, self.command.paths, rows, (workers.count or 1) * workers.jobs)
 
     def _nothing_fits_error(self, counts: Counts, option: str) -> QloraExpError | None:
         """Return what would fit, if no point of a grid fits, or the sampler no longer finds a configuration that

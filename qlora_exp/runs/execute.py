@@ -86,10 +86,12 @@ def execute(
     with contextlib.ExitStack() as locks:
         if resume is not None:
             locks.enter_context(_run_lock(outputs.run(resume)))
+        if alone and config.training.engine is not Engine.sleep:
+            if observer is not None:
+                observer.phase("import libraries")
+            import_and_freeze_gc(("qlora_exp.runs.pipeline",))
         if observer is not None:
             observer.phase("prepare")
-        if alone and config.training.engine is not Engine.sleep:
-            import_and_freeze_gc(("qlora_exp.runs.pipeline",))
         if resume is not None:  # its memory was checked when it first started
             earlier = read_record(outputs.run(resume).record)
             prepared = _prepare(_with_earlier_micro_batch(config, earlier), bases, memory)
@@ -102,11 +104,13 @@ def execute(
             record = record.replace(fit=fit, warnings=(*record.warnings, *warnings))
             write_json(paths.record, record)  # explains a killed run: see killed_for_memory
             if observer is not None:
-                for warning in warnings:
-                    observer.note(warning)
+                for note in (*prepared.data_notes, *warnings):
+                    observer.note(note)
         if resume is None:
             locks.enter_context(_run_lock(paths))
         if alone and config.tracking.enabled:
+            if observer is not None:
+                observer.phase("import and open MLflow")
             import_and_freeze_gc(("qlora_exp.tracking.run",))
         may_end = alone or deliver is not None  # never end a notebook's process
         return _run_and_deliver(config, prepared, record, paths, observer, resume is not None, report, deliver, may_end)
@@ -222,6 +226,8 @@ class _Prepared(Protocol):
     environment: Environment
     data_fingerprint: str | None
     data_warnings: tuple[str, ...]
+    data_notes: tuple[str, ...]
+    """How the rows are read, if no setting says it, and what may be a mistake; shown, not recorded as warnings."""
     plan: Plan | None
 
     def fit(self, memory: MemoryLimit) -> Fit | None: ...
@@ -317,7 +323,10 @@ class _TrainingRun:
         self.environment = environment.probe(config.training.device)
         self.prepared = prepare(config, self.environment, self.bases, memory)
         self.data_fingerprint: str | None = self.prepared.splits.record.fingerprint
-        self.data_warnings = self.prepared.splits.warnings
+        splits = self.prepared.splits
+        self.data_warnings = splits.warnings
+        read_as = [splits.read_as] if splits.read_as is not None else []
+        self.data_notes: tuple[str, ...] = (*read_as, *splits.notes)
         self.plan: Plan | None = self.prepared.plan
 
     def fit(self, memory: MemoryLimit) -> Fit | None:
@@ -338,6 +347,7 @@ class _SleepRun:
 
     data_fingerprint: str | None = None
     data_warnings: tuple[str, ...] = ()
+    data_notes: tuple[str, ...] = ()
     plan: Plan | None = None
 
     def __init__(self, config: Config) -> None:

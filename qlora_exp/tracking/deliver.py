@@ -24,6 +24,7 @@ from qlora_exp.records.model_card import model_card
 from qlora_exp.records.redaction import redact
 from qlora_exp.records.types import RunRecord
 from qlora_exp.tracking import fields
+from qlora_exp.tracking.answers_table import log_answers
 from qlora_exp.tracking.state import TrackingState, file_digest
 
 T = TypeVar("T")
@@ -189,7 +190,7 @@ def _log_metrics(client: MlflowClient, run_id: str, rows: list[Metric]) -> None:
 
 
 def _log_artifacts(client: MlflowClient, run_id: str, record: RunRecord, paths: RunPaths) -> None:
-    """Upload record, configuration and adapter. Texts are redacted again: a store is often shared more widely."""
+    """Upload record, configuration, adapter, answers. Texts are redacted again: a store is often shared more widely."""
     if paths.record.is_file():
         redacted = redact(json.loads(paths.record.read_text(encoding="utf-8")))
         client.log_text(run_id, json.dumps(redacted, indent=1, ensure_ascii=False) + "\n", "record.json")
@@ -201,3 +202,4 @@ def _log_artifacts(client: MlflowClient, run_id: str, record: RunRecord, paths: 
         client.log_artifact(run_id, str(file), "adapter")
     if files:
         client.log_text(run_id, model_card(record), "adapter/README.md")
+    log_answers(client, run_id, paths)

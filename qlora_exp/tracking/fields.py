@@ -70,6 +70,7 @@ CONFIG_PARAMS = (
     "task.name",
     "training.max_steps",
     "training.max_tokens",
+    "training.epochs",
     "training.batch_size",
     "training.learning_rate",
     "training.scheduler",

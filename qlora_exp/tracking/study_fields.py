@@ -29,6 +29,12 @@ SHOWN_TRIALS = 10
 BEST_TAG = "qlora_exp.best"
 """What is best so far, in a few words; :data:`qlora_exp.tracking.ui.VIEW_COLUMNS` shows it in the runs table."""
 
+BEST_METRICS = (
+    *("score/accuracy", "score_before/accuracy", "score/exact_match", "score/rouge_l", "score/loss_per_item"),
+    *("memory/peak_train_mib", "speed/train_tokens_per_second"),
+)
+"""Metrics of the best trial's run that the parent run has, too: in the runs table it stands for its folded trials."""
+
 ANSWER_TAGS = (
     *("decision", "recommended_rank", "use_rank", "regret_bound", "regret_rank", "margin_text", "margin_units"),
     *("lr_policy", "lost_runs", "would_settle", "settle_command"),

@@ -16,8 +16,8 @@ DEFAULT_PORT = 5000
 
 VIEW_KEY = "qlora-exp"
 CHARTS_VIEW_KEY = "qlora-exp-charts"
-MAX_COMPARED = 20
-"""Runs of a comparison: more don't fit on a screen, and make an address that some terminals break."""
+MAX_COMPARED = 5
+"""Runs of a comparison that nobody chose: more don't fit on a screen."""
 VIEW_COLUMNS = (
     "attributes.`Duration`",
     "tags.`qlora_exp.best`",
@@ -143,13 +143,18 @@ def charts_url(address: str, experiment_id: str) -> str:
     return f"{_view_url(address, experiment_id, CHARTS_VIEW_KEY)}&compareRunsMode=CHART"
 
 
+def answers_url(address: str, experiment_id: str) -> str:
+    """Return the address of the runs' answers, item by item (:mod:`qlora_exp.tracking.answers_table`)."""
+    return f"{_view_url(address, experiment_id, VIEW_KEY)}&compareRunsMode=ARTIFACT"
+
+
 def compare_url(address: str, experiment_id: str, mlflow_run_ids: Sequence[str]) -> str:
-    """Return the address of the page that puts settings and scores of these runs side by side: the first
-    :data:`MAX_COMPARED`."""
+    """Return the address of the page that puts settings and scores of these runs side by side."""
     runs, experiments = (
-        quote(json.dumps(list(ids), separators=(",", ":"))) for ids in (mlflow_run_ids[:MAX_COMPARED], [experiment_id])
+        quote(json.dumps(list(ids), separators=(",", ":"))) for ids in (mlflow_run_ids, [experiment_id])
     )
-    return f"{address.rstrip('/')}/#/compare-runs?runs={runs}&experiments={experiments}"
+    query = f"runs={runs}&experiments={experiments}&workflowType=machine_learning"
+    return f"{address.rstrip('/')}/#/compare-runs?{query}"
 
 
 def _view_url(address: str, experiment_id: str, view: str) -> str:
