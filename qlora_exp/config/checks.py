@@ -50,7 +50,8 @@ MINIMUM = {
 }
 """The smallest number that is allowed → the keys for which it holds."""
 ABOVE_ZERO = (
-    *("lora.alpha", "training.learning_rate", "training.epochs", "tracking.timeout_seconds"),
+    *("lora.alpha", "training.learning_rate", "training.epochs"),
+    *("tracking.timeout_seconds", "notify.timeout_seconds"),
     *("budget.seconds", "budget.tokens", "budget.usd", "budget.kwh", "budget.memory_bytes"),
     *("workers.heartbeat_seconds", "workers.lease_seconds", "workers.hang_seconds"),
 )
@@ -193,5 +194,9 @@ def _workers(workers: WorkersConfig | None) -> Iterator[ConfigError]:
 def _names(config: Config) -> Iterator[ConfigError]:
     if not config.tracking.experiment.strip():
         yield config_error("the experiment needs a name", "tracking.experiment", "''", "tracking.experiment=qlora-exp")
+    webhook = config.notify.webhook if config.notify is not None else None
+    if webhook is not None and not webhook.lower().startswith(("http://", "https://")):
+        what = "a webhook is an http or https URL"
+        yield ConfigError(what, "notify.webhook", "notify.webhook=https://…; or a command: notify.command='…'")
     if not config.output_root.strip():
         yield config_error("no output folder is set", "output_root", "''", "output_root=outputs")

@@ -233,6 +233,17 @@ class TrackingConfig:
 
 
 @dataclass
+class NotifyConfig:
+    """What gets a JSON object when a run or a sweep has ended; null: nothing does. Trials of a sweep don't notify."""
+
+    command: str | None
+    """A shell command, which gets the object on standard input."""
+    webhook: str | None
+    """An http or https URL, which gets the object by POST. It may hold a secret: records leave it out."""
+    timeout_seconds: float
+
+
+@dataclass
 class BudgetConfig:
     """The limits of a run, or of all trials of a sweep together; null: no limit."""
 
@@ -359,6 +370,8 @@ class Config:
     training: TrainingConfig
     evaluation: EvaluationConfig
     tracking: TrackingConfig
+    notify: NotifyConfig | None
+    """``None``: a configuration from a record, which leaves it out."""
     budget: BudgetConfig
     sweep: SweepConfig | None
     workers: WorkersConfig | None

@@ -54,15 +54,23 @@ from qlora_exp.study.types import Axis, AxisKind, LadderSpec, StudySpec
 
 STUDY_KEYS = tuple(f"budget.{name}" for name in budget.STUDY_LIMITS)
 """Budget limits that apply to the whole study; no trial has them as its own."""
-NOT_SWEPT = ("sweep", "sweeps", "workers", "output_root", "tracking", *STUDY_KEYS)
+NOT_SWEPT = ("sweep", "sweeps", "workers", "output_root", "tracking", "notify", *STUDY_KEYS)
 IGNORED_IN_NAME = (
-    *("workers", "tracking", "output_root", "sweeps", "sweep.name", "sweep.join", "sweep.storage"),
+    *("workers", "tracking", "notify", "output_root", "sweeps", "sweep.name", "sweep.join", "sweep.storage"),
     *("sweep.n_trials", "sweep.max_failures", "sweep.max_attempts"),
     *STUDY_KEYS,
     "budget.force",
 )
 """Settings that may change while a study continues: the command still means the same study."""
-UNRESOLVED = ("tracking.uri", "sweep.name", "sweep.storage", "sweep.params", "sweep.enqueue", "sweep.conditions")
+UNRESOLVED = (
+    "tracking.uri",
+    "notify",
+    "sweep.name",
+    "sweep.storage",
+    "sweep.params",
+    "sweep.enqueue",
+    "sweep.conditions",
+)
 """Interpolations in these settings stay unresolved: they may hold a password, or are resolved elsewhere."""
 FILES, STORES = (
     ("task.path", "model.path", "model.instruct_path", "model.chat_template"),
@@ -150,7 +158,8 @@ def study_spec(overrides: Sequence[str], params: Mapping[str, str] | None = None
             if ladder.edition < EDITION:
                 axes = (*own_axes, *(axis for axis in earlier.axes if "ladder" in axis.tags))
     study_keys = ("sweep.name", "output_root", "sweep.join", "sweep.storage")
-    trial_overrides = [text for text in fixed if override_key(text) not in study_keys]
+    of_trials = [text for text in fixed if override_key(text).partition(".")[0] != "notify"]  # it may hold a secret
+    trial_overrides = [text for text in of_trials if override_key(text) not in study_keys]
     storage = settings.storage or os.environ.get(STORAGE_VARIABLE) or f"sqlite:///{output_root.optuna_database}"
     shared_settings, interpolated = _shared_settings(raw, axes)
     spec = StudySpec(
@@ -241,7 +250,7 @@ def run_overrides(spec: StudySpec, params: Mapping[str, Any]) -> list[str]:
 
 
 def _run_settings(overrides: Sequence[str]) -> list[str]:
-    others = ("sweep", "workers", "output_root", *STUDY_KEYS)
+    others = ("sweep", "workers", "output_root", "notify", *STUDY_KEYS)
     return [text for text in overrides if not _is_under(override_key(text), others)]
 
 
