@@ -9,7 +9,7 @@ import itertools
 import re
 import shlex
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -33,9 +33,10 @@ from qlora_exp.config.overrides import (
     parse,
     search_folders,
     search_path,
+    with_target_modules,
     without_globs,
 )
-from qlora_exp.config.schema import Config, register, typed
+from qlora_exp.config.schema import Config, default_alpha_policy, register, typed
 from qlora_exp.errors import ConfigError, QloraExpError, nearest, raise_all
 from qlora_exp.paths import CONF, SWEEPS
 
@@ -51,6 +52,7 @@ def compose(overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError, Problems: a misspelt key or choice, a wrong type, an impossible combination; all together.
     """
+    overrides = with_target_modules(overrides)
     raise_all(problems_of(overrides, multirun=False))
     check_hydra(overrides)
     return as_checked_config(compose_raw(overrides))
@@ -120,16 +122,39 @@ class Composer:
         """Return the unchecked configuration; see :func:`compose_raw`."""
         others, values = _split(overrides)
         if others not in self._composed:
-            self._composed[others] = compose_raw(others)
-        return _with_values(self._composed[others], values) or compose_raw(overrides)
+            self._composed[others] = _compose_unchanged(others)
+        config = _with_values(self._composed[others], values)
+        return compose_raw(overrides) if config is None else with_alpha_policy(config)
 
 
 def compose_raw(overrides: Sequence[str]) -> DictConfig:
     """Return what Hydra composes, unchecked: values may be missing, and interpolations are unresolved.
 
+    Only ``lora.alpha_policy`` has its value already where nothing sets it.
+
     Raises:
         ConfigError: it can't be composed.
     """
+    return with_alpha_policy(_compose_unchanged(overrides))
+
+
+def with_alpha_policy(config: DictConfig) -> DictConfig:
+    """Set ``lora.alpha_policy`` in a composed configuration, if nothing else does: an alpha alone is a fixed one."""
+    plain: Any = OmegaConf.to_container(config.lora, resolve=False)
+    if plain["alpha_policy"] is None:
+        config.lora.alpha_policy = default_alpha_policy(plain["alpha"])
+    return config
+
+
+def policy_of_searched_alpha(overrides: Sequence[str], axes: Collection[str]) -> list[str]:
+    """Return the override that makes alpha fixed, if ``lora.alpha`` is among the axes and nothing sets its policy; else
+    an empty list."""
+    if "lora.alpha" not in axes or "lora.alpha_policy" in axes:
+        return []
+    return ["lora.alpha_policy=fixed"] if _compose_unchanged(overrides).lora.alpha_policy is None else []
+
+
+def _compose_unchanged(overrides: Sequence[str]) -> DictConfig:
     ours = _ours(overrides)
     folders = search_folders(overrides)
     others, values = _split(ours)
