@@ -79,17 +79,26 @@ class QuantizationConfig:
     int8_threshold: float
 
 
+def default_alpha_policy(alpha: Any) -> str:
+    """Return ``lora.alpha_policy`` where nothing sets it."""
+    return "2r" if alpha is None else "fixed"
+
+
 @dataclass
 class LoraConfig:
     r: int
-    alpha_policy: str
-    """``2r``, ``r`` or ``fixed`` (with lora.alpha)."""
+    alpha_policy: str | None
+    """``2r``, ``r`` or ``fixed`` (at lora.alpha). Null: ``fixed`` if lora.alpha is set, else ``2r``."""
     alpha: float | None
     dropout: float
     dtype: ComputeDtype
     rslora: bool
     dora: bool
     init: AdapterInit
+
+    def __post_init__(self) -> None:
+        if self.alpha_policy is None:
+            self.alpha_policy = default_alpha_policy(self.alpha)
 
 
 @dataclass

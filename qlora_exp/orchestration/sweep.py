@@ -202,6 +202,7 @@ def _announcement(command: SweepCommand, counts: Counts) -> str:
     done = f", {counts.finished} of them done" if counts.finished else ""
     axes = " × ".join(f"{axis.key}={axis.text}" for axis in spec.axes) or "no axes"
     axes += "".join(f"\n  {text} on the command line fixes an axis of the sweep" for text in command.fixed_axes)
+    axes += "".join(f"\n  {line}" for line in command.left_out)
     stops_pilots = spec.ladder is not None and spec.ladder.stop_pilots
     source = spec.sampler if spec.n_trials > len(spec.enqueue) else "all enqueued"
     search = f"{source}, " + ("stops pilots that are behind" if stops_pilots else f"pruner {spec.pruner}")
