@@ -59,10 +59,7 @@ def summary(record: RunRecord, paths: RunPaths, option: str = "") -> Iterator[tu
         yield "failure", f"{record.failure.kind}{where}: {record.failure.message.splitlines()[0]}"
     trial = f", trial {record.trial.number} of study {record.trial.study}" if record.trial is not None else ""
     yield "run", f"{record.run_id}\n{run_name(record)}{trial}"
-    files = [settings[key] for key in ("model.path", "model.adapter") if settings.get(key)]
-    if files and settings.get("model.path"):
-        files[0] = model_place(record.config["model"])
-    path = f" ({' + '.join(files)})" if files else ""
+    path = f" ({model_place(record.config['model'])})" if settings.get("model.path") else ""
     model = f"{row['model']} {row['variant']}{path}, {row['quantization']}"
     if record.plan is not None:
         model += f", {record.plan.total_parameters:,} parameters, on {record.environment.device.name}"
