@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -239,6 +239,9 @@ class TrackingConfig:
     """null: SQLite, mlflow.db next to output_root."""
     experiment: str
     timeout_seconds: float
+    also: list[str] = field(default_factory=list)
+    """Where else a training's curve and scores go: tensorboard, wandb, trackio. (Records of earlier versions lack it.)
+    """
 
 
 @dataclass

@@ -63,6 +63,7 @@ from qlora_exp.study.study import Study
 from qlora_exp.study.types import Counts, StudySpec, TrialRow
 from qlora_exp.system import signals, streams
 from qlora_exp.system.distributed import check_single_rank
+from qlora_exp.training.reporters import check_reporters
 
 Launch = Callable[[list[list[str]]], Sequence[Any]]
 """Takes the overrides of each job and returns when all have ended; the results have Hydra's ``return_value``."""
@@ -119,6 +120,7 @@ def run_sweep(command: SweepCommand, launch: Launch, here: bool = False) -> int:
     spec, paths = command.spec, command.paths
     budget = budget_of(command.config)
     check_energy(budget, command.config.training.device)
+    check_reporters(command.tracking)
     if budget.memory_bytes is not None:
         check_memory(command)
     study_budget = StudyBudget(budget, OutputPaths.of(spec.output_root))
