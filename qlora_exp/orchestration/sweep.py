@@ -378,7 +378,7 @@ class _Sweep:
         """Print how the study ended and what to do next; return the exit code."""
         spec, paths, opened = self.spec, self.command.paths, self.opened
         counts, best, rows = opened.counts(), opened.best(), opened.trials()
-        to_run_again = best_row(best, spec)
+        to_run_again, confirms = best_row(best, spec), read_plan(paths)
         exhausted = None if counts.is_complete else self.budget.first_exhausted(opened.trials())
         larger_limit = exhausted.larger if exhausted is not None else None
         answers = None
@@ -386,8 +386,8 @@ class _Sweep:
             answers = print_answers(spec, paths, opened.trials(), larger_limit)
             write_json(paths.ladder, answers)
             print(f"  {paths.ladder}")
-        elif (plan := read_plan(paths)) is not None:
-            to_run_again = print_confirmation(spec, paths, plan, rows)
+        elif confirms is not None:
+            to_run_again = print_confirmation(spec, paths, confirms, rows)
         elif best:
             print_table(best_table(best, spec))
         run_again = write_best(spec, paths, to_run_again)
@@ -395,7 +395,7 @@ class _Sweep:
         predicted = memory_predictions(opened.trials(), paths)
         if predicted is not None:
             print(predicted.sentence)
-        for line in self._how_sure(rows):
+        for line in self._how_sure(rows) if confirms is None else ():
             print(line)
         if run_again is not None:
             print(f"  to run it again: {run_again}")
