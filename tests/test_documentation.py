@@ -71,7 +71,8 @@ def check_command(words: list[str]) -> None:
     for word in rest:
         if word.startswith("-"):
             assert word.partition("=")[0] in options, f"{' '.join(words)}: there is no option {word}"
-    conditions = {follower for word, follower in pairwise(rest) if word == "--where"}
+    # What follows these options is no setting of a run, though it may look like one.
+    conditions = {follower for word, follower in pairwise(rest) if word in ("--where", "--sample", "--branch")}
     overrides = [word for word in rest if re.match(r"[+~]*[a-z_.]+=", word) and word not in conditions]
     complete = [word for word in overrides if not any(mark in word for mark in PLACEHOLDERS)]
     assert problems_of(complete, multirun=True) == []

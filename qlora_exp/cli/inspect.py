@@ -13,7 +13,7 @@ from qlora_exp.cli.arguments import OutputRoot, Run, examples, outputs_of
 if TYPE_CHECKING:
     from qlora_exp.inspection.page import Inspection
     from qlora_exp.inspection.sampling import Sampling
-    from qlora_exp.inspection.steps import Step
+    from qlora_exp.inspection.steps import GeneratedToken
 
 OPTIONS_SHOWN = 5
 """Labels in the terminal; ``--json`` and ``--html`` have all."""
@@ -24,7 +24,7 @@ def add_to(app: typer.Typer) -> None:
         "inspect",
         epilog=examples(
             "qlora-exp inspect last --item 0",
-            "qlora-exp inspect last 'Definition: a large wild cat\nCategory:' --top 3",
+            "qlora-exp inspect last 'a large wild cat' --top 3",
             "qlora-exp inspect last --item 0 --branch '0= plant' --html item.html",
             "qlora-exp inspect last --item 0 --sample temperature=0.7,top_p=0.9,seed=1",
         ),
@@ -256,29 +256,29 @@ def _print(inspection: Inspection, top: int) -> None:
         print_table(plain_table((f"label (of {len(inspection.options)})", "p tuned", "p base", ""), cells))
 
 
-def _print_steps(steps: Sequence[Step], shown: int) -> None:
+def _print_steps(steps: Sequence[GeneratedToken], shown: int) -> None:
     from qlora_exp.formatting import plain_table, print_table
-    from qlora_exp.inspection.page import visible
+    from qlora_exp.inspection.page import visible_token
 
     headings = ("", "token", "tuned", "base", "base rank", "entropy", "KL", "tuned, or", "base says")
     rows = [(str(number), *_cells(step, shown)) for number, step in enumerate(steps)]
     print_table(plain_table(headings, rows))
     for number, step in enumerate(steps):
         if step.drawn_from is not None:
-            drawn = ", ".join(f"{visible(one.text)} {one.probability:.3f}" for one in step.drawn_from)
+            drawn = ", ".join(f"{visible_token(one.text)} {one.probability:.3f}" for one in step.drawn_from)
             print(f"step {number} was drawn from {step.drawn_candidates} tokens: {drawn}")
 
 
-def _cells(step: Step, shown: int) -> tuple[str, ...]:
+def _cells(step: GeneratedToken, shown: int) -> tuple[str, ...]:
     """Return a step's cells: of the tuned model the other likely tokens, of the base its most likely ones."""
-    from qlora_exp.inspection.page import visible
+    from qlora_exp.inspection.page import visible_token
 
     others = [one for one in step.top_tuned if one.token_id != step.token_id][: shown - 1]
     tops = [
-        "  ".join(f"{visible(one.text)} {one.probability:.2f}" for one in alternatives)
+        "  ".join(f"{visible_token(one.text)} {one.probability:.2f}" for one in alternatives)
         for alternatives in (others, step.top_base[: max(1, shown - 2)])
     ]
-    text = visible(step.text) + (" (forced)" if step.forced else "")
+    text = visible_token(step.text) + (" (forced)" if step.forced else "")
     return (
         *(text, f"{step.probability_tuned:.3f}", f"{step.probability_base:.3f}", str(step.rank_base)),
         *(f"{step.entropy_tuned:.2f}", f"{step.divergence:.2f}", *tops),

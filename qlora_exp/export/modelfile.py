@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 SYSTEM, FIRST, ANSWER, SECOND = "qsystemq", "qfirstq", "qanswerq", "qsecondq"
 """Contents that no template has by itself."""
-QUESTION = (("user", FIRST),)
+ONE_QUESTION = (("user", FIRST),)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _template(tokenizer: PreTrainedTokenizerBase, chat: bool, answer_prefix: str
 
 def turns_of(tokenizer: PreTrainedTokenizerBase, answer_prefix: str = "") -> Turns | None:
     """Return the parts of the tokenizer's chat template; ``None`` if it can't be cut, or renders something else."""
-    plain = _rendered(tokenizer, QUESTION)
+    plain = _rendered(tokenizer, ONE_QUESTION)
     both = _rendered(tokenizer, [("user", FIRST), ("assistant", ANSWER), ("user", SECOND)])
     if plain is None or both is None or plain.count(FIRST) != 1:
         return None
@@ -112,7 +112,7 @@ def turns_of(tokenizer: PreTrainedTokenizerBase, answer_prefix: str = "") -> Tur
     turns = _with_system(tokenizer, bare, start.removesuffix(before_user), answer_prefix)
     if turns is None or '"""' in turns.render(FIRST, ANSWER, SECOND, SYSTEM):
         return None
-    return turns if _same(tokenizer, turns, QUESTION, answer_prefix) else None
+    return turns if _same(tokenizer, turns, ONE_QUESTION, answer_prefix) else None
 
 
 def _with_system(
@@ -122,11 +122,11 @@ def _with_system(
 
     ``default_part``: what the template writes before the first question of a conversation without a system message.
     """
-    text = _rendered(tokenizer, [("system", SYSTEM), *QUESTION]) or ""
+    text = _rendered(tokenizer, [("system", SYSTEM), *ONE_QUESTION]) or ""
     before, _, rest = text.partition(SYSTEM)
     after, found, _ = rest.partition(turns.before_user + FIRST)
     placed = replace(turns, before_system=before, after_system=after) if found else turns
-    if found and not _same(tokenizer, placed, [("system", SYSTEM), *QUESTION], answer_prefix):
+    if found and not _same(tokenizer, placed, [("system", SYSTEM), *ONE_QUESTION], answer_prefix):
         placed = turns
     if not default_part:
         return placed

@@ -9,10 +9,10 @@ from typing import Any
 from qlora_exp.config.schema import Config
 from qlora_exp.inspection.prompts import own_prompt
 from qlora_exp.inspection.sampling import Sampling
-from qlora_exp.inspection.steps import Step, answer_of, generate_steps
+from qlora_exp.inspection.steps import GeneratedToken, answer_of, generate_steps
 from qlora_exp.records.types import RunRecord
 
-Turns = list[tuple[str, str]]
+Messages = list[tuple[str, str]]
 
 
 @dataclass
@@ -29,8 +29,8 @@ class Conversation:
     steps: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
     system: str | None = None
-    turns: dict[str, Turns] = field(default_factory=lambda: {"tuned": [], "base": []})
-    last_steps: list[Step] = field(default_factory=list)
+    turns: dict[str, Messages] = field(default_factory=lambda: {"tuned": [], "base": []})
+    last_steps: list[GeneratedToken] = field(default_factory=list)
     """Of the tuned model's last answer."""
 
     @property
@@ -56,7 +56,7 @@ class Conversation:
             on_text(text if started else text.lstrip())
             started = started or bool(text.strip())
 
-        def steps() -> list[Step]:
+        def steps() -> list[GeneratedToken]:
             return generate_steps(
                 self.model, self.tokenizer, prompt, steps=self.steps, sampling=self.sampling, on_text=show
             )

@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from qlora_exp.inspection.steps import OptionScore, Step
+from qlora_exp.inspection.steps import GeneratedToken, OptionScore
 
 SHADES = ((0.9, "sure"), (0.5, "likely"), (0.1, "unsure"))
 """Probability from which on a token has this colour; below all: ``unlikely``."""
@@ -26,7 +26,7 @@ class Inspection:
     answer: str
     base_answer: str
     options: tuple[OptionScore, ...]
-    steps: tuple[Step, ...]
+    steps: tuple[GeneratedToken, ...]
 
 
 def as_json(inspection: Inspection) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def as_html(inspection: Inspection) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    return environment.get_template("page.html.jinja").render(inspection=inspection, shade=shade, shown=visible)
+    return environment.get_template("page.html.jinja").render(inspection=inspection, shade=shade, shown=visible_token)
 
 
 def shade(probability: float) -> str:
@@ -47,8 +47,8 @@ def shade(probability: float) -> str:
     return next((name for least, name in SHADES if probability >= least), "unlikely")
 
 
-def visible(text: str) -> str:
-    """Return a token's text with its white space and control characters made visible."""
+def visible_token(text: str) -> str:
+    """Return a token's text with its white space and control characters made visible_token."""
     return "".join(_SIGNS.get(character, character) for character in text)
 
 

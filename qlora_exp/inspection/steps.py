@@ -17,7 +17,7 @@ from qlora_exp.evaluation.likelihood import OptionTrie, option_log_likelihoods
 from qlora_exp.inspection.prompts import Prompt
 from qlora_exp.inspection.sampling import Sampling
 
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+INCOMPLETE_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 """Ends a decoded text whose last character isn't complete."""
 
 
@@ -31,7 +31,7 @@ class Alternative:
 
 
 @dataclass(frozen=True)
-class Step:
+class GeneratedToken:
     """One generated token. Probabilities are the models' own, before temperature and limits.
 
     ``rank_tuned``, ``rank_base``: 1 is the most likely token. Entropies and ``divergence`` (Kullback-Leibler, of the
@@ -78,7 +78,7 @@ def generate_steps(
     sampling: Sampling | None = None,
     branches: Mapping[int, str] | None = None,
     on_text: Callable[[str], None] = lambda _: None,
-) -> list[Step]:
+) -> list[GeneratedToken]:
     """Generate an answer to ``prompt`` with the tuned model, and record each step.
 
     Args:
@@ -107,7 +107,7 @@ def generate_steps(
     for number, token in enumerate(chosen):
         ours, theirs, draw = tuned[number], base[number], drawn[number]
         results.append(
-            Step(
+            GeneratedToken(
                 token_id=token,
                 text=shown_token(token, tokenizer),
                 probability_tuned=math.exp(float(ours[token])),
@@ -128,7 +128,7 @@ def generate_steps(
     return results
 
 
-def answer_of(steps: Sequence[Step], tokenizer: Any) -> str:
+def answer_of(steps: Sequence[GeneratedToken], tokenizer: Any) -> str:
     """Return the generated text, without the token that ends it."""
     text: str = tokenizer.decode([step.token_id for step in steps if not step.ends])
     return text
@@ -186,7 +186,7 @@ def _generate(
         if token not in prompt.stop.token_ids:
             # A token may be a part of a character, so the whole text is decoded each time.
             text = tokenizer.decode(chosen)
-            if not text.endswith(UNFINISHED):
+            if not text.endswith(INCOMPLETE_CHARACTER):
                 on_text(text[shown:])
                 shown = len(text)
         ended = token in prompt.stop.token_ids or (prompt.stop.at_newline and "\n" in tokenizer.decode(chosen).lstrip())
@@ -241,7 +241,7 @@ def _alternatives(probabilities: Tensor, tokenizer: Any, top: int) -> tuple[Alte
 def shown_token(token: int, tokenizer: Any) -> str:
     """Return a token's text, special tokens by name. A token may be a part of a character: then its raw form."""
     text: str = tokenizer.decode([token])
-    return str(tokenizer.convert_ids_to_tokens(token)) if UNFINISHED in text or not text else text
+    return str(tokenizer.convert_ids_to_tokens(token)) if INCOMPLETE_CHARACTER in text or not text else text
 
 
 def _entropy(log_probabilities: Tensor) -> float:

@@ -19,7 +19,7 @@ LOGGED_ITEMS = 200
 CELL_CHARACTERS = 1_000
 """Of each text."""
 
-QUESTION, TUNED, EXPECTED, BASE = "prompt → right answer", "tuned", "right answer", "base"
+PROMPT_AND_ANSWER, TUNED, EXPECTED, BASE = "prompt → right answer", "tuned", "right answer", "base"
 WRITES, ITEM = "tuned writes", "item"
 """Columns. The UI's comparison has a row for each different value of the first one, and shows the second of each run:
 the right answer must be in the first."""
@@ -37,11 +37,11 @@ def answers_table(paths: RunPaths) -> str | None:
     if all(row["answer"] is None for row in rows):
         return None
     chosen, prompts = same_items(rows, LOGGED_ITEMS), shown_prompts(rows)
-    columns = [QUESTION, TUNED, EXPECTED, BASE, *([WRITES] if shows_generated(rows) else []), ITEM]
+    columns = [PROMPT_AND_ANSWER, TUNED, EXPECTED, BASE, *([WRITES] if shows_generated(rows) else []), ITEM]
     data = []
     for row in chosen:
         cells = {
-            QUESTION: without_end(prompts[row["id"]] or row["id"], CELL_CHARACTERS // 2),
+            PROMPT_AND_ANSWER: without_end(prompts[row["id"]] or row["id"], CELL_CHARACTERS // 2),
             TUNED: marked(row["answer"], row["correct"]),
             EXPECTED: row["expected"],
             BASE: marked(row["base_answer"], row["base_correct"]),
@@ -49,7 +49,7 @@ def answers_table(paths: RunPaths) -> str | None:
             ITEM: row["id"],
         }
         if row["expected"] is not None:
-            cells[QUESTION] += f"\n→ {without_end(row['expected'], CELL_CHARACTERS // 2 - 5)}"
+            cells[PROMPT_AND_ANSWER] += f"\n→ {without_end(row['expected'], CELL_CHARACTERS // 2 - 5)}"
         data.append([without_end(redact_text(cells[name] or ""), CELL_CHARACTERS) for name in columns])
     return json.dumps({"columns": columns, "data": data}, ensure_ascii=False)
 
