@@ -24,7 +24,14 @@ import numpy as np
 from scipy import stats
 
 from qlora_exp.analysis.comparable import answering_scores
-from qlora_exp.analysis.configurations import Configuration, Estimate, Measure, configurations, known_mean
+from qlora_exp.analysis.configurations import (
+    Configuration,
+    Estimate,
+    Measure,
+    configurations,
+    known_mean,
+    tokenizer_family,
+)
 from qlora_exp.analysis.contrasts import Difference, GroupScores, ItemScores
 from qlora_exp.analysis.margin import Margin, MarginUnit
 from qlora_exp.analysis.recommendation import (
@@ -225,7 +232,7 @@ def confirm_finalists(
 def comparable_measure(records: Sequence[RunRecord], measure: Measure) -> Measure:
     """Return bits per byte in place of loss per item if the runs differ in format or tokenizer, which it depends on."""
     read_as = {
-        (record.plan.format if record.plan is not None else None, (record.config.get("model") or {}).get("family"))
+        (record.plan.format if record.plan is not None else None, tokenizer_family(record.config.get("model") or {}))
         for record in records
     }
     return Measure("bits_per_byte", False) if measure.name == "loss_per_item" and len(read_as) > 1 else measure

@@ -175,6 +175,8 @@ class RunPaths:
     curve = Child("curve.jsonl")
     """Training curve, one JSON object per logged step: step, loss, learning_rate, gradient_norm, tokens."""
     adapter = Child("adapter")
+    tensorboard = Child("tensorboard")
+    """TensorBoard's event files, with ``tracking.also=[tensorboard]``."""
     export = Child("export")
     """The default folder of ``qlora-exp export``."""
     quantization = Child("quantization.json")

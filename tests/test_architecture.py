@@ -33,7 +33,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("estimate",),
     ("runs",),
     ("export", "orchestration"),
-    ("doctor", "plugins", "ptq"),
+    ("doctor", "inspection", "plugins", "ptq"),
     ("cli",),
     ("api",),
     ("__init__", "__main__", "embedded"),

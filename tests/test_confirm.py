@@ -86,8 +86,7 @@ def test_a_grid_is_confirmed_with_fresh_seeds_on_test_then_with_more(capsys: pyt
     assert "confirmed: " in capsys.readouterr().out
     for changed in (["--top", "3"], ["--seeds", "2"], ["--margin", "1%"], ["training.max_steps=7"]):
         assert main(["confirm", "grid", *changed]) == 2
-    assert main(["confirm", "grid-confirm"]) == 2
-    assert "qlora-exp confirm grid --seeds 6" in capsys.readouterr().err
+    assert main(["confirm", "last"]) == 0  # the study that confirms: its search is meant
     assert len(records_of("grid-confirm")) == 6
 
 

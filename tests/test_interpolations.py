@@ -25,7 +25,7 @@ from qlora_exp.study.spec import read_spec
 from qlora_exp.study.study import Study
 
 SLEEP = ["training.engine=sleep", "training.sleep_seconds=0", "tracking=off"]
-NOT_OF_A_TRIAL = ("sweep", "workers", "output_root", "budget")
+NOT_OF_A_TRIAL = ("sweep", "workers", "output_root", "budget", "notify")
 
 
 @pytest.fixture(autouse=True)

@@ -102,6 +102,6 @@ class LoadedRun:
         from qlora_exp.runs.process import silence_libraries
 
         silence_libraries()  # before the libraries are imported
-        from qlora_exp.api.tuned_model import load_tuned_model
+        from qlora_exp.export.tuned_model import load_tuned_model
 
         return load_tuned_model(self.record, self.paths, device)

@@ -72,6 +72,9 @@ def confirm(
     spec, paths = _find_study(study, output_root)
     changes = [*(overrides or []), *forced(force)]
     name = _name(changes) or confirm_name(spec.name)
+    if (of_itself := read_plan(paths)) is not None:  # a study that confirms: its search is meant
+        name = spec.name
+        spec, paths = _find_study(of_itself.study, output_root)
     own = paths.outputs.study(name)
     plan = read_plan(own)
     if own.created.exists():
@@ -120,7 +123,7 @@ def _start(
     from qlora_exp.orchestration.study_end import confirm_command
     from qlora_exp.records.find import read_runs
 
-    _check_can_be_confirmed(spec, own)
+    _check_can_be_confirmed(spec)
     _check_changes(changes)
     written = margin or "0.25%"
     parse_margin(written, MarginUnit.SCORE, "--margin")
@@ -145,7 +148,11 @@ def _start(
         command=command,
     )
     all_overrides = [*confirm_overrides(plan, points, name, own.outputs), *_without_name(changes)]
-    _print_finalists(spec, plan, finalists, points)
+    counts = opened.counts()
+    if not counts.is_complete:
+        ended = f"{counts.finished} of {counts.total} trials of {spec.name} have ended"
+        print(f"the search isn't complete: {ended}", file=sys.stderr)
+    _print_finalists(plan, finalists, points)
     if dry_run:
         _print_cost(all_overrides, enqueued(points.points, plan.seeds), len(finalists))
         return 0
@@ -214,16 +221,13 @@ def _numbers(trials: str | None) -> list[int]:
         ) from None
 
 
-def _check_can_be_confirmed(spec: StudySpec, own: StudyPaths) -> None:
+def _check_can_be_confirmed(spec: StudySpec) -> None:
     """Raise an error that says what to do instead, if this study isn't one to confirm."""
     from qlora_exp.analysis.configurations import MEASURES
     from qlora_exp.errors import ConfigError, StudyError
-    from qlora_exp.orchestration.finalists import read_plan, score_of
+    from qlora_exp.orchestration.finalists import score_of
 
-    name, itself = shlex.quote(spec.name), read_plan(own.outputs.study(spec.name))
-    if itself is not None:
-        hint = f"more seeds: {itself.command} --seeds {2 * len(itself.seeds)}"
-        raise StudyError(f"{spec.name} confirms {itself.study} itself", f"study {spec.name}", hint)
+    name = shlex.quote(spec.name)
     if spec.ladder is not None:
         what = "a ladder needs no confirm: several seeds, scored on test, decide it with known error rates"
         raise StudyError(what, f"study {spec.name}", f"qlora-exp best {name}, or qlora-exp report {name}")
@@ -275,11 +279,12 @@ def _check_changes(changes: Sequence[str]) -> None:
             raise ConfigError(what, text, f"settings of this study alone: {', '.join(OF_THE_STUDY)}")
 
 
-def _print_finalists(spec: StudySpec, plan: ConfirmPlan, finalists: Sequence[Contender], points: ConfirmPoints) -> None:
+def _print_finalists(plan: ConfirmPlan, finalists: Sequence[Contender], points: ConfirmPoints) -> None:
     """Print the finalists with their scores in the search, and how much is run."""
     from qlora_exp.config.overrides import hydra_value
     from qlora_exp.formatting import figure, plain_table, print_table
-    from qlora_exp.orchestration.study_end import duration_words, mean_seconds
+    from qlora_exp.orchestration.finalists import mean_seconds
+    from qlora_exp.orchestration.study_end import duration_words
 
     keys = list(points.axes)
     rows = [

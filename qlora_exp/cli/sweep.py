@@ -231,7 +231,7 @@ def best(study: Study, as_json: AsJson = False, storage: Storage = None, output_
         raise RecordError(problem, f"study {spec.name}", f"qlora-exp {'trials' if completed else 'status'} {name}")
     if rows:
         print_table(best_table(rows, spec))
-    for line in how_sure(spec, paths, opened.trials()):
+    for line in how_sure(spec, paths, opened.trials()) if plan is None else ():
         print(line)
     short_row = best_row(rows, spec)
     short = write_best(spec, paths, short_row)

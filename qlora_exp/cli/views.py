@@ -13,6 +13,7 @@ from qlora_exp.formatting import UNKNOWN_CELL, bytes_text, clock_text, figure, f
 from qlora_exp.paths import RunPaths
 from qlora_exp.records.flat_rows import MAIN_SCORES, base_bytes_of, flat_run, shown_scores
 from qlora_exp.records.labels import labels, run_name, short_id
+from qlora_exp.records.model_name import model_place
 from qlora_exp.records.schema import to_dict
 from qlora_exp.records.types import RunRecord, Status
 
@@ -58,7 +59,8 @@ def summary(record: RunRecord, paths: RunPaths, option: str = "") -> Iterator[tu
         yield "failure", f"{record.failure.kind}{where}: {record.failure.message.splitlines()[0]}"
     trial = f", trial {record.trial.number} of study {record.trial.study}" if record.trial is not None else ""
     yield "run", f"{record.run_id}\n{run_name(record)}{trial}"
-    model = f"{row['model']} {row['variant']}, {row['quantization']}"
+    path = f" ({model_place(record.config['model'])})" if settings.get("model.path") else ""
+    model = f"{row['model']} {row['variant']}{path}, {row['quantization']}"
     if record.plan is not None:
         model += f", {record.plan.total_parameters:,} parameters, on {record.environment.device.name}"
     yield "model", model

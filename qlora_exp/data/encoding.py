@@ -251,8 +251,8 @@ def _refuse_remaining_special_tokens(ids: Sequence[int], tokenizer: Tokenizer) -
 
 def _start_ids(tokenizer: Tokenizer) -> list[int]:
     """Return the token that stands before a whole text, so that its first token has a loss, too: BOS, or else EOS."""
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return [int(start)]  # check_tokenizer refuses the plain format without EOS
+    names = tokenizer.special_tokens_map  # check_tokenizer refuses the plain format without EOS
+    return list(tokenizer(str(names.get("bos_token") or names["eos_token"]), add_special_tokens=False)["input_ids"][:1])
 
 
 def _divide(text: Texts, prompt_ids: list[int], head_ids: list[int], full_ids: list[int]) -> Encoding:

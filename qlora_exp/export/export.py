@@ -187,7 +187,10 @@ def _export(source: FinishedRun, folder: Path, settings: ExportConfig, on_step: 
 def _write_cards(source: FinishedRun, folder: Path, export: Export, settings: ExportConfig) -> None:
     """Write a model card for the export and for each of its folders, which may be copied alone; and the Modelfile."""
     places = {artefact.format: artefact.path.rstrip("/") for artefact in export.artefacts}
-    cards = {"": places, **{name: {name: "."} for name in ("adapter", "merged") if name in places}}
+    cards: dict[str, dict[str, str]] = {
+        "": places,
+        **{name: {name: "."} for name in ("adapter", "merged") if name in places},
+    }
     for name, found in cards.items():
         write_text(folder / name / "README.md", _card(source, export, found, settings))
     files = [file for name, file in places.items() if name in BLOCK_TYPES]

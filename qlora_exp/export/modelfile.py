@@ -108,11 +108,11 @@ def turns_of(tokenizer: PreTrainedTokenizerBase, answer_prefix: str = "") -> Tur
     before_user = between.removeprefix(after_answer)
     if not (between.startswith(after_answer) and start.endswith(before_user)):
         return None
-    turns = Turns(before_user, after_user + answer_prefix, after_answer)
-    if (default_part := start.removesuffix(before_user)) or _rendered(tokenizer, [("system", SYSTEM), *QUESTION]):
-        turns = _with_system(tokenizer, turns, default_part, answer_prefix)
-    same = turns is not None and _same(tokenizer, turns, QUESTION, answer_prefix)
-    return turns if turns is not None and same and '"""' not in turns.render(FIRST, ANSWER, SECOND, SYSTEM) else None
+    bare = Turns(before_user, after_user + answer_prefix, after_answer)
+    turns = _with_system(tokenizer, bare, start.removesuffix(before_user), answer_prefix)
+    if turns is None or '"""' in turns.render(FIRST, ANSWER, SECOND, SYSTEM):
+        return None
+    return turns if _same(tokenizer, turns, QUESTION, answer_prefix) else None
 
 
 def _with_system(

@@ -129,10 +129,12 @@ def how_sure(spec: StudySpec, paths: StudyPaths, rows: Sequence[TrialRow], at_on
     Args:
         at_once: trials that run at the same time, for the time that confirming takes.
     """
-    if read_plan(paths) is not None:
-        return []
+    if (plan := read_plan(paths)) is not None:
+        return [f"answer: {sentence}" for sentence in (plan.answer.get("sentences") or [])[:1]]
     command = confirm_command(spec.name, paths.outputs)
     if spec.ladder is not None:
+        if not any(row.state == "COMPLETE" for row in rows):
+            return []
         lines = ["how sure: a ladder decides by several seeds on test, with known error rates. It needs no confirm."]
         if spec.ladder.screening_steps is not None:
             lines.append("  Short runs scored on validation chose the configuration that the ladder starts from.")
@@ -154,6 +156,9 @@ def how_sure(spec: StudySpec, paths: StudyPaths, rows: Sequence[TrialRow], at_on
         several = f"a front of {len(contenders)} configurations, {seeds} each, chosen on the same {split} rows"
         doubt = "Its scores are optimistic, and the order may be chance."
     lines = [f"how sure: {several}. {doubt}"]
+    if split != "test" and spec.settings.get("evaluation.split") == "test":
+        report = f"qlora-exp report {shlex.quote(spec.name)}{output_option(paths.outputs)}"
+        lines.append(f"  These trials were scored on test, too: {report}")
     answered = _confirmed(spec, paths)
     return [*lines, *(answered or [_to_confirm(spec, contenders, command, at_once)])]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +22,7 @@ from qlora_exp.config.overrides import (
     search_folders,
     search_path,
 )
-from qlora_exp.config.schema import WorkersConfig
+from qlora_exp.config.schema import NotifyConfig, WorkersConfig
 from qlora_exp.errors import QloraExpError, StudyError, raise_all, unwritable_error
 from qlora_exp.estimate.budget import budget_of, check_energy
 from qlora_exp.formatting import bytes_text, print_table
@@ -46,6 +47,7 @@ from qlora_exp.rank_doubling.ladder import proposer_of
 from qlora_exp.records.files import write_json
 from qlora_exp.records.schema import from_dict, to_dict
 from qlora_exp.records.types import Status
+from qlora_exp.runs.notify import notify, sweep_notification
 from qlora_exp.runs.process import (
     EXIT_COMPLETED,
     EXIT_INTERRUPTED,
@@ -61,6 +63,7 @@ from qlora_exp.study.study import Study
 from qlora_exp.study.types import Counts, StudySpec, TrialRow
 from qlora_exp.system import signals, streams
 from qlora_exp.system.distributed import check_single_rank
+from qlora_exp.training.reporters import check_reporters
 
 Launch = Callable[[list[list[str]]], Sequence[Any]]
 """Takes the overrides of each job and returns when all have ended; the results have Hydra's ``return_value``."""
@@ -117,6 +120,7 @@ def run_sweep(command: SweepCommand, launch: Launch, here: bool = False) -> int:
     spec, paths = command.spec, command.paths
     budget = budget_of(command.config)
     check_energy(budget, command.config.training.device)
+    check_reporters(command.tracking)
     if budget.memory_bytes is not None:
         check_memory(command)
     study_budget = StudyBudget(budget, OutputPaths.of(spec.output_root))
@@ -133,6 +137,8 @@ def run_sweep(command: SweepCommand, launch: Launch, here: bool = False) -> int:
             print(f"study {spec.name} is complete; sweep.n_trials=… continues it, sweep.name=… starts another")
             with sweep.finish_for_lost_holder(EXIT_COMPLETED):
                 return sweep.conclude()
+        ending = _Ending(time.monotonic())
+        resources.callback(sweep.notify_of, ending)
         budget_lines = [f"\n  {text}" for text in affordable_trials_message(sweep.command, opened, study_budget)]
         print(_announcement(sweep.command, opened.counts()), *budget_lines, sep="", file=sys.stderr, flush=True)
         if spec.ladder is not None:
@@ -141,13 +147,14 @@ def run_sweep(command: SweepCommand, launch: Launch, here: bool = False) -> int:
             shares = not orchestration.held
             log = trackers.enter_context(sweep.parent_run())
             with LiveStatus(spec, opened, paths, log):
-                code = sweep.launch(launch)
+                ending.exit_code = code = sweep.launch(launch)
             if shares:
                 trackers.enter_context(sweep.finish_for_lost_holder(code))
             if code not in (EXIT_COMPLETED, EXIT_INTERRUPTED):
                 return code
             conclusion = sweep.conclude()
-            return conclusion if opened.counts().is_complete else code or conclusion
+            ending.exit_code = conclusion if opened.counts().is_complete else code or conclusion
+            return ending.exit_code
 
 
 def work(raw: Any, overrides: Sequence[str]) -> Any:
@@ -197,11 +204,20 @@ def _announcement(command: SweepCommand, counts: Counts) -> str:
     done = f", {counts.finished} of them done" if counts.finished else ""
     axes = " × ".join(f"{axis.key}={axis.text}" for axis in spec.axes) or "no axes"
     axes += "".join(f"\n  {text} on the command line fixes an axis of the sweep" for text in command.fixed_axes)
+    axes += "".join(f"\n  {line}" for line in command.left_out)
     stops_pilots = spec.ladder is not None and spec.ladder.stop_pilots
     source = spec.sampler if spec.n_trials > len(spec.enqueue) else "all enqueued"
     search = f"{source}, " + ("stops pilots that are behind" if stops_pilots else f"pruner {spec.pruner}")
     at_most = "at most " if spec.ladder is not None else ""
     return f"{synthetic}study {spec.name}: {at_most}{spec.n_trials} trials{done} ({search})\n  {axes}"
+
+
+@dataclass
+class _Ending:
+    """When this process began to work on the study, and with which exit code it ends; ``None``: with an exception."""
+
+    began: float
+    exit_code: int | None = None
 
 
 @dataclass(frozen=True)
@@ -220,6 +236,29 @@ class _Sweep:
     @property
     def outputs(self) -> OutputPaths:
         return self.command.paths.outputs
+
+    def notify_of(self, ending: _Ending) -> None:
+        """Send the notification of the sweep's end, if this process holds the study."""
+        config: NotifyConfig = typed_settings(self.command.config.notify, NotifyConfig)
+        if not self.orchestration.held or (config.command is None and config.webhook is None):
+            return
+        with signals.delay_interrupt("the notification is being sent; Ctrl-C again leaves it out"):
+            counts, best = self.opened.counts(), next(iter(self.opened.best()), None)
+            values = dict(zip(self.spec.objectives, best.values or (), strict=False)) if best is not None else {}
+            names = ("total", "completed", "pruned", "failed", "skipped")
+            action = "report" if counts.is_complete else "resume"
+            notification = sweep_notification(
+                self.spec.name,
+                self.status().value,
+                ending.exit_code,
+                time.monotonic() - ending.began,
+                {name: getattr(counts, name) for name in names},
+                {"run_id": best.run_id, "params": best.params, "values": values} if best is not None else None,
+                self.command.paths.folder,
+                next((file for file in [self.command.paths.folder / "report.html"] if file.is_file()), None),
+                f"qlora-exp {action} {shlex.quote(self.spec.name)}",
+            )
+            notify(config, notification)
 
     def run_ids(self) -> list[str]:
         return [row.run_id for row in self.opened.trials() if row.run_id is not None]
@@ -339,7 +378,7 @@ class _Sweep:
         """Print how the study ended and what to do next; return the exit code."""
         spec, paths, opened = self.spec, self.command.paths, self.opened
         counts, best, rows = opened.counts(), opened.best(), opened.trials()
-        to_run_again = best_row(best, spec)
+        to_run_again, confirms = best_row(best, spec), read_plan(paths)
         exhausted = None if counts.is_complete else self.budget.first_exhausted(opened.trials())
         larger_limit = exhausted.larger if exhausted is not None else None
         answers = None
@@ -347,8 +386,8 @@ class _Sweep:
             answers = print_answers(spec, paths, opened.trials(), larger_limit)
             write_json(paths.ladder, answers)
             print(f"  {paths.ladder}")
-        elif (plan := read_plan(paths)) is not None:
-            to_run_again = print_confirmation(spec, paths, plan, rows)
+        elif confirms is not None:
+            to_run_again = print_confirmation(spec, paths, confirms, rows)
         elif best:
             print_table(best_table(best, spec))
         run_again = write_best(spec, paths, to_run_again)
@@ -356,7 +395,7 @@ class _Sweep:
         predicted = memory_predictions(opened.trials(), paths)
         if predicted is not None:
             print(predicted.sentence)
-        for line in self._how_sure(rows):
+        for line in self._how_sure(rows) if confirms is None else ():
             print(line)
         if run_again is not None:
             print(f"  to run it again: {run_again}")

@@ -23,6 +23,7 @@ from qlora_exp.records.files import read_curve, read_record, write_json
 from qlora_exp.records.types import Failure, RunRecord, Status
 from qlora_exp.runs.execute import execute
 from qlora_exp.runs.first_record import current_time
+from qlora_exp.runs.notify import notify, run_notification
 from qlora_exp.runs.process import exit_code_of
 from qlora_exp.system import environment
 from qlora_exp.system.out_of_memory import killed_for_memory
@@ -48,7 +49,9 @@ def run_with_progress(config: Config, resume: str | None = None, single: bool = 
         missing = not_delivered(OutputPaths.of(config.output_root), [record.run_id])
         if missing is not None:
             print(missing)
-    return exit_code_of(record.status)
+    code = exit_code_of(record.status)
+    notify(config.notify, run_notification(record, OutputPaths.of(config.output_root).run(record.run_id).folder, code))
+    return code
 
 
 def _print_end(record: RunRecord, config: Config, detailed: bool) -> None:
@@ -102,7 +105,7 @@ def config_from_plain(plain: dict[str, Any]) -> Config:
 
     try:
         # Records don't hold the sweep's settings.
-        plain = {"sweep": None, "workers": None, **plain}
+        plain = {"sweep": None, "workers": None, "notify": None, **plain}
         plain["budget"] = {**dict.fromkeys(STUDY_LIMITS), "force": False, **plain.get("budget", {})}
         plain["model"] = {**EARLIER_MODEL_DEFAULTS, **plain.get("model", {})}  # older records lack some keys of these
         plain["task"] = {**EARLIER_TASK_DEFAULTS, **plain.get("task", {})}
