@@ -126,6 +126,10 @@ class StudyInfo:
     """Overrides of every trial besides its axes, for commands that run more of them; ``None``: unknown."""
     screening: Mapping[str, Any] | None = None
     """``ladder.json``'s successive halving, which chooses the configuration that gets a ladder."""
+    confirmation: Mapping[str, Any] | None = None
+    """``confirm.json`` of a study that confirms another one's finalists."""
+    confirm_command: str | None = None
+    """Command that confirms this study's best configurations; ``None``: it doesn't choose by a validation score."""
 
 
 def formatted_value(value: DisplayedValue, kind: str) -> str:

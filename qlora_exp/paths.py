@@ -150,6 +150,10 @@ class StudyPaths:
     """What the tracking store got last: status, best trials, all trials."""
     ladder = Child("ladder.json")
     """Results of rank doubling, one object per ladder."""
+    best = Child("best.yaml")
+    """The best trial's configuration, for ``qlora-exp run --from``."""
+    confirmation = Child("confirm.json")
+    """Only of a study that ``qlora-exp confirm`` started: its finalists, its seeds, and its answer."""
     tracking_state = Child("tracking.json")
     """The id of the study's parent run in the tracking store, and whether everything was delivered."""
     tracking_lock = Child("tracking.lock")
@@ -171,6 +175,8 @@ class RunPaths:
     curve = Child("curve.jsonl")
     """Training curve, one JSON object per logged step: step, loss, learning_rate, gradient_norm, tokens."""
     adapter = Child("adapter")
+    tensorboard = Child("tensorboard")
+    """TensorBoard's event files, with ``tracking.also=[tensorboard]``."""
     export = Child("export")
     """The default folder of ``qlora-exp export``."""
     quantization = Child("quantization.json")

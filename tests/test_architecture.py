@@ -21,7 +21,7 @@ NO_ROOMS = {"conf", "sweeps"}
 
 ORDER: tuple[tuple[str, ...], ...] = (
     ("errors", "version"),
-    ("formatting", "paths"),
+    ("formatting", "paths", "progress"),
     ("records",),
     ("config",),
     ("analysis", "data", "system"),
@@ -33,8 +33,9 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("estimate",),
     ("runs",),
     ("export", "orchestration"),
-    ("doctor", "plugins", "ptq"),
+    ("doctor", "inspection", "plugins", "ptq"),
     ("cli",),
+    ("api",),
     ("__init__", "__main__", "embedded"),
 )
 """From the ground up: a room imports only from rooms above it in this list, never from one beside it."""
@@ -56,6 +57,7 @@ ONE_IMPORTER: dict[str, str | tuple[str, ...]] = {
     "optuna": "study",
     "typer": "cli",
     "plotly": "analysis",
+    "pandas": ("__init__", "api"),
     "gguf": ("export", "models"),
     "llama_cpp": "export",
 }

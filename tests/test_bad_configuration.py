@@ -27,7 +27,7 @@ WRONG = [
     (["lora.r=1000000"], ["lora.r", "65536"]),
     (["lora.dropout=1.5"], ["lora.dropout", "1.5"]),
     (["lora.dropout=-0.1"], ["lora.dropout"]),
-    (["lora.alpha=7"], ["lora.alpha", "alpha_policy"]),
+    (["lora.alpha=7", "lora.alpha_policy=2r"], ["lora.alpha", "alpha_policy=fixed"]),
     (["lora.alpha_policy=fixed"], ["lora.alpha"]),
     (["lora.alpha_policy=3r"], ["lora.alpha_policy", "2r"]),
     (["lora.alpha_policy=fixed", "lora.alpha=-1"], ["lora.alpha"]),

@@ -39,6 +39,14 @@ def test_numbers_have_enough_digits_to_differ() -> None:
             [{"evaluation.split": "test", "seed": 1}, {"evaluation.split": "validation", "seed": 2}],
             ["s1", "s2 validation"],
         ),
+        (
+            [{"lora.alpha_policy": "fixed", "lora.alpha": 32}, {"lora.alpha_policy": "2r", "lora.alpha": None}],
+            ["alpha32", "alpha=2r"],
+        ),
+        (
+            [{"task.prompt": "a long prompt\nof two lines and more {x}"}, {}],
+            ["prompt=a long prompt of two li…", "default"],
+        ),
         ([], []),
     ],
 )

@@ -66,6 +66,8 @@ def test_a_model_has_the_variant_and_the_name_that_it_is_known_by(
         (["model=local", "model.path=a/b"], "no such directory", "model=hub model.id=a/b"),
         (["model.id=a/b"], "only for model=hub", "model=hub model.id=a/b"),
         (["model=hub"], "needs an id", "model.id=OWNER/NAME"),
+        (["model=hub", "model.id=''"], "needs an id", "model.id=OWNER/NAME"),
+        (["model=local", "model.path=''"], "needs a path", "model.path=DIRECTORY_OR_FILE.gguf"),
         (["model=hub", "model.id=https://hf.co/a/b"], "no address", "model.id=a/b"),
         (["model=hub", "model.id=.."], "a directory", "model=local model.path=.."),
         (["model=hub", "model.id='a b'"], "no Hub id", "model.id=OWNER/NAME"),

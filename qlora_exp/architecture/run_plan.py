@@ -111,7 +111,7 @@ def config_fingerprint(config: Config) -> str:
     plain = to_plain(config)
     plain["model"] = _without_newer_model_defaults(plain["model"])
     plain["task"] = _without_newer_defaults(plain["task"])
-    for group in ("tracking", "budget", "sweep", "workers", "name", "output_root"):
+    for group in ("tracking", "notify", "budget", "sweep", "workers", "name", "output_root"):
         del plain[group]
     for key in ("logging_steps", "save_every_steps", "resume"):
         del plain["training"][key]

@@ -102,7 +102,8 @@ def preview(
     data = prepared.splits.record
     counts = f"{data.train_items} train, {data.validation_items} validation, {data.test_items} test items"
     print(f"{config.task.path or config.task.hub_id or config.task.name}: {counts}; {prepared.plan.format} format")
-    for line in rows_report(prepared.splits):
+    read_as = [prepared.splits.read_as] if prepared.splits.read_as is not None else []
+    for line in (*read_as, *rows_report(prepared.splits)):
         print(line)
     print()
     for item, tokens in preview_items(prepared.splits, prepared.tokenizer, split, count):
@@ -189,6 +190,7 @@ def _summary_lines(config: Config, plan: Plan, splits: Splits) -> list[str]:
         f"({', '.join(plan.target_modules)}): {plan.trainable_parameters:,} trained parameters ({share:.2%})",
         f"  data     {data.task}: {data.train_items} train, {data.validation_items} validation, "
         f"{data.test_items} test items{dropped}; {plan.format} format",
+        *([f"           {splits.read_as}"] if splits.read_as is not None else []),
         *(f"           {line}" for line in rows_report(splits)),
         f"  training {plan.max_steps} steps of {plan.batch_size} items{epochs} "
         f"({_micro_batch(plan)} at a time), seed {config.seed}; "

@@ -189,7 +189,7 @@ def _worth_comparing(records: Sequence[RunRecord]) -> list[RunRecord]:
 
     If some were scored on test, only these: scores of two splits can't be compared.
     """
-    from qlora_exp.records.flat_rows import RISING_SCORES, run_row
+    from qlora_exp.records.flat_rows import RISING_SCORES, flat_run
     from qlora_exp.records.types import Status
     from qlora_exp.tracking.ui import MAX_COMPARED
 
@@ -201,7 +201,7 @@ def _worth_comparing(records: Sequence[RunRecord]) -> list[RunRecord]:
         return completed[-MAX_COMPARED:]
 
     def order(record: RunRecord) -> tuple[bool, float]:
-        row = run_row(record)
+        row = flat_run(record)
         value = row["score_after"]
         if value is None:
             return True, 0.0

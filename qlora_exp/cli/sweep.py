@@ -153,6 +153,7 @@ def status(
     """
     from qlora_exp.formatting import print_table
     from qlora_exp.orchestration.status import status_fields, study_status, watch_status
+    from qlora_exp.orchestration.study_end import how_sure
     from qlora_exp.system.orchestrator_lease import held_lease
     from qlora_exp.tracking.state import not_delivered
 
@@ -167,7 +168,10 @@ def status(
         watch_status(spec, opened, paths)
         return 0
     print_table(study_status(spec, opened, paths, held_lease(paths.orchestrator)))
-    runs = [row.run_id for row in opened.trials() if row.run_id is not None]
+    rows = opened.trials()
+    for line in how_sure(spec, paths, rows):
+        print(line)
+    runs = [row.run_id for row in rows if row.run_id is not None]
     busy = held_lease(paths.orchestrator) is not None
     missing = not_delivered(paths.outputs, runs, spec.name, busy)
     if missing is not None:
@@ -197,23 +201,29 @@ def stop(
 
 
 def best(study: Study, as_json: AsJson = False, storage: Storage = None, output_root: OutputRoot = None) -> int:
-    """Show the best trial as a command.
+    """Show the best trial, how sure that is, and the command that runs it again.
 
-    Of several objectives, the Pareto front; of rank doubling, the rank to use now and its runs.
+    Of several objectives, the Pareto front; of rank doubling, the rank to use now and its runs; of a study that
+    confirms finalists, its answer.
     """
     from qlora_exp.errors import RecordError
     from qlora_exp.formatting import print_table
+    from qlora_exp.orchestration.finalists import read_plan
     from qlora_exp.orchestration.status import best_table
+    from qlora_exp.orchestration.study_end import best_row, how_sure, print_confirmation, write_best
     from qlora_exp.rank_doubling.answers import print_answers
 
     spec, paths = _find_study(study, output_root)
     opened = _read_study(spec, paths, storage)
-    rows = opened.best()
+    rows, plan = opened.best(), read_plan(paths)
     if as_json:
-        _print_best(spec, paths, rows)
+        _print_best(spec, paths, rows, how_sure(spec, paths, opened.trials()))
         return 0
     if spec.ladder is not None:
         print_answers(spec, paths, opened.trials())
+    elif plan is not None and rows:
+        used = print_confirmation(spec, paths, plan, opened.trials())
+        rows = [used] if used is not None else rows
     elif not rows:
         completed, name = opened.counts().completed, shlex.quote(spec.name)
         problem = f"none of {completed} completed trials satisfies {', '.join(spec.constraints)}"
@@ -221,13 +231,18 @@ def best(study: Study, as_json: AsJson = False, storage: Storage = None, output_
         raise RecordError(problem, f"study {spec.name}", f"qlora-exp {'trials' if completed else 'status'} {name}")
     if rows:
         print_table(best_table(rows, spec))
-    for command in _commands(rows, spec):
-        print(f"qlora-exp run {command}")
+    for line in how_sure(spec, paths, opened.trials()) if plan is None else ():
+        print(line)
+    short_row = best_row(rows, spec)
+    short = write_best(spec, paths, short_row)
+    for row, command in _commands(rows, spec):
+        print(short if row is short_row and short is not None else command)
     return 0
 
 
-def _print_best(spec: StudySpec, paths: StudyPaths, rows: Sequence[TrialRow]) -> None:
-    """Print ``best --json``: the best trials with their commands, and a ladder's answers as in ladder.json."""
+def _print_best(spec: StudySpec, paths: StudyPaths, rows: Sequence[TrialRow], how_sure: Sequence[str]) -> None:
+    """Print ``best --json``: the best trials with their commands, how sure that is, and the answers of a ladder
+    (ladder.json) or of a study that confirms finalists (confirm.json)."""
     import json
 
     from qlora_exp.cli.tables import print_json
@@ -239,10 +254,12 @@ def _print_best(spec: StudySpec, paths: StudyPaths, rows: Sequence[TrialRow]) ->
         for row, trial in zip(trial_rows(rows, spec), rows, strict=True)
     ]
     ladders = json.loads(paths.ladder.read_text(encoding="utf-8"))["ladders"] if paths.ladder.is_file() else []
-    print_json({"study": spec.name, "objectives": spec.objectives, "trials": trials, "ladders": ladders})
+    confirmed = json.loads(paths.confirmation.read_text(encoding="utf-8")) if paths.confirmation.is_file() else None
+    answer = {"study": spec.name, "objectives": spec.objectives, "trials": trials, "how_sure": list(how_sure)}
+    print_json({**answer, "ladders": ladders, "confirmation": confirmed})
 
 
-def _commands(rows: Sequence[TrialRow], spec: StudySpec) -> Iterator[str]:
+def _commands(rows: Sequence[TrialRow], spec: StudySpec) -> Iterator[tuple[TrialRow, str]]:
     """Yield one command per trial. A ladder's runs that differ only in their seed give one command, the first."""
     from qlora_exp.orchestration.command import run_overrides
 
@@ -251,7 +268,7 @@ def _commands(rows: Sequence[TrialRow], spec: StudySpec) -> Iterator[str]:
         params = {key: value for key, value in row.params.items() if spec.ladder is None or key != "seed"}
         if (settings := frozenset(run_overrides(spec, params))) not in seen:
             seen.add(settings)
-            yield shlex.join(run_overrides(spec, row.params))
+            yield row, shlex.join(["qlora-exp", "run", *run_overrides(spec, row.params)])
 
 
 def trials(

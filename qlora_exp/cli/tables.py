@@ -21,7 +21,7 @@ from qlora_exp.formatting import (
     print_table,
     table_width,
 )
-from qlora_exp.records.flat_rows import field_named, run_row
+from qlora_exp.records.flat_rows import field_named, flat_run
 from qlora_exp.records.labels import labels, short_id
 from qlora_exp.records.schema import to_dict
 from qlora_exp.records.types import RunRecord
@@ -140,12 +140,12 @@ def runs_columns(rows: Sequence[Mapping[str, Any]]) -> list[TableColumn]:
 
 
 def runs_rows(records: Sequence[RunRecord], everybody: Iterable[str]) -> list[dict[str, Any]]:
-    """Return one row per run: :func:`~qlora_exp.records.flat_rows.run_row` with ``short_id`` (unique among the ids
+    """Return one row per run: :func:`~qlora_exp.records.flat_rows.flat_run` with ``short_id`` (unique among the ids
     ``everybody``) and ``label``."""
     ids = list(everybody)
     plain = [{"config": record.config, "trial": to_dict(record.trial)} for record in records]
     return [
-        {"run_id": record.run_id, "short_id": short_id(record.run_id, ids), "label": text} | run_row(record)
+        {"run_id": record.run_id, "short_id": short_id(record.run_id, ids), "label": text} | flat_run(record)
         for record, text in zip(records, labels(plain), strict=True)
     ]
 

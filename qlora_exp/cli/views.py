@@ -11,8 +11,9 @@ from rich.table import Table
 
 from qlora_exp.formatting import UNKNOWN_CELL, bytes_text, clock_text, figure, flatten, number, simple_table
 from qlora_exp.paths import RunPaths
-from qlora_exp.records.flat_rows import MAIN_SCORES, base_bytes_of, run_row, shown_scores
+from qlora_exp.records.flat_rows import MAIN_SCORES, base_bytes_of, flat_run, shown_scores
 from qlora_exp.records.labels import labels, run_name, short_id
+from qlora_exp.records.model_name import model_place
 from qlora_exp.records.schema import to_dict
 from qlora_exp.records.types import RunRecord, Status
 
@@ -49,7 +50,7 @@ def summary_table(record: RunRecord, paths: RunPaths, option: str = "") -> Table
 def summary(record: RunRecord, paths: RunPaths, option: str = "") -> Iterator[tuple[str, str]]:
     """Yield (heading, text): status, what was trained, scores, memory, speed, cost, files, the next command. Lines of
     which nothing is known are left out."""
-    row, settings = run_row(record), dict(flatten(record.config))
+    row, settings = flat_run(record), dict(flatten(record.config))
     took = f" in {clock_text(record.speed.total_seconds)}" if record.speed.total_seconds is not None else ""
     started = datetime.fromisoformat(record.started_at).strftime("%Y-%m-%d %H:%M %Z")
     yield "status", f"{record.status.value}{took}, started {started}"
@@ -58,7 +59,7 @@ def summary(record: RunRecord, paths: RunPaths, option: str = "") -> Iterator[tu
         yield "failure", f"{record.failure.kind}{where}: {record.failure.message.splitlines()[0]}"
     trial = f", trial {record.trial.number} of study {record.trial.study}" if record.trial is not None else ""
     yield "run", f"{record.run_id}\n{run_name(record)}{trial}"
-    path = f" ({settings['model.path']})" if settings.get("model.path") else ""
+    path = f" ({model_place(record.config['model'])})" if settings.get("model.path") else ""
     model = f"{row['model']} {row['variant']}{path}, {row['quantization']}"
     if record.plan is not None:
         model += f", {record.plan.total_parameters:,} parameters, on {record.environment.device.name}"
@@ -92,12 +93,15 @@ def summary(record: RunRecord, paths: RunPaths, option: str = "") -> Iterator[tu
         yield "warning", f"{warning}{more}"
     present = [child.name for child in (paths.record, paths.adapter) if child.exists()]
     yield "files", f"{paths.folder} ({', '.join(present)})"
-    yield "next", next_command(record, option)
+    yield (
+        "next",
+        next_command(record, short_id(record.run_id, (run.name for run in paths.folder.parent.iterdir())), option),
+    )
 
 
-def next_command(record: RunRecord, option: str = "") -> str:
-    """Return what a person would do next with this run."""
-    run, study = short_id(record.run_id), shlex.quote(record.trial.study) if record.trial is not None else None
+def next_command(record: RunRecord, run: str, option: str = "") -> str:
+    """Return what a person would do next with this run, whose short id is ``run``."""
+    study = shlex.quote(record.trial.study) if record.trial is not None else None
     if record.status is Status.RUNNING:
         return f"qlora-exp status {study} --watch{option}" if study else f"qlora-exp show {run}{option}"
     if record.status is Status.INTERRUPTED:
@@ -107,7 +111,9 @@ def next_command(record: RunRecord, option: str = "") -> str:
         return f"{hint}qlora-exp rerun {run}{option}"
     if record.status is Status.PRUNED:
         return f"qlora-exp best {study}{option}" if study else f"qlora-exp rerun {run}{option}"
-    return f"qlora-exp export {run}{option}" if not record.synthetic else f"qlora-exp ls runs{option}"
+    if record.synthetic:
+        return f"qlora-exp ls runs{option}"
+    return f"qlora-exp show {run} --items 20{option}\nqlora-exp export {run}{option}"
 
 
 def _training(record: RunRecord, row: dict[str, Any]) -> str:

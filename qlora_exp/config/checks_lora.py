@@ -101,7 +101,7 @@ def _alpha(lora: LoraConfig) -> Iterator[ConfigError]:
     implied = {"2r": 2 * lora.r, "r": lora.r}.get(lora.alpha_policy)
     if implied is not None and lora.alpha is not None and lora.alpha != implied:
         what = f"lora.alpha contradicts lora.alpha_policy={lora.alpha_policy}, which makes it {implied}"
-        yield config_error(what, "lora.alpha", lora.alpha, "lora.alpha_policy=fixed, or leave lora.alpha out")
+        yield config_error(what, "lora.alpha", lora.alpha, "lora.alpha_policy=fixed, or leave lora.alpha_policy out")
 
 
 def targets_problems(targets: TargetsConfig) -> Iterator[ConfigError]:

@@ -9,7 +9,7 @@ import itertools
 import re
 import shlex
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -34,9 +34,10 @@ from qlora_exp.config.overrides import (
     parse,
     search_folders,
     search_path,
+    with_target_modules,
     without_globs,
 )
-from qlora_exp.config.schema import Config, register, typed
+from qlora_exp.config.schema import Config, default_alpha_policy, register, typed
 from qlora_exp.errors import ConfigError, QloraExpError, nearest, raise_all
 from qlora_exp.paths import CONF, SWEEPS
 
@@ -52,6 +53,7 @@ def compose(overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError, Problems: a misspelt key or choice, a wrong type, an impossible combination; all together.
     """
+    overrides = with_target_modules(overrides)
     raise_all(problems_of(overrides, multirun=False))
     check_hydra(overrides)
     return as_checked_config(compose_raw(overrides))
@@ -121,18 +123,25 @@ class Composer:
         """Return the unchecked configuration; see :func:`compose_raw`."""
         others, values = _split(overrides)
         if others not in self._composed:
-            self._composed[others] = _composed(others)
+            self._composed[others] = _compose_unchanged(others)
         config = _with_values(self._composed[others], values)
-        return with_one_length(config, overrides) if config is not None else compose_raw(overrides)
+        return compose_raw(overrides) if config is None else _completed(config, overrides)
 
 
 def compose_raw(overrides: Sequence[str]) -> DictConfig:
     """Return what Hydra composes, unchecked: values may be missing, and interpolations are unresolved.
 
+    Only ``lora.alpha_policy`` has its value already where nothing sets it.
+
     Raises:
         ConfigError: it can't be composed.
     """
-    return with_one_length(_composed(overrides), overrides)
+    return _completed(_compose_unchanged(overrides), overrides)
+
+
+def _completed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Return the composed ``config`` with what its settings imply of each other."""
+    return with_alpha_policy(with_one_length(config, overrides))
 
 
 def with_one_length(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
@@ -152,8 +161,23 @@ def with_one_length(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     return config
 
 
-def _composed(overrides: Sequence[str]) -> DictConfig:
-    """Return what Hydra composes; see :func:`compose_raw`."""
+def with_alpha_policy(config: DictConfig) -> DictConfig:
+    """Set ``lora.alpha_policy`` in a composed configuration, if nothing else does: an alpha alone is a fixed one."""
+    plain: Any = OmegaConf.to_container(config.lora, resolve=False)
+    if plain["alpha_policy"] is None:
+        config.lora.alpha_policy = default_alpha_policy(plain["alpha"])
+    return config
+
+
+def policy_of_searched_alpha(overrides: Sequence[str], axes: Collection[str]) -> list[str]:
+    """Return the override that makes alpha fixed, if ``lora.alpha`` is among the axes and nothing sets its policy; else
+    an empty list."""
+    if "lora.alpha" not in axes or "lora.alpha_policy" in axes:
+        return []
+    return ["lora.alpha_policy=fixed"] if _compose_unchanged(overrides).lora.alpha_policy is None else []
+
+
+def _compose_unchanged(overrides: Sequence[str]) -> DictConfig:
     ours = _ours(overrides)
     folders = search_folders(overrides)
     others, values = _split(ours)

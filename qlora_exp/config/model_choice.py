@@ -107,7 +107,7 @@ def _inside(folder: Path) -> str:
 def hub_id_meant(path: str | None) -> str | None:
     """Return the Hub id that an absolute ``path`` was written as, e.g. ``Qwen/Qwen2.5-0.5B``; ``None`` if it may be a
     place on disk."""
-    if path is None or os.path.exists(path):
+    if not path or os.path.exists(path):
         return None
     written = os.path.relpath(path)
     return written if OWNER_AND_NAME.fullmatch(written) and not os.path.exists(os.path.dirname(path)) else None
@@ -127,7 +127,7 @@ def model_choice_hint(name: str, valid: list[str]) -> str:
 def place_problems(model: ModelConfig) -> Iterator[ConfigError]:
     """Yield what is wrong with the Hub ids and paths of ``model``."""
     for key, value in (("id", model.id), ("instruct_id", model.instruct_id)):
-        if value is None:
+        if not value:
             continue
         if model.family != "hub":
             hint = f"model=hub model.{key}={value}" + ("" if key == "id" else " model.id=OWNER/NAME")
@@ -141,7 +141,7 @@ def place_problems(model: ModelConfig) -> Iterator[ConfigError]:
         elif not HUB_ID.fullmatch(value):
             yield config_error("this is no Hub id", f"model.{key}", value, f"model.{key}=OWNER/NAME")
     for key, value in (("path", model.path), ("instruct_path", model.instruct_path)):
-        if value is None:
+        if not value:
             continue
         meant = hub_id_meant(value)
         hub_hint = f"model=hub model.{'id' if key == 'path' else 'instruct_id'}={meant}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -79,17 +79,26 @@ class QuantizationConfig:
     int8_threshold: float
 
 
+def default_alpha_policy(alpha: Any) -> str:
+    """Return ``lora.alpha_policy`` where nothing sets it."""
+    return "2r" if alpha is None else "fixed"
+
+
 @dataclass
 class LoraConfig:
     r: int
-    alpha_policy: str
-    """``2r``, ``r`` or ``fixed`` (with lora.alpha)."""
+    alpha_policy: str | None
+    """``2r``, ``r`` or ``fixed`` (at lora.alpha). Null: ``fixed`` if lora.alpha is set, else ``2r``."""
     alpha: float | None
     dropout: float
     dtype: ComputeDtype
     rslora: bool
     dora: bool
     init: AdapterInit
+
+    def __post_init__(self) -> None:
+        if self.alpha_policy is None:
+            self.alpha_policy = default_alpha_policy(self.alpha)
 
 
 @dataclass
@@ -230,6 +239,20 @@ class TrackingConfig:
     """null: SQLite, mlflow.db next to output_root."""
     experiment: str
     timeout_seconds: float
+    also: list[str] = field(default_factory=list)
+    """Where else a training's curve and scores go: tensorboard, wandb, trackio. (Records of earlier versions lack it.)
+    """
+
+
+@dataclass
+class NotifyConfig:
+    """What gets a JSON object when a run or a sweep has ended; null: nothing does. Trials of a sweep don't notify."""
+
+    command: str | None
+    """A shell command, which gets the object on standard input."""
+    webhook: str | None
+    """An http or https URL, which gets the object by POST. It may hold a secret: records leave it out."""
+    timeout_seconds: float
 
 
 @dataclass
@@ -359,6 +382,8 @@ class Config:
     training: TrainingConfig
     evaluation: EvaluationConfig
     tracking: TrackingConfig
+    notify: NotifyConfig | None
+    """``None``: a configuration from a record, which leaves it out."""
     budget: BudgetConfig
     sweep: SweepConfig | None
     workers: WorkersConfig | None

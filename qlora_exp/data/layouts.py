@@ -14,6 +14,7 @@ from typing import Any
 from qlora_exp.config.enums import Learn, TaskKind, TaskSource
 from qlora_exp.config.schema import TaskConfig
 from qlora_exp.data.files import IGNORED_COLUMNS, DataFile
+from qlora_exp.data.rows import check_column
 from qlora_exp.data.templates import template_setting
 from qlora_exp.errors import DataError
 
@@ -138,6 +139,8 @@ def _filled_in(task: TaskConfig, raw: DataFile) -> Reading:
     has_completion = task.completion is not None or columns.completion is not None
     if columns.messages or (has_prompt and has_completion):
         return Reading(task)
+    for part in ("prompt", "completion"):
+        check_column(getattr(columns, part), f"task.columns.{part}", raw)
     layouts = list(_layouts(raw))
     best = _best(layouts)
     if not has_prompt and not has_completion and not has_label:
@@ -332,7 +335,9 @@ def _pairs(sample: _Sample) -> Iterator[Layout]:
             change = f"task.columns.prompt={found[0]} task.columns.completion={found[1]}"
             yield Layout("GSM8K rows", settings, frozenset(found), tier, remark, change)
         else:
-            settings = {"columns.prompt": found[0], **sample.answer(found[1])}
+            # prompt and completion are our own names: a file that has numbers there is as likely to have labels
+            learned = {"columns.completion": found[1]} if tier == 0 else sample.answer(found[1])
+            settings = {"columns.prompt": found[0], **learned}
             yield Layout(f"{prompt}/{answer} rows", settings, frozenset(found), tier)
 
 

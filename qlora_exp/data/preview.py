@@ -61,22 +61,14 @@ def _token_texts(ids: Sequence[int], trained: Sequence[bool], tokenizer: Tokeniz
 
 
 def rows_report(splits: Splits) -> list[str]:
-    """Return lines of text: the recognised layout, files read as one split, rows left out by reason, rows cut by
-    ``max_length``, notes."""
+    """Return lines of text: files read as one split, rows left out by reason, rows cut by ``max_length``, notes."""
     lines = []
     for split in SPLIT_NAMES:
         files = list(dict.fromkeys(item.item_id.rpartition(":")[0] for item in getattr(splits, split)))
         if len(files) > 1:
             more = f" and {len(files) - 3} more" if len(files) > 3 else ""
             lines.append(f"{split} rows come from {len(files)} files: {', '.join(files[:3])}{more}")
-    read_as = [splits.read_as] if splits.read_as is not None else []
-    return [
-        *read_as,
-        *lines,
-        *_by_reason(splits.left_out, "left out"),
-        *_by_reason(splits.truncated, "kept"),
-        *splits.notes,
-    ]
+    return [*lines, *_by_reason(splits.left_out, "left out"), *_by_reason(splits.truncated, "kept"), *splits.notes]
 
 
 def _by_reason(problems: Sequence[RowProblem], outcome: str) -> Iterator[str]:

@@ -126,7 +126,7 @@ def read_examples(task: TaskConfig, raw: DataFile) -> tuple[list[Example], list[
     if not raw.rows:
         return [], problems
     sources = _find_sources(task, raw)
-    _check_column(task.columns.group, "task.columns.group", raw)
+    check_column(task.columns.group, "task.columns.group", raw)
     for column in sorted(sources.used & set(raw.mixed_classes)):
         hint = (
             f"write all files with the same features, or write class names as text into column {column!r} of each file"
@@ -156,8 +156,8 @@ def _find_sources(task: TaskConfig, raw: DataFile) -> _Sources:
             )
         columns = message_columns(messages, raw.columns)
         for column in columns:
-            _check_column(column, "task.columns.messages", raw)
-        _check_column(label, "task.columns.label", raw)
+            check_column(column, "task.columns.messages", raw)
+        check_column(label, "task.columns.label", raw)
         optional = {column for column in raw.columns if column in (task.columns.tools, VARIABLES_COLUMN)}
         used = {*columns, *optional, *([label] if label else [])}
         return _Sources(None, None, columns, label, frozenset(used))
@@ -167,7 +167,7 @@ def _find_sources(task: TaskConfig, raw: DataFile) -> _Sources:
     no_prompt = task.prompt == "" and task.columns.prompt is None
     prompt = None if no_prompt else _text_source("prompt", task.prompt, task.columns.prompt, raw)
     completion = _text_source("completion", task.completion, completion_column, raw)
-    _check_column(label, "task.columns.label", raw)
+    check_column(label, "task.columns.label", raw)
     used = {label} if label else set()
     for source in (prompt, completion):
         used |= set(source.columns) if isinstance(source, RowTemplate) else {source} if source else set()
@@ -191,11 +191,12 @@ def _text_source(name: str, template: str | None, column: str | None, raw: DataF
             f"task.{name}, task.columns.{name}",
             f"task.columns.{name}=COLUMN, or 'task.{name}=\"{{COLUMN}}\"'; columns: {', '.join(raw.columns)}",
         )
-    _check_column(column, f"task.columns.{name}", raw)
+    check_column(column, f"task.columns.{name}", raw)
     return column
 
 
-def _check_column(column: str | None, key: str, raw: DataFile) -> None:
+def check_column(column: str | None, key: str, raw: DataFile) -> None:
+    """Raise :class:`DataError` with the nearest columns if no row has ``column``, which the setting ``key`` names."""
     if column is None or column in raw.columns:
         return
     written = next((name for name in raw.columns if name.strip(" \t\ufeff'\"`") == column), None)

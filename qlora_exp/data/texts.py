@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from typing import NamedTuple
@@ -34,6 +35,7 @@ class StrippedText(NamedTuple):
     after: str
 
 
+@functools.lru_cache(maxsize=4096)
 def writes_no_spaces(character: str) -> bool:
     """Return whether the character's script writes no spaces between words: Chinese, Japanese, Thai, Khmer …"""
     return any(first <= ord(character) < end for first, end in _SCRIPTS_WITHOUT_SPACES)

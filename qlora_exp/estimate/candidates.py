@@ -13,7 +13,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from qlora_exp.config.checks import check
 from qlora_exp.config.choices import groups
-from qlora_exp.config.compose import Composer, as_config, compose_raw, default_choices, read_choice
+from qlora_exp.config.compose import (
+    Composer,
+    as_config,
+    compose_raw,
+    default_choices,
+    policy_of_searched_alpha,
+    read_choice,
+)
 from qlora_exp.config.enums import EvaluationSplit, Sampler
 from qlora_exp.config.interpolations import resolve_outside, unresolved_texts
 from qlora_exp.config.override_errors import problems_of, typed_value
@@ -70,6 +77,9 @@ def search_space(overrides: Sequence[str]) -> SearchSpace:
     axis_texts |= {
         override_key(text): text.partition("=")[2] for text in fixed if override_key(text) in settings.params
     }
+    if of_alpha := policy_of_searched_alpha(fixed, axis_texts):
+        fixed = [*fixed, *of_alpha]
+        raw = compose_raw(fixed)
     searched = [text for text in fixed if override_key(text) in axis_texts]
     fixed = [text for text in fixed if text not in searched]
     fixed_axes = tuple(text for text in searched if text.partition("=")[2] != settings.params[override_key(text)])
@@ -110,6 +120,17 @@ def _check_can_vary(axis_texts: Mapping[str, str]) -> None:
         if key.partition(".")[0] in ("sweep", "sweeps", "workers", "output_root", "tracking")
     ]
     raise_all(errors)
+
+
+def listed_space(overrides: Sequence[str], points: Sequence[Mapping[str, Any]]) -> SearchSpace:
+    """Return the candidates at ``points`` (axis → value), which are all trials that there will be, as enqueued ones
+    are.
+
+    Args:
+        overrides: what they share, without axes.
+    """
+    factory = ConfigFactory(resolve_outside(overrides))
+    return SearchSpace(tuple(map(factory.point, points)), len(points), sampled=False)
 
 
 class ConfigFactory:

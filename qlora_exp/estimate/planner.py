@@ -124,6 +124,20 @@ class Planner:
         self._cheapest_over_budget: BudgetTooSmall | None = None
         self._some_can_start = False
 
+    def with_rows(self, counter: RowCounter | None, records: Sequence[RunRecord]) -> Planner:
+        """Return a planner of single runs for the same device and memory, with the tasks' rows and other ended runs."""
+        other = Planner(self._device, self._fit_bytes, records, counter)
+        other._results = {key: result for key, result in self._results.items() if key[0] != "rates"}
+        return other
+
+    def checkpointing(self, config: Config) -> bool:
+        """Return whether training ``config`` uses gradient checkpointing.
+
+        Raises:
+            ModelError: the model is unknown, or ``targets`` match nothing in it.
+        """
+        return self.estimate(config, self._counter.of(config) if self._counter is not None else None).checkpointing
+
     def plan(self, point: Candidate) -> PlannedRun:
         """Return the plan of one candidate. One that can't run gets a plan with its reason, too."""
         config = point.config

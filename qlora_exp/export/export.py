@@ -26,9 +26,12 @@ from qlora_exp.export.export_config import ExportConfig
 from qlora_exp.export.finished_run import FinishedRun, check_run
 from qlora_exp.export.gguf import write_gguf
 from qlora_exp.export.llama_cpp import measure_runtime
+from qlora_exp.export.modelfile import modelfile
 from qlora_exp.export.phone import answer_phone
+from qlora_exp.export.push import Push, portable_texts, push_files, without_folders
 from qlora_exp.export.results import RESULTS_SCHEMA_VERSION, Artefact, Export
 from qlora_exp.export.task_check import CheckItems, check_exported_gguf, check_merged, items_to_check, not_checked
+from qlora_exp.export.usage import usage_chapter, usage_of
 from qlora_exp.models import sources
 from qlora_exp.models.adapters import write_portable
 from qlora_exp.models.base import load_base
@@ -37,7 +40,7 @@ from qlora_exp.models.inspect import describe
 from qlora_exp.models.merging import merged_model
 from qlora_exp.models.portable_adapters import is_portable
 from qlora_exp.paths import CONF, EMBEDDED, RunPaths
-from qlora_exp.records.files import write_json, write_text
+from qlora_exp.records.files import read_or_none, read_record, write_json, write_text
 from qlora_exp.records.types import RunRecord
 from qlora_exp.system.cards import Price, price_of
 
@@ -92,8 +95,8 @@ def export_run(
         ExportError: the run has nothing to export, or the folder can't be written.
         ModelError: the base is missing or has changed, the adapter doesn't fit, or no GGUF file can be written of it.
     """
-    source = check_run(paths, any(name in BLOCK_TYPES for name in settings.formats))
-    target = (to or paths.export).expanduser().absolute()
+    source = check_run(paths, _to_gguf(settings))
+    target = export_folder(paths, to)
     _check_target(target, source.record, settings)
     with _staging_folder(target) as folder:
         export = _export(source, folder, settings, on_step)
@@ -174,14 +177,73 @@ def _export(source: FinishedRun, folder: Path, settings: ExportConfig, on_step: 
                 artefacts.append(Artefact("merged", "merged/", _folder_bytes(merged_folder), check))
             artefacts += files
     export = _results(source, artefacts, fingerprint or sources.fingerprint(source.model), settings)
-    for place in (folder, folder / "adapter", folder / "merged"):  # each may be copied alone
-        if place.is_dir():
-            library = "transformers" if place.name == "merged" else "peft"
-            write_text(place / "README.md", export_card(source.record, export, library))
+    _write_cards(source, folder, export, settings)
     if source.model.name.startswith("embedded:"):
         shutil.copyfile(EMBEDDED / "LICENSE.wordnet", folder / "LICENSE.wordnet")
     write_json(folder / "export.json", export)
     return export
+
+
+def _write_cards(source: FinishedRun, folder: Path, export: Export, settings: ExportConfig) -> None:
+    """Write a model card for the export and for each of its folders, which may be copied alone; and the Modelfile."""
+    places = {artefact.format: artefact.path.rstrip("/") for artefact in export.artefacts}
+    cards: dict[str, dict[str, str]] = {
+        "": places,
+        **{name: {name: "."} for name in ("adapter", "merged") if name in places},
+    }
+    for name, found in cards.items():
+        write_text(folder / name / "README.md", _card(source, export, found, settings))
+    files = [file for name, file in places.items() if name in BLOCK_TYPES]
+    if files:
+        data, task = source.record.data, source.config.task
+        chat = source.record.plan is not None and source.record.plan.format == "chat"
+        prefix = data.answer_prefix if data is not None else None
+        text = modelfile(files[0], source.tokenizer, chat, source.end_token, prefix, task.system)
+        write_text(folder / "Modelfile", text)
+
+
+def _card(source: FinishedRun, export: Export, places: Mapping[str, str], settings: ExportConfig) -> str:
+    adapter = json.loads((source.paths.adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    usage = usage_of(source.record, source.model, source.end_token, adapter)
+    library = "transformers" if list(places) == ["merged"] else "peft"
+    return export_card(source.record, export, library, usage_chapter(usage, places), settings.phone)
+
+
+def push_export(paths: RunPaths, to: Path | None, settings: ExportConfig, push: Push) -> str:
+    """Push the first of the formats of a run's export to the Hub, with its card, and return the address.
+
+    Raises:
+        ExportError: the folder has no such export, or the push is refused (:func:`~qlora_exp.export.push.push_files`).
+    """
+    source, folder = check_run(paths, _to_gguf(settings)), export_folder(paths, to)
+    export, name = exported_before(paths, to), settings.formats[0]
+    artefact = next((one for one in export.artefacts if one.format == name), None) if export else None
+    if export is None or artefact is None:
+        hint = f"delete {folder} and repeat the command, or --to another folder"
+        raise ExportError(f"the export has no format {name}", str(folder), hint)
+    place = folder / artefact.path
+    files = {file.name: file for file in (place.iterdir() if place.is_dir() else [place, folder / "Modelfile"])}
+    if (licence := folder / "LICENSE.wordnet").is_file():
+        files[licence.name] = licence
+    base = source.model.where
+    there = {name: push.repository if place.is_dir() else place.name}
+    card = without_folders(_card(source, export, there, settings), base)
+    return push_files(files, {**dict(portable_texts(place)), "README.md": card}, push, paths)
+
+
+def _to_gguf(settings: ExportConfig) -> bool:
+    return any(name in BLOCK_TYPES for name in settings.formats)
+
+
+def export_folder(paths: RunPaths, to: Path | None) -> Path:
+    """Return the folder of an export: ``to``, or ``export/`` in the run's own folder."""
+    return (to or paths.export).expanduser().absolute()
+
+
+def exported_before(paths: RunPaths, to: Path | None) -> Export | None:
+    """Return the results of this run's export in the folder; ``None``: there is none."""
+    export = read_or_none(Export, export_folder(paths, to) / "export.json")
+    return export if export is not None and export.run_id == read_record(paths.record).run_id else None
 
 
 def _export_adapter(source: FinishedRun, target: Path) -> Artefact:

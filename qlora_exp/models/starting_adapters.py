@@ -38,13 +38,14 @@ MERGE_HINT = "merge it with PEFT (merge_and_unload, save_pretrained), then model
 
 @dataclass(frozen=True)
 class StartingAdapter:
-    """``base`` is the name of its base model in PEFT's file, ``base_fingerprint`` that of the run that trained it;
-    ``run`` is that run's id."""
+    """``base`` is the name of its base model in PEFT's file. ``run`` is the id of the run that trained it, with its
+    ``base_fingerprint`` and the overrides that choose its ``model``."""
 
     folder: Path
     base: str | None
     base_fingerprint: str | None
     run: str | None
+    model: str | None
 
 
 def adapter_chain(folder: Path) -> list[StartingAdapter]:
@@ -60,20 +61,26 @@ def adapter_chain(folder: Path) -> list[StartingAdapter]:
         seen.add(following)
         settings = _settings(following)
         _check_settings(settings, following)
-        fingerprint = run = earlier = None
+        fingerprint = run = chosen = earlier = None
         record_file = following.parent / "record.json"
         if record_file.is_file():
             try:
                 record = read_record(record_file)
             except RecordError as error:
                 raise ModelError(error.what, str(record_file), error.hint) from None
-            model = record.config.get("model")
             fingerprint, run = record.model_fingerprint, record.run_id
-            earlier = model.get("adapter") if isinstance(model, Mapping) else None
+            if isinstance(model := record.config.get("model"), Mapping):
+                earlier, chosen = model.get("adapter"), _overrides(model)
         base = settings.get("base_model_name_or_path")
-        chain.insert(0, StartingAdapter(following, str(base) if base else None, fingerprint, run))
+        chain.insert(0, StartingAdapter(following, str(base) if base else None, fingerprint, run, chosen))
         following = Path(str(earlier)) if earlier else None
     return chain
+
+
+def _overrides(model: Mapping[str, Any]) -> str:
+    """Return the overrides that choose a recorded model, without its adapter."""
+    keys = ("id", "instruct_id", "path", "instruct_path", "variant")
+    return " ".join([f"model={model.get('family')}", *(f"model.{key}={model[key]}" for key in keys if model.get(key))])
 
 
 def check_base_of_adapter(adapter: StartingAdapter, base: str, is_local: bool, fingerprint: str) -> None:
@@ -82,9 +89,7 @@ def check_base_of_adapter(adapter: StartingAdapter, base: str, is_local: bool, f
     ``base``: the Hub id or the folder of the model. What can't be compared (a copy on disk of a model of the Hub) is
     accepted: the shapes are compared later.
     """
-    hint = (
-        f"the model of that run: qlora-exp show {adapter.run}" if adapter.run else f"model=hub model.id={adapter.base}"
-    )
+    hint = f"the model of that run: {adapter.model}" if adapter.model else f"model=hub model.id={adapter.base}"
     trained = adapter.base_fingerprint
     if trained is not None and _kind(trained) == _kind(fingerprint):
         if trained != fingerprint:

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qlora_exp.config.choices import groups
-from qlora_exp.config.compose import GRID_CHECK_LIMIT, check_candidates, compose_raw
+from qlora_exp.config.compose import GRID_CHECK_LIMIT, check_candidates, compose_raw, policy_of_searched_alpha
 from qlora_exp.config.enums import Engine, Pruner, Sampler
 from qlora_exp.config.interpolations import (
     depends_on,
@@ -42,6 +42,7 @@ from qlora_exp.config.schema import SweepConfig, TrackingConfig, WorkersConfig, 
 from qlora_exp.errors import ConfigError, RecordError, raise_all
 from qlora_exp.estimate import budget
 from qlora_exp.formatting import flatten
+from qlora_exp.orchestration.exchanged import without_options_of_another
 from qlora_exp.paths import OutputPaths, StudyPaths, study_name
 from qlora_exp.rank_doubling.settings import EDITION, continued, ladder_axes, ladder_of, max_trials
 from qlora_exp.records.find import LAST
@@ -54,15 +55,23 @@ from qlora_exp.study.types import Axis, AxisKind, LadderSpec, StudySpec
 
 STUDY_KEYS = tuple(f"budget.{name}" for name in budget.STUDY_LIMITS)
 """Budget limits that apply to the whole study; no trial has them as its own."""
-NOT_SWEPT = ("sweep", "sweeps", "workers", "output_root", "tracking", *STUDY_KEYS)
+NOT_SWEPT = ("sweep", "sweeps", "workers", "output_root", "tracking", "notify", *STUDY_KEYS)
 IGNORED_IN_NAME = (
-    *("workers", "tracking", "output_root", "sweeps", "sweep.name", "sweep.join", "sweep.storage"),
+    *("workers", "tracking", "notify", "output_root", "sweeps", "sweep.name", "sweep.join", "sweep.storage"),
     *("sweep.n_trials", "sweep.max_failures", "sweep.max_attempts"),
     *STUDY_KEYS,
     "budget.force",
 )
 """Settings that may change while a study continues: the command still means the same study."""
-UNRESOLVED = ("tracking.uri", "sweep.name", "sweep.storage", "sweep.params", "sweep.enqueue", "sweep.conditions")
+UNRESOLVED = (
+    "tracking.uri",
+    "notify",
+    "sweep.name",
+    "sweep.storage",
+    "sweep.params",
+    "sweep.enqueue",
+    "sweep.conditions",
+)
 """Interpolations in these settings stay unresolved: they may hold a password, or are resolved elsewhere."""
 FILES, STORES = (
     ("task.path", "model.path", "model.instruct_path", "model.chat_template"),
@@ -92,6 +101,8 @@ class SweepCommand:
     """Composed without the axes."""
     fixed_axes: tuple[str, ...] = ()
     """Overrides that set one value for an axis that the sweep's file searches."""
+    left_out: tuple[str, ...] = ()
+    """Which options of the sweep's file don't count, and why: one line for a sampler, one for a pruner."""
 
 
 def study_spec(overrides: Sequence[str], params: Mapping[str, str] | None = None) -> SweepCommand:
@@ -107,13 +118,16 @@ def study_spec(overrides: Sequence[str], params: Mapping[str, str] | None = None
     swept = {override_key(text): text.partition("=")[2] for text in overrides if is_swept(text)}
     fixed = [text for text in overrides if override_key(text) not in swept]
     raw = compose_raw(fixed)
-    settings = _settings(raw)
+    settings, left_out = without_options_of_another(_settings(raw), fixed)
     declared = {key: f"{key}={text}" for key, text in {**(params or {}), **settings.params}.items()}
     declared = {key: resolve_outside([text])[0].partition("=")[2] for key, text in declared.items()}
     texts = {**declared, **swept}
     # A fixed key that the sweep searches becomes an axis with one value, so that conditions can still refer to it.
     texts |= {override_key(text): text.partition("=")[2] for text in fixed if override_key(text) in texts}
     single_valued = [text for text in fixed if override_key(text) in texts]
+    of_alpha = policy_of_searched_alpha(fixed, texts)
+    if of_alpha:
+        raw = compose_raw([*fixed, *of_alpha])
     fixed_axes = [
         text for text in fixed if text.partition("=")[2] != declared.get(override_key(text), text.partition("=")[2])
     ]
@@ -123,7 +137,7 @@ def study_spec(overrides: Sequence[str], params: Mapping[str, str] | None = None
     texts_now_fixed = _texts_replaced(as_written, raw, from_files)
     if from_files:
         fixed += point_overrides(from_files)
-        raw = compose_raw([*fixed, *single_valued])
+        raw = compose_raw([*fixed, *single_valued, *of_alpha])
     fixed = _with_absolute_paths(fixed, raw)
     narrowed = [key for key, text in declared.items() if texts[key] != text]
     axes = _axes(texts, settings, narrowed)
@@ -150,7 +164,8 @@ def study_spec(overrides: Sequence[str], params: Mapping[str, str] | None = None
             if ladder.edition < EDITION:
                 axes = (*own_axes, *(axis for axis in earlier.axes if "ladder" in axis.tags))
     study_keys = ("sweep.name", "output_root", "sweep.join", "sweep.storage")
-    trial_overrides = [text for text in fixed if override_key(text) not in study_keys]
+    of_trials = [text for text in fixed if override_key(text).partition(".")[0] != "notify"]  # it may hold a secret
+    trial_overrides = [text for text in of_trials if override_key(text) not in study_keys]
     storage = settings.storage or os.environ.get(STORAGE_VARIABLE) or f"sqlite:///{output_root.optuna_database}"
     shared_settings, interpolated = _shared_settings(raw, axes)
     spec = StudySpec(
@@ -196,7 +211,7 @@ def study_spec(overrides: Sequence[str], params: Mapping[str, str] | None = None
     if not paths.created.exists():
         check_warm_start(spec)
     workers, tracking = typed_settings(raw.workers, WorkersConfig), typed_settings(raw.tracking, TrackingConfig)
-    return SweepCommand(spec, paths, settings, workers, tracking, raw, tuple(fixed_axes))
+    return SweepCommand(spec, paths, settings, workers, tracking, raw, tuple(fixed_axes), tuple(left_out))
 
 
 def _resolve_environment(overrides: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -241,7 +256,7 @@ def run_overrides(spec: StudySpec, params: Mapping[str, Any]) -> list[str]:
 
 
 def _run_settings(overrides: Sequence[str]) -> list[str]:
-    others = ("sweep", "workers", "output_root", *STUDY_KEYS)
+    others = ("sweep", "workers", "output_root", "notify", *STUDY_KEYS)
     return [text for text in overrides if not _is_under(override_key(text), others)]
 
 

@@ -35,7 +35,7 @@ OTHER_NAMES = {
 }
 """Name that people type → field of a row."""
 
-COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
+WHERE_SIGNS: dict[str, Callable[[Any, Any], bool]] = {
     "<=": operator.le,
     ">=": operator.ge,
     "!=": operator.ne,
@@ -43,7 +43,7 @@ COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
     ">": operator.gt,
 }
-CONDITION = re.compile(r"^\s*([^<>=!\s]+)\s*(<=|>=|!=|==|=|<|>)\s*(.*?)\s*$", re.DOTALL)
+WHERE_PATTERN = re.compile(r"^\s*([^<>=!\s]+)\s*(<=|>=|!=|==|=|<|>)\s*(.*?)\s*$", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Selection:
     limit: int | None = None
 
 
-def run_row(record: RunRecord) -> dict[str, Any]:
+def flat_run(record: RunRecord) -> dict[str, Any]:
     """Return the run's settings, scores, memory, speed and cost as a flat row; ``None`` is unknown.
 
     The keys are a contract: docs/json.md lists them. ``score_*`` is the main score, see :func:`main_score`; accuracy,
@@ -120,7 +120,7 @@ def all_fields(record: RunRecord) -> dict[str, Any]:
     plain = to_dict(record)
     trial = {key: value for key, value in flatten(plain.pop("trial", None) or {}) if key}
     axes = {key.removeprefix("params."): value for key, value in trial.items() if key.startswith("params.")}
-    return {**dict(flatten(plain.pop("config"))), **axes, **dict(flatten(plain)), **run_row(record)}
+    return {**dict(flatten(plain.pop("config"))), **axes, **dict(flatten(plain)), **flat_run(record)}
 
 
 def shown_scores(record: RunRecord) -> tuple[Scores | None, Scores | None]:
@@ -178,14 +178,14 @@ def selected(rows: Sequence[Mapping[str, Any]], selection: Selection) -> list[in
     Raises:
         ConfigError: a condition can't be read, or no row has its field or that of ``sort``.
     """
-    positions = matching(rows, selection.where)
+    positions = meeting(rows, selection.where)
     if selection.sort is not None:
         positions = [positions[place] for place in in_order([rows[index] for index in positions], selection.sort)]
         return positions[: selection.limit]
     return positions[-selection.limit :] if selection.limit is not None else positions
 
 
-def matching(rows: Sequence[Mapping[str, Any]], conditions: Iterable[str]) -> list[int]:
+def meeting(rows: Sequence[Mapping[str, Any]], conditions: Iterable[str]) -> list[int]:
     """Return the positions of the rows that meet all of ``conditions``, such as ``r=16``, ``accuracy>0.5``,
     ``status!=FAILED``.
 
@@ -200,7 +200,7 @@ def matching(rows: Sequence[Mapping[str, Any]], conditions: Iterable[str]) -> li
 
 
 def _condition(text: str, rows: Sequence[Mapping[str, Any]]) -> Callable[[Mapping[str, Any]], bool]:
-    parts = CONDITION.match(text)
+    parts = WHERE_PATTERN.match(text)
     if parts is None:
         hint = "FIELD=VALUE, or with !=, <, >, <=, >=, e.g. --where r=16 --where 'accuracy>0.5'"
         raise ConfigError(f"{text!r} is not a condition", "--where", hint)
@@ -215,7 +215,7 @@ def _condition(text: str, rows: Sequence[Mapping[str, Any]]) -> Callable[[Mappin
             return {"=": value is wanted, "!=": value is not wanted}.get(sign, False)
         if isinstance(value, float) != isinstance(wanted, float):
             return sign == "!="
-        return COMPARISONS[sign](value, wanted)
+        return WHERE_SIGNS[sign](value, wanted)
 
     return test
 

@@ -29,6 +29,7 @@ SPELLINGS = {
     "task.name": "",
     "lora.r": "r",
     "lora.alpha": "alpha",
+    "lora.alpha_policy": "alpha=",
     "lora.dropout": "dropout",
     "targets": "",
     "targets.set": "",
@@ -127,6 +128,8 @@ def named_settings(row: Mapping[str, Any]) -> dict[str, Any]:
     modules = settings.pop("targets.modules", None)
     if modules is not None:
         settings["targets.set"] = modules  # the list takes precedence
+    if settings.get("lora.alpha") is not None and settings.get("lora.alpha_policy") == "fixed":
+        del settings["lora.alpha_policy"]  # alpha's own value says it
     if not any(isinstance(value, Mapping) for value in config.values()):
         return settings  # a trial's params
     if isinstance(model := config.get("model"), Mapping) and "family" in model:

@@ -19,32 +19,39 @@ from qlora_exp.config.schema import Config
 from qlora_exp.errors import ConfigError, RecordError
 from qlora_exp.estimate.budget import STUDY_LIMITS
 from qlora_exp.paths import OutputPaths
-from qlora_exp.records.files import read_record, write_json
+from qlora_exp.records.files import read_curve, read_record, write_json
 from qlora_exp.records.types import Failure, RunRecord, Status
 from qlora_exp.runs.execute import execute
 from qlora_exp.runs.first_record import current_time
+from qlora_exp.runs.notify import notify, run_notification
 from qlora_exp.runs.process import exit_code_of
 from qlora_exp.system import environment
 from qlora_exp.system.out_of_memory import killed_for_memory
 
 
-def run_with_progress(config: Config, resume: str | None = None, single: bool = True) -> int:
+def run_with_progress(config: Config, resume: str | None = None, single: bool = True, curve: bool | None = None) -> int:
     """Run with progress on stderr, print the summary on stdout, and return the exit code.
 
     ``single``: the command makes this run only. On a terminal it then also shows answers, cost and the next command.
+    ``curve``: whether to print the learning curve; ``None``: on a terminal, if the command makes this run only.
     """
     from qlora_exp.runs.console import ProgressReporter
 
     with ProgressReporter() as observer:
         record = execute(config, observer, resume, alone=True)
-    _print_end(record, config, single and sys.stdout is not None and sys.stdout.isatty())
+    on_terminal = single and sys.stdout is not None and sys.stdout.isatty()
+    if on_terminal if curve is None else curve:
+        print_learning_curve(record, config)
+    _print_end(record, config, on_terminal)
     if config.tracking.enabled:
         from qlora_exp.tracking.state import not_delivered
 
         missing = not_delivered(OutputPaths.of(config.output_root), [record.run_id])
         if missing is not None:
             print(missing)
-    return exit_code_of(record.status)
+    code = exit_code_of(record.status)
+    notify(config.notify, run_notification(record, OutputPaths.of(config.output_root).run(record.run_id).folder, code))
+    return code
 
 
 def _print_end(record: RunRecord, config: Config, detailed: bool) -> None:
@@ -58,6 +65,15 @@ def _print_end(record: RunRecord, config: Config, detailed: bool) -> None:
     width = table_width()
     answers, rest = answers_at_the_end(record, outputs, width), cost_and_next(record, outputs, width)
     print("\n".join([*answers, run_summary(record, config), *rest]))
+
+
+def print_learning_curve(record: RunRecord, config: Config) -> None:
+    """Print the run's losses over its steps as a few lines of text, if there are enough of them."""
+    from qlora_exp.runs.text_curve import text_curve
+
+    lines = text_curve(read_curve(OutputPaths.of(config.output_root).run(record.run_id).curve), sys.stdout)
+    if lines:
+        print(*lines, "", sep="\n")
 
 
 def run_summary(record: RunRecord, config: Config) -> str:
@@ -89,7 +105,7 @@ def config_from_plain(plain: dict[str, Any]) -> Config:
 
     try:
         # Records don't hold the sweep's settings.
-        plain = {"sweep": None, "workers": None, **plain}
+        plain = {"sweep": None, "workers": None, "notify": None, **plain}
         plain["budget"] = {**dict.fromkeys(STUDY_LIMITS), "force": False, **plain.get("budget", {})}
         plain["model"] = {**EARLIER_MODEL_DEFAULTS, **plain.get("model", {})}  # older records lack some keys of these
         plain["task"] = {**EARLIER_TASK_DEFAULTS, **plain.get("task", {})}

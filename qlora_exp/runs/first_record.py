@@ -17,6 +17,9 @@ from qlora_exp.records.types import SCHEMA_VERSION, Environment, RunRecord, Stat
 from qlora_exp.runs import sleep_engine
 from qlora_exp.system import environment
 
+NOT_RECORDED = ("sweep", "workers", "notify")
+"""Sections of the configuration that say nothing about a run. A command or URL to notify may hold a secret, too."""
+
 
 def create_record(
     config: Config,
@@ -30,7 +33,7 @@ def create_record(
 
     ``run_id``: the new run's id; ``None``: one made of time, model and rank.
     """
-    plain = redaction.redact({key: value for key, value in to_plain(config).items() if key not in ("sweep", "workers")})
+    plain = redaction.redact({key: value for key, value in to_plain(config).items() if key not in NOT_RECORDED})
     if resume is not None:
         paths = outputs.run(resume)
         earlier = read_record(paths.record)

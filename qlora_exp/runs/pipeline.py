@@ -7,6 +7,7 @@ import json
 import math
 import shlex
 import traceback
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -39,6 +40,7 @@ from qlora_exp.system.device_errors import is_cuda_error
 from qlora_exp.training import meter as measurement
 from qlora_exp.training.checkpoints import newest_valid, step_of
 from qlora_exp.training.outcome import Diverged, NullObserver, Observer, PruneCheck, no_pruning, status_of
+from qlora_exp.training.reporters import Reporter, reporting
 from qlora_exp.training.trainer import Trained, train
 
 
@@ -63,14 +65,26 @@ def run_pipeline(
         useful_flops_per_token=_useful_flops_per_token(prepared),
     )
     try:
-        _run_pipeline(config, prepared, progress, observer or NullObserver(), report, bases or NoCache())
+        observer = observer or NullObserver()
+        with reporting(config, paths, observer) as reporters:
+            try:
+                _run_pipeline(config, prepared, progress, observer, report, bases or NoCache(), reporters)
+            finally:
+                for reporter in reporters:
+                    reporter.finish(progress.record)
         return progress.known().replace(status=Status.COMPLETED), None
     except (Exception, KeyboardInterrupt) as error:
         return _failed_record(progress, error), error if isinstance(error, QloraExpError) else None
 
 
 def _run_pipeline(
-    config: Config, prepared: Prepared, progress: RunFigures, observer: Observer, report: PruneCheck, bases: BaseModels
+    config: Config,
+    prepared: Prepared,
+    progress: RunFigures,
+    observer: Observer,
+    report: PruneCheck,
+    bases: BaseModels,
+    reporters: Sequence[Reporter],
 ) -> None:
     planned, tokenizer, splits = prepared.plan, prepared.tokenizer, prepared.splits
     paths, meter = progress.paths, progress.meter
@@ -131,6 +145,7 @@ def _run_pipeline(
                 observer,
                 progress.watching,
                 lambda: progress.exhausted(config.budget),
+                reporters,
             )
         save_adapter(model, paths.adapter)
         write_json(paths.trained, progress.trained)

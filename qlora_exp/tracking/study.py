@@ -37,8 +37,8 @@ from qlora_exp.tracking.study_fields import STUDY_ID_TAG, STUDY_TAG, StudyDefini
 FINISH_SECONDS = 60.0
 """How long the end of a sweep waits for a local database, which other processes may keep busy."""
 
-ANSWER_FILES = ("ladder.json", "report.html", "report.md", "runs.csv")
-"""Files that rank doubling and ``qlora-exp report`` write into a study's folder."""
+ANSWER_FILES = ("ladder.json", "confirm.json", "best.yaml", "report.html", "report.md", "runs.csv")
+"""Files that a sweep's end and ``qlora-exp report`` write into a study's folder."""
 
 
 class StudyTracker:
@@ -113,8 +113,11 @@ def read_summary(paths: StudyPaths) -> StudySummary | None:
 
 
 def read_answers(paths: StudyPaths) -> list[study_fields.LadderAnswer]:
-    """Return the answer of each ladder in ``ladder.json``; before there is a ladder, that of the screening runs. Empty
-    if the file is missing or can't be read."""
+    """Return the answer of each ladder in ``ladder.json``; before there is a ladder, that of the screening runs; or the
+    answer of a study that confirms. Empty if there is none."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        answer = json.loads(paths.confirmation.read_text(encoding="utf-8"))["answer"]
+        return [study_fields.LadderAnswer({}, " ".join(answer["sentences"]))]
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         content = json.loads(paths.ladder.read_text(encoding="utf-8"))
         if not content["ladders"] and "screening" in content:
@@ -137,6 +140,8 @@ def deliver_study(
             run_id = _find_or_create_parent(store, opened, paths, definition)
             if run_id is not None:
                 _log_summary(client, run_id, definition, summary, read_answers(paths), _best_metrics(paths, summary))
+                if not paths.best.is_file() and (best := study_fields.best_yaml(definition, summary)) is not None:
+                    client.log_text(run_id, best, "best.yaml")
         if run_id is not None:
             for file in (paths.folder / name for name in ANSWER_FILES):
                 if file.is_file():
@@ -209,9 +214,6 @@ def _log_summary(
     else:
         client.set_terminated(run_id, MLFLOW_STATUS[summary.status], end_time=moment)
     client.log_text(run_id, study_fields.trials_csv(definition, summary), "trials.csv")
-    best = study_fields.best_yaml(definition, summary)
-    if best is not None:
-        client.log_text(run_id, best, "best.yaml")
 
 
 def _best_metrics(paths: StudyPaths, summary: StudySummary) -> dict[str, float]:

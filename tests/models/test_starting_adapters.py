@@ -171,7 +171,7 @@ def test_an_adapter_of_another_model_is_refused(runs: list[Path], outputs: Path,
     save_file({name: value * 1.01 for name, value in weights.items()}, other / "model.safetensors", {"format": "pt"})
     message = refusal(other, runs[1] / "adapter")
     assert f"the adapter of {runs[0].name} was trained on another model" in message
-    assert f"qlora-exp show {runs[0].name}" in message
+    assert f"model=local model.path={outputs.parent / 'model'} model.variant=base" in message
 
     adapter = peft_adapter(outputs.parent / "model", tmp_path / "lora")
     settings = json.loads((adapter / "adapter_config.json").read_text())
