@@ -211,7 +211,7 @@ def test_a_run_that_generates_nothing_has_five_answers_of_each_model(
     record = read_record(folder / "record.json")
     assert record.scores.after is not None
     assert record.scores.after.exact_match is None
-    for words in ("peak memory", "time ", f"next: qlora-exp show {folder.name[-4:]} --items 20"):
+    for words in ("time ", f"next: qlora-exp show {folder.name[-4:]} --items 20"):
         assert words in text
 
 
