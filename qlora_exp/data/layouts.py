@@ -189,10 +189,10 @@ def _read_as(layout: Layout, task: TaskConfig, raw: DataFile) -> Reading:
     if task.columns.group is not None:
         settings.pop("columns.group", None)
     unread = [column for column in raw.columns if column not in layout.used and column not in IGNORED_COLUMNS]
-    change = layout.change or "'task.prompt=\"…\"' 'task.completion=\"…\"'"
+    change = layout.change or "task.prompt=… task.completion=…"
     parts = [f"read as {layout.name}: {layout.describe()}", *([layout.remark] if layout.remark else [])]
     parts += [f"not read: {', '.join(unread[:5])}{' …' if len(unread) > 5 else ''}"] if unread else []
-    line = "; ".join([*parts, f"{change} changes it"])
+    line = "; ".join([*parts, f"to change it: {change}"])
     return Reading(_with(task, settings), layout.name, {f"task.{key}": value for key, value in settings.items()}, line)
 
 
@@ -307,7 +307,7 @@ def _questions(sample: _Sample) -> Iterator[Layout]:
         return
     settings = {"prompt": f"{{{context}}}\n{{{question}}}", "columns.completion": answers}
     remark = f"the first of {answers}.text is learned"
-    if len({str(row.values.get(context)) for row in sample.raw.rows}) >= MIN_GROUPS:
+    if MIN_GROUPS <= len({str(row.values.get(context)) for row in sample.raw.rows}) < len(sample.raw.rows):
         settings["columns.group"] = context
         remark += f", and rows of one {context} count as one observation"
     yield Layout("SQuAD rows", settings, frozenset(found), 1, remark)

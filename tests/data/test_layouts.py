@@ -156,7 +156,7 @@ def test_a_common_layout_is_read_by_its_columns_and_said(name: str, tmp_path: Pa
     assert [(e.messages[-1].content, e.completion) for e in by_row(found)] == [meant(row) for row in rows]
     assert found.reading is not None
     assert line in str(found.reading.line)
-    assert str(found.reading.line).endswith("changes it")
+    assert "to change it: task." in str(found.reading.line)
 
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if "message" not in name and "conversation" not in name])
