@@ -20,7 +20,7 @@ from qlora_exp.cli.arguments import complete_overrides, complete_runs
 from qlora_exp.doctor.machine_checks import checks, disk_space, embedded_assets, writable
 from qlora_exp.formatting import bytes_text
 from qlora_exp.paths import EMBEDDED, OutputPaths
-from qlora_exp.records.files import write_json
+from qlora_exp.records.files import read_record, write_json
 from qlora_exp.records.types import Status
 from qlora_exp.runs.console import ProgressReporter
 from tests import processes
@@ -111,7 +111,7 @@ def test_ls_runs_is_one_table_and_the_command_that_opens_it(
 def test_ls_runs_filters_sorts_and_shows_any_field(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     listed = ["ls", "runs", "--output-root", str(runs.output), "--json"]
     everything = json.loads(told(capsys, *listed))
-    assert [row["run_id"] for row in everything] == runs.ids()
+    assert sorted(row["run_id"] for row in everything) == runs.ids()
     assert [row["run_id"] for row in json.loads(told(capsys, *listed, "--where", "lora.r>8"))] == [runs.wider]
     assert json.loads(told(capsys, *listed, "--where", "status=failed")) == []
     by_rank = json.loads(told(capsys, *listed, "--sort", "-r", "--limit", "1", "--columns", "lora.r,scheduler"))
@@ -126,7 +126,7 @@ def test_ls_runs_filters_sorts_and_shows_any_field(runs: Runs, capsys: pytest.Ca
 def test_ls_runs_shows_the_readable_and_names_the_damaged(
     runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    record = load_run(str(runs.output / "runs" / runs.first))
+    record = read_record(runs.output / "runs" / runs.first / "record.json")
     write_json(tmp_path / "runs" / "good" / "record.json", record)
     (tmp_path / "runs" / "torn").mkdir()
     (tmp_path / "runs" / "torn" / "record.json").write_text('{"schema_version": 1, "run')
@@ -136,7 +136,7 @@ def test_ls_runs_shows_the_readable_and_names_the_damaged(
 
 
 def test_ls_runs_tells_a_run_whose_process_died(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    record = load_run(str(runs.output / "runs" / runs.first))
+    record = read_record(runs.output / "runs" / runs.first / "record.json")
     config = {**record.config, "tracking": {**record.config["tracking"], "enabled": False}}
     write_json(tmp_path / "o" / "runs" / "dead" / "record.json", record.replace(status=Status.RUNNING, config=config))
     assert "INTERRUPTED" in told(capsys, "ls", "runs", "--output-root", str(tmp_path / "o"))
