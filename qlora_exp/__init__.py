@@ -6,7 +6,7 @@
 >>> model, tokenizer = tuned.model()
 >>> study = sweep("rank_doubling", "sweep.ladder.margin=0.1")
 >>> study.best, study.answer, study.trials()
->>> runs(where="lora.r>=16")
+>>> runs(where="r>=16")
 
 docs/python.md has more. torch, transformers, MLflow and pandas are imported only when a function needs them.
 """
@@ -103,12 +103,13 @@ def _runs_table(
 ) -> pd.DataFrame:
     """Return the runs under ``output_root`` as a DataFrame, one row a run in order of their start.
 
-    A row has the run's scores, memory in bytes, seconds, cost in US dollars, and all of its settings under their keys
-    (``lora.r``). Unknown values are missing (NaN).
+    A row begins with the fields of ``qlora-exp ls runs --json``: scores, memory in bytes, seconds, cost in US dollars.
+    Then come all settings and figures of the record under their keys: ``lora.r``, ``scores.before.loss``. Unknown
+    values are missing (NaN).
 
     Args:
         study: only the trials of this study.
-        where: conditions on columns that all hold: ``"lora.r>=16"``, ``["status=COMPLETED", "loss<2"]``.
+        where: conditions as ``--where`` takes them; all must hold: ``"r>=16"``, ``["status=COMPLETED", "loss<2"]``.
 
     Raises:
         qlora_exp.errors.QloraExpError: there is no such study, or a condition names no column.
