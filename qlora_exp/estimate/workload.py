@@ -104,6 +104,7 @@ class RowLengths:
         micro-batches of at most ``limit`` tokens without padding; from simulated steps that hold the longest row."""
         if not self.sorted_tokens:
             return rows * self.longest_tokens
+        rows = min(rows, self.rows)  # a step has no more
         draw, largest = random.Random(0), 0
         for _ in range(max(1, SIMULATED_ROWS // rows)):
             lengths = [*draw.choices(self.sorted_tokens, k=rows - 1), self.longest_tokens]
