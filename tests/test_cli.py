@@ -217,7 +217,7 @@ def test_an_ambiguous_run_names_the_candidates(runs: Runs, capsys: pytest.Captur
         (["rum"], ["No such command 'rum'", "run"]),
         (["ls", "modles"], ["'modles'", "did you mean models?"]),
         (["show", "nowhere", "--output-root", "empty"], ["there are no runs yet", "empty/runs"]),
-        (["run", "lora.rank=8"], ["lora.rank", "did you mean lora.r?"]),
+        (["run", "lora.rank=8"], ["lora.rank", "did you mean lora.r=8?"]),
         (["validate", "quantization=nf5"], ["quantization", "nf4"]),
         (["run", "--from", "nothing.yaml"], ["nothing.yaml", "can't be read"]),
         (["run", "--resume", "last", "lora.r=4"], ["a resumed run keeps its configuration", "rerun"]),

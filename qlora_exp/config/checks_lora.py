@@ -98,7 +98,7 @@ def _alpha(lora: LoraConfig) -> Iterator[ConfigError]:
     if lora.alpha_policy == "fixed" and lora.alpha is None:
         what = "lora.alpha_policy=fixed needs a value of lora.alpha"
         yield config_error(what, "lora.alpha", None, f"lora.alpha={2 * lora.r}")
-    implied = {"2r": 2 * lora.r, "r": lora.r}.get(lora.alpha_policy)
+    implied = {"2r": 2 * lora.r, "r": lora.r}.get(str(lora.alpha_policy))
     if implied is not None and lora.alpha is not None and lora.alpha != implied:
         what = f"lora.alpha contradicts lora.alpha_policy={lora.alpha_policy}, which makes it {implied}"
         yield config_error(what, "lora.alpha", lora.alpha, "lora.alpha_policy=fixed, or leave lora.alpha_policy out")

@@ -61,7 +61,7 @@ SAME_HERE: dict[str, tuple[Any, ...]] = {
 }
 """Key → values that need no setting, because qlora-exp does the same."""
 
-OFF = (None, "", "no", "NO", "none", "None", False, -1, [], {})
+OFF: tuple[Any, ...] = (None, "", "no", "NO", "none", "None", False, -1, [], {})
 CONVERSION_NOTES: dict[str, str] = {
     "output_dir": "runs lie in outputs/runs; output_root=DIR replaces outputs",
     "inference_mode": "an adapter is trained",

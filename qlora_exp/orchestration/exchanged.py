@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from qlora_exp.config.compose import compose_raw
 from qlora_exp.config.overrides import override_key, override_value
@@ -29,7 +30,8 @@ def without_options_of_another(settings: SweepConfig, overrides: Sequence[str]) 
         kept = _named(overrides, options_key)
         dropped = [name for name in options if name not in kept]
         if dropped:
-            settings = replace(settings, **{f"{kind}_options": {name: options[name] for name in kept}})
+            remaining: Any = {f"{kind}_options": {name: options[name] for name in kept}}
+            settings = replace(settings, **remaining)
             lines.append(f"{key}={now} replaces {before}, so {before}'s options are left out: {', '.join(dropped)}")
     return settings, lines
 
