@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from qlora_exp.records.types import RunRecord
 
 LISTS = ("models", "quantizations", "targets", "tasks", "sweeps", "runs")
-NOTES = {
+LIST_NOTES = {
     "models": (
         "any other model:      model=hub model.id=OWNER/NAME    or    model=local model.path=DIR_OR_GGUF",
         "start from a run:     model.adapter=RUN",
@@ -96,7 +96,7 @@ def ls(
     rows = [rows[position] for position in selected(rows, selection)]
     shown, chosen = select(rows, rows, columns, choices_columns(rows))
     command = "qlora-exp sweep NAME" if what == "sweeps" else f"qlora-exp run {LISTED[what]}=NAME"
-    header = "\n".join([f"{command}      (--json has the command of each)", *NOTES.get(what, ())])
+    header = "\n".join([f"{command}      (--json has the command of each)", *LIST_NOTES.get(what, ())])
     print_rows(shown, chosen, as_json, as_csv, header)
     return 0
 

@@ -80,7 +80,7 @@ def summary(record: RunRecord, paths: RunPaths, option: str = "") -> Iterator[tu
         beside = f" (predicted {bytes_text(predicted)})" if predicted is not None else ""
         peak = f"training peak {bytes_text(record.memory.peak_train_bytes)}{beside}"
         if record.memory.process_reused and record.memory.peak_train_bytes is None:
-            peak = f"training peak not measured, because the process had made a run before{beside}"
+            peak = f"training peak not measured: the process had run before{beside}"
         yield "memory", f"{peak}, base model {bytes_text(base_bytes_of(record))}"
     if record.speed.train_seconds is not None:
         rate = number(record.speed.train_tokens_per_second, 0)
