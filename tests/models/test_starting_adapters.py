@@ -72,8 +72,9 @@ def test_the_base_of_a_run_is_the_model_with_the_adapter_in_every_quantization(
 def test_a_cached_base_is_never_taken_for_the_one_with_an_adapter(tiny_models: dict[str, Path], tmp_path: Path) -> None:
     adapter, cache = peft_adapter(tiny_models["llama"], tmp_path / "lora"), BaseCache()
     bare, started = (compose(local(tiny_models["llama"], *more)) for more in ((), (f"model.adapter={adapter}",)))
-    seen = [logits(cache.model(cache.get(config, "cpu"))) for config in (bare, started, bare)]
+    seen = [logits(cache.model(cache.get(config, "cpu"))) for config in (bare, started, bare, started)]
     assert torch.equal(seen[0], seen[2])
+    assert torch.equal(seen[1], seen[3])
     assert not torch.allclose(seen[0], seen[1], atol=1e-2)
     changed = load_file(adapter / "adapter_model.safetensors")
     save_file({name: value + 1 for name, value in changed.items()}, adapter / "adapter_model.safetensors")
