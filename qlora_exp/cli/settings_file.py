@@ -15,6 +15,8 @@ from qlora_exp.config.choices import choices, group_names
 from qlora_exp.errors import ConfigError, nearest, raise_all
 from qlora_exp.paths import CONF
 
+LENGTHS = frozenset(("training.max_steps", "training.max_tokens", "training.epochs"))
+"""Keys of which one ends a training."""
 YAML_SUFFIXES = (".yaml", ".yml")
 
 
@@ -33,6 +35,8 @@ def combined_overrides(source: Path | None, overrides: Sequence[str] | None, swe
         return typed
     in_file = _read_overrides(source)
     overridden = {_key(text) for text in typed} | ({"sweeps"} if sweep else set())
+    if overridden & LENGTHS:  # training.epochs=3 replaces the file's training.max_steps
+        overridden |= LENGTHS
     kept = [text for text in in_file if _key(text) not in overridden]
     axes = _axes(sweep, [*kept, *typed]) if sweep else {}
     kept = [text for text in kept if _key(text) not in axes]

@@ -18,6 +18,8 @@ MASKED_ATTENTIONS = ("eager", "flex_attention")
 QUANTIZED = (Quantization.int8, Quantization.nf4, Quantization.fp4)
 NATIVE_DTYPES = {Quantization.fp32: "float32", Quantization.bf16: "bfloat16", Quantization.fp16: "float16"}
 FOUR_BIT = (Quantization.nf4, Quantization.fp4)
+REPORTERS = ("tensorboard", "wandb", "trackio")
+"""``tracking.also``: names of transformers' integrations."""
 AUTO_TOKENS = "auto"
 """``training.micro_batch_tokens``: the largest that is predicted to fit."""
 

@@ -14,24 +14,27 @@ from qlora_exp.config.allowed_values import (
     one_of,
 )
 from qlora_exp.config.enums import AdapterInit, ComputeDtype, DeviceChoice, Quantization
+from qlora_exp.config.model_choice import place_problems
 from qlora_exp.config.schema import Config, LoraConfig, ModelConfig, QuantizationConfig, TargetsConfig
 from qlora_exp.errors import ConfigError, nearest
 
 
 def model_problems(model: ModelConfig) -> Iterator[ConfigError]:
     variant = model.variant.value
-    is_on_disk = model.family == "local" or model.checkpoints.get(variant, "").startswith("embedded:")
+    is_on_disk = model.family == "local" or (model.checkpoint or "").startswith("embedded:")
     if model.revision is not None and is_on_disk:
         what = "only a model of the Hub has revisions: this one is read from disk"
         yield config_error(what, "model.revision", model.revision, "model.revision=null")
+    yield from place_problems(model)
     if model.family == "local":
         if not model.path:
             hint = "model.path=DIRECTORY_OR_FILE.gguf"
             yield config_error("a local model needs a path", "model.path", model.path, hint)
         return
-    if model.path:
-        hint = f"model=local model.path={model.path}"
-        yield config_error("model.path is only for model=local", "model.path", model.path, hint)
+    if model.family == "hub":
+        if not model.id:
+            yield config_error("a model of the Hub needs an id", "model.id", model.id, "model.id=OWNER/NAME")
+        return
     if variant not in model.checkpoints:
         known = ", ".join(sorted(model.checkpoints)) or "none"
         hint = f"known: {known}; add model.checkpoints.{variant}=OWNER/NAME"

@@ -23,6 +23,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from qlora_exp.config.checks import check
 from qlora_exp.config.choices import groups
 from qlora_exp.config.interpolations import unresolved_error
+from qlora_exp.config.model_choice import completed
 from qlora_exp.config.override_errors import problems_of
 from qlora_exp.config.overrides import (
     SEARCH_PATH,
@@ -124,7 +125,7 @@ class Composer:
         if others not in self._composed:
             self._composed[others] = _compose_unchanged(others)
         config = _with_values(self._composed[others], values)
-        return compose_raw(overrides) if config is None else with_alpha_policy(config)
+        return compose_raw(overrides) if config is None else _completed(config, overrides)
 
 
 def compose_raw(overrides: Sequence[str]) -> DictConfig:
@@ -135,7 +136,29 @@ def compose_raw(overrides: Sequence[str]) -> DictConfig:
     Raises:
         ConfigError: it can't be composed.
     """
-    return with_alpha_policy(_compose_unchanged(overrides))
+    return _completed(_compose_unchanged(overrides), overrides)
+
+
+def _completed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Return the composed ``config`` with what its settings imply of each other."""
+    return with_alpha_policy(with_one_length(config, overrides))
+
+
+def with_one_length(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Return the composed ``config`` without ``training.max_steps``, if ``training.epochs`` replaces its default.
+
+    A length that ``overrides`` name stays: two of them are refused later, and so is one of a file with another one of
+    ``overrides``.
+    """
+    training = config.get("training")
+    if training is None or OmegaConf.is_missing(training, "epochs") or training.get("epochs") is None:
+        return config
+    named = {override_key(text) for text in overrides if not text.endswith("=null")}
+    if "training.max_steps" in named or training.get("max_steps") is None:
+        return config
+    config = copy.deepcopy(config)
+    OmegaConf.update(config, "training.max_steps", None)
+    return config
 
 
 def with_alpha_policy(config: DictConfig) -> DictConfig:
@@ -241,12 +264,14 @@ def as_config(config: Any) -> Config:
         ConfigError: a value is missing, or an interpolation can't be resolved.
     """
     try:
-        return typed(_without_search(config))
+        result = typed(_without_search(config))
     except MissingMandatoryValue as error:
         key = str(getattr(error, "full_key", None) or "a key")
         raise ConfigError(f"{key} must be given", "command line", f"{key}=VALUE") from None
     except OmegaConfBaseException as error:
         raise unresolved_error(error, str(getattr(error, "full_key", None) or "the configuration")) from None
+    result.model = completed(result.model, result.output_root)
+    return result
 
 
 def _without_search(config: Any) -> Any:

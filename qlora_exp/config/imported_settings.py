@@ -62,7 +62,7 @@ SAME_HERE: dict[str, tuple[Any, ...]] = {
 """Key → values that need no setting, because qlora-exp does the same."""
 
 OFF: tuple[Any, ...] = (None, "", "no", "NO", "none", "None", False, -1, [], {})
-NOTES: dict[str, str] = {
+CONVERSION_NOTES: dict[str, str] = {
     "output_dir": "runs lie in outputs/runs; output_root=DIR replaces outputs",
     "inference_mode": "an adapter is trained",
     **dict.fromkeys(("layers_to_transform", "layers_pattern", "peft_layers_to_transform"), "all layers get adapters"),
@@ -174,7 +174,7 @@ def converted(tool: str, content: Mapping[str, Any]) -> Imported:
     for key, value in flat.items():
         row = counterpart(key)
         name = key.rpartition(".")[2]
-        own, problem = _own_settings(row if name not in NOTES else None, value, others)
+        own, problem = _own_settings(row if name not in CONVERSION_NOTES else None, value, others)
         if own:
             for ours, entry in own.items():
                 settings[ours] = entry
@@ -183,8 +183,8 @@ def converted(tool: str, content: Mapping[str, Any]) -> Imported:
             without[f"{key}: {_short(value)}"] = problem
         elif value in OFF or value in SAME_HERE.get(name, ()):
             unneeded.append(key)
-        elif name in NOTES:
-            without[f"{key}: {_short(value)}"] = NOTES[name]
+        elif name in CONVERSION_NOTES:
+            without[f"{key}: {_short(value)}"] = CONVERSION_NOTES[name]
         elif row is None:
             without[f"{key}: {_short(value)}"] = "unknown to qlora-exp"
         else:

@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qlora_exp.config.choices import groups
+from qlora_exp.config.model_choice import model_choice_hint
 from qlora_exp.config.other_tools import counterpart, has_key, setting_text, suggestion
 from qlora_exp.config.other_values import value_here
 from qlora_exp.config.overrides import first_choice, glob_matches, is_hydra, parse, search_folders, values_of
@@ -111,8 +112,7 @@ def _problems_of_ours(
         if key == "targets" and len(wrong) > 1:
             wrong = [",".join(wrong)]
         for name in wrong:
-            is_path = key == "model" and Path(name).expanduser().exists()
-            hint = f"model=local model.path={name}" if is_path else _choice_hint(key, name, valid)
+            hint = _choice_hint(key, name, valid)
             where = f"{text} ({'sweeps' if key == 'sweeps' else f'conf/{key}'}/)"
             yield ConfigError(f"{key} has no choice {name!r}", where, hint)
         return
@@ -282,8 +282,8 @@ def _choice_hint(key: str, name: str, valid: Sequence[str]) -> str:
     if key == "targets":
         modules = setting_text("targets.modules", re.findall(r"[\w.]+", name))
         return f"{nearest(name, valid, template='targets={}')} If it is a module: {modules}"
-    if key == "model" and "/" in name:
-        return str(suggestion("model_name_or_path", name, name, {}))
+    if key == "model":
+        return model_choice_hint(name, list(valid))
     if key == "tracking" and has_key(Config, "tracking.also"):
         return f"MLflow records every run; in addition: tracking.also=[{name}]"
     return nearest(name, valid, template=f"{key}={{}}")

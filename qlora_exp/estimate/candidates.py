@@ -72,6 +72,7 @@ def search_space(overrides: Sequence[str]) -> SearchSpace:
     assert isinstance(settings, SweepConfig)
     settings = replace(settings, params=unresolved_texts(raw.sweep, "params"))
     axis_texts = {**settings.params, **swept}
+    _check_can_vary(axis_texts)
     # A plain value on the command line fixes an axis of the sweep's file.
     axis_texts |= {
         override_key(text): text.partition("=")[2] for text in fixed if override_key(text) in settings.params
@@ -108,6 +109,28 @@ def search_space(overrides: Sequence[str]) -> SearchSpace:
     return SearchSpace(
         tuple(map(_scored_on_test, candidates) if ladder else candidates), trials, not is_listed, fixed_axes
     )
+
+
+def _check_can_vary(axis_texts: Mapping[str, str]) -> None:
+    """Refuse axes that a sweep would refuse. A plan may vary budgets: it says what each is enough for."""
+    hint = "an axis must be a setting of the run, not of the sweep or its workers; plan one value at a time"
+    errors = [
+        ConfigError(f"{key} can't be an axis", f"{key}={text}", hint)
+        for key, text in axis_texts.items()
+        if key.partition(".")[0] in ("sweep", "sweeps", "workers", "output_root", "tracking")
+    ]
+    raise_all(errors)
+
+
+def listed_space(overrides: Sequence[str], points: Sequence[Mapping[str, Any]]) -> SearchSpace:
+    """Return the candidates at ``points`` (axis → value), which are all trials that there will be, as enqueued ones
+    are.
+
+    Args:
+        overrides: what they share, without axes.
+    """
+    factory = ConfigFactory(resolve_outside(overrides))
+    return SearchSpace(tuple(map(factory.point, points)), len(points), sampled=False)
 
 
 class ConfigFactory:
@@ -156,6 +179,9 @@ class ConfigFactory:
                 if cache_key not in self._values:
                     self._values[cache_key] = typed_value(key, value)
                 values[key] = self._values[cache_key]
+        lengths = {*values, *map(override_key, self._fixed)}
+        if values.get("training.epochs") is not None and "training.max_steps" not in lengths:
+            values["training.max_steps"] = None  # as with_one_length does
         config = copy.copy(base)
         # Sections on the way to a value are copied, once; all others are shared with the base.
         copied: set[str] = set()

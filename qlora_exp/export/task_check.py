@@ -99,7 +99,8 @@ def _longest(questions: CheckItems, like: PreTrainedModel) -> int:
     return min(longest, positions) if positions else longest
 
 
-def _compare(model: Any, questions: CheckItems, engine: str, batch_size: int) -> TaskCheck:
+def answer_items(model: Any, questions: CheckItems, batch_size: int) -> pa.Table:
+    """Return the per-item results of ``model`` on the items, in their order (``per_item.ITEM_COLUMNS``)."""
     config, splits = questions.config, questions.splits
     settings = replace(
         config.evaluation,
@@ -111,20 +112,23 @@ def _compare(model: Any, questions: CheckItems, engine: str, batch_size: int) ->
     )
     # A uniform marginal saves the pass that would estimate it.
     marginal = {label: 1 / len(splits.labels) for label in splits.labels}
-    split = config.evaluation.split.value
-    exported = evaluate_model(
+    return evaluate_model(
         model,
         questions.tokenizer,
         questions.items,
         splits,
         replace(config, evaluation=settings),
-        split=split,
+        split=config.evaluation.split.value,
         label_marginal=marginal or None,
     ).items
+
+
+def _compare(model: Any, questions: CheckItems, engine: str, batch_size: int) -> TaskCheck:
+    exported = answer_items(model, questions, batch_size)
     return replace(
         compare_answers(questions.answers, exported, questions.tolerance),
         engine=engine,
-        split=split,
+        split=questions.config.evaluation.split.value,
         items=len(questions.items),
         run_loss_per_item=_mean(questions.answers["loss_sum_nats"].to_pylist()),
         exported_loss_per_item=_mean(exported["loss_sum_nats"].to_pylist()),
@@ -158,14 +162,16 @@ def compare_answers(run: pa.Table, exported: pa.Table, tolerance: float) -> Task
     return not_checked("the run measured neither accuracy nor exact match", tolerance)
 
 
-def paired_bounds(lost: int, won: int, items: int) -> tuple[float, float]:
-    """Return one-sided 95 % bounds (each) of (lost − won) / items, the difference of two paired shares. Wald's method
-    with half a pair added to each of the four cells (Agresti and Min 2005): without it, no change in 10 items would
-    count as proof."""
+def paired_bounds(lost: int, won: int, items: int, z: float = Z_ONE_SIDED_95) -> tuple[float, float]:
+    """Return bounds of (lost − won) / items, the difference of two paired shares: one-sided 95 % each, by default.
+
+    Wald's method with half a pair added to each of the four cells (Agresti and Min 2005): without it, no change in 10
+    items would count as proof. ``z``: quantile of the normal distribution.
+    """
     n = items + 2
     difference = (lost - won) / n
     error = math.sqrt(lost + won + 1 - (lost - won) ** 2 / n) / n
-    return difference - Z_ONE_SIDED_95 * error, difference + Z_ONE_SIDED_95 * error
+    return difference - z * error, difference + z * error
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -27,6 +27,7 @@ from qlora_exp.config.interpolations import (
     settings_from_outside,
     unresolved_texts,
 )
+from qlora_exp.config.model_choice import adapter_folder
 from qlora_exp.config.override_errors import problems_of
 from qlora_exp.config.overrides import (
     SEARCH_PATH,
@@ -54,18 +55,31 @@ from qlora_exp.study.types import Axis, AxisKind, LadderSpec, StudySpec
 
 STUDY_KEYS = tuple(f"budget.{name}" for name in budget.STUDY_LIMITS)
 """Budget limits that apply to the whole study; no trial has them as its own."""
-NOT_SWEPT = ("sweep", "sweeps", "workers", "output_root", "tracking", *STUDY_KEYS)
+NOT_SWEPT = ("sweep", "sweeps", "workers", "output_root", "tracking", "notify", *STUDY_KEYS)
 IGNORED_IN_NAME = (
-    *("workers", "tracking", "output_root", "sweeps", "sweep.name", "sweep.join", "sweep.storage"),
+    *("workers", "tracking", "notify", "output_root", "sweeps", "sweep.name", "sweep.join", "sweep.storage"),
     *("sweep.n_trials", "sweep.max_failures", "sweep.max_attempts"),
     *STUDY_KEYS,
     "budget.force",
 )
 """Settings that may change while a study continues: the command still means the same study."""
-UNRESOLVED = ("tracking.uri", "sweep.name", "sweep.storage", "sweep.params", "sweep.enqueue", "sweep.conditions")
+UNRESOLVED = (
+    "tracking.uri",
+    "notify",
+    "sweep.name",
+    "sweep.storage",
+    "sweep.params",
+    "sweep.enqueue",
+    "sweep.conditions",
+)
 """Interpolations in these settings stay unresolved: they may hold a password, or are resolved elsewhere."""
-FILES, STORES = ("task.path", "model.path", "model.chat_template"), ("tracking.uri", "sweep.storage")
+FILES, STORES = (
+    ("task.path", "model.path", "model.instruct_path", "model.chat_template"),
+    ("tracking.uri", "sweep.storage"),
+)
 """Settings that may name a place relative to the command's working directory."""
+STARTING_ADAPTER = "model.adapter"
+"""The setting that may name a run."""
 MAX_NAME_CHARACTERS = 200
 """Optuna's databases store at most 512 bytes or characters, depending on their kind; a folder name has at most 255
 bytes."""
@@ -127,6 +141,7 @@ def study_spec(overrides: Sequence[str], params: Mapping[str, str] | None = None
     fixed = _with_absolute_paths(fixed, raw)
     narrowed = [key for key, text in declared.items() if texts[key] != text]
     axes = _axes(texts, settings, narrowed)
+    raise_all(_one_model_for_two_variants(axes, raw))
     ladder = ladder_of(settings, fixed, axes) if settings.sampler is Sampler.ladder else None
     points = grid(axes) if is_grid(axes) and ladder is None else None
     own_axes = axes
@@ -149,7 +164,8 @@ def study_spec(overrides: Sequence[str], params: Mapping[str, str] | None = None
             if ladder.edition < EDITION:
                 axes = (*own_axes, *(axis for axis in earlier.axes if "ladder" in axis.tags))
     study_keys = ("sweep.name", "output_root", "sweep.join", "sweep.storage")
-    trial_overrides = [text for text in fixed if override_key(text) not in study_keys]
+    of_trials = [text for text in fixed if override_key(text).partition(".")[0] != "notify"]  # it may hold a secret
+    trial_overrides = [text for text in of_trials if override_key(text) not in study_keys]
     storage = settings.storage or os.environ.get(STORAGE_VARIABLE) or f"sqlite:///{output_root.optuna_database}"
     shared_settings, interpolated = _shared_settings(raw, axes)
     spec = StudySpec(
@@ -240,7 +256,7 @@ def run_overrides(spec: StudySpec, params: Mapping[str, Any]) -> list[str]:
 
 
 def _run_settings(overrides: Sequence[str]) -> list[str]:
-    others = ("sweep", "workers", "output_root", *STUDY_KEYS)
+    others = ("sweep", "workers", "output_root", "notify", *STUDY_KEYS)
     return [text for text in overrides if not _is_under(override_key(text), others)]
 
 
@@ -259,12 +275,33 @@ def _axes(texts: Mapping[str, str], settings: SweepConfig, narrowed: Sequence[st
     wrong = {key: text for key, text in texts.items() if _is_under(key, NOT_SWEPT)}
     raise_all([ConfigError(f"{key} can't be an axis", f"{key}={text}", hint) for key, text in wrong.items()])
     raise_all(problems_of([f"{key}={text}" for key, text in texts.items()], multirun=True))
+    raise_all(_last_as_an_axis(texts))
     axes: list[Axis] = []
     for axis in parse_axes(texts, settings.conditions, lambda group: groups()[group], narrowed):
         values = tuple(_absolute_value(axis.key, value) for value in axis.values)
         same = values == axis.values
         axes.append(axis if same else replace(axis, values=values, text=",".join(map(hydra_value, values))))
     return tuple(axes)
+
+
+def _last_as_an_axis(texts: Mapping[str, str]) -> list[ConfigError]:
+    """Return the error for ``model.adapter=null,last``: it would be another run in each trial."""
+    text = texts.get(STARTING_ADAPTER, "")
+    if LAST not in text.split(","):
+        return []
+    hint = f"the run's id: {STARTING_ADAPTER}={text.replace(LAST, 'RUN')}"
+    return [ConfigError("last would mean another run in each trial", f"{STARTING_ADAPTER}={text}", hint)]
+
+
+def _one_model_for_two_variants(axes: Sequence[Axis], raw: DictConfig) -> list[ConfigError]:
+    """Return the error for an axis of both variants of a single model: its weights are the same in both."""
+    variants = next((axis for axis in axes if axis.key == "model.variant" and len(axis.values) > 1), None)
+    second = {"hub": "instruct_id", "local": "instruct_path"}.get(str(raw.model.family))
+    if variants is None or second is None or raw.model[second] or any(axis.key == f"model.{second}" for axis in axes):
+        return []
+    example = "OWNER/NAME" if second == "instruct_id" else "PATH"
+    hint = f"model.{second}={example} for a pair, or a single model.variant (task.format=plain,chat compares formats)"
+    return [ConfigError("base and instruct would be the same model", f"model.variant={variants.text}", hint)]
 
 
 def _is_under(key: str, names: Sequence[str]) -> bool:
@@ -382,8 +419,12 @@ def _check_name(name: str) -> None:
 def _with_absolute_paths(fixed: Sequence[str], raw: DictConfig) -> list[str]:
     """Return ``fixed`` with absolute paths, including those that a file of sweeps/ sets, so that they mean the same
     place from every folder."""
-    places = {key: _text_as_written(raw, key) for key in (*FILES, *STORES)}
+    places = {key: _text_as_written(raw, key) for key in (*FILES, *STORES, STARTING_ADAPTER)}
     absolute = {key: _absolute_value(key, value) for key, value in places.items()}
+    if (adapter := places[STARTING_ADAPTER]) and not has_interpolation(
+        adapter
+    ):  # last is the run that is the last one now
+        absolute[STARTING_ADAPTER] = adapter_folder(adapter, str(raw.output_root))
     changed = {key: value for key, value in absolute.items() if value != places[key]}
     return [*(text for text in fixed if override_key(text) not in changed), *point_overrides(changed)]
 

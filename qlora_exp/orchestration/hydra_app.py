@@ -24,6 +24,7 @@ from qlora_exp.config.compose import (
     compose,
     compose_raw,
     with_alpha_policy,
+    with_one_length,
 )
 from qlora_exp.config.interpolations import unresolved_error, unresolved_texts
 from qlora_exp.config.override_errors import problems_of
@@ -186,7 +187,7 @@ def run_job(raw: Any) -> Any:
     multirun = HydraConfig.get().mode is RunMode.MULTIRUN
     try:
         OmegaConf.resolve(with_alpha_policy(raw))
-        config = as_checked_config(raw)
+        config = as_checked_config(with_one_length(raw, HydraConfig.get().overrides.task))
         code = _run_in_subprocess(config) if multirun else run_with_progress(config)
     except QloraExpError as error:
         print_error(error)

@@ -142,6 +142,7 @@ def test_the_card_says_what_was_merged_into_what(exported: Path, outputs: Path) 
     for one in told(exported)["artefacts"]:
         assert f"`{one['path']}`" in card
     assert told(exported)["phone"]["question"][1:] in card
+    assert "* file size:" not in card
     assert "## Settings" in card
 
 
