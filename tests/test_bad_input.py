@@ -14,13 +14,10 @@ from typing import Any
 import pytest
 
 from qlora_exp.cli import main
-from qlora_exp.config.choices import groups
 from qlora_exp.config.compose import check_multirun, compose
 from qlora_exp.config.override_errors import problems_of
 from qlora_exp.config.schema import Config
 from qlora_exp.errors import ConfigError
-
-HUB = "hub" in groups()["model"]
 
 
 @dataclass(frozen=True)
@@ -125,7 +122,6 @@ def test_a_mistake_is_answered_by_what_works(mistake: Mistake, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("mistake", OF_THE_HUB, ids=lambda mistake: mistake.typed)
-@pytest.mark.skipif(not HUB, reason="conf/model/hub.yaml is missing")
 def test_a_model_of_the_hub_is_named_by_its_id(mistake: Mistake, capsys: pytest.CaptureFixture[str]) -> None:
     command, *typed = shlex.split(mistake.typed)
     _, hints = answered(capsys, command, *typed)
@@ -152,9 +148,7 @@ def test_a_sweep_is_found_by_a_similar_name(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_epochs_are_a_length_of_training() -> None:
-    if "epochs" not in Config.__annotations__ and problems_of(["training.epochs=3"], multirun=False):
-        pytest.skip("training.epochs is missing")
-    assert compose(["training.epochs=3"]).training.epochs == 3  # type: ignore[attr-defined]
+    assert compose(["training.epochs=3"]).training.epochs == 3
     [problem] = problems_of(["num_train_epochs=3"], multirun=False)
     assert problem.hint == "did you mean training.epochs=3?"
 
@@ -235,3 +229,31 @@ def test_mistakes_in_data_and_machine_are_answered_by_what_works(
     _, [hint] = answered(capsys, "validate", "training.device=cuda")
     assert settings_in(hint) == ["training.device=auto"]
     assert main(["validate", *settings_in(hint)]) == 0
+
+
+LAYOUTS = {
+    "messages": lambda n: {
+        "messages": [{"role": "user", "content": f"q {n}"}, {"role": "assistant", "content": f"a {n}"}]
+    },
+    "sharegpt": lambda n: {"conversations": [{"from": "human", "value": f"q {n}"}, {"from": "gpt", "value": f"a {n}"}]},
+    "alpaca": lambda n: {"instruction": f"do {n}", "input": "x" * (n % 2), "output": f"a {n}"},
+    "labels": lambda n: {"prompt": f"q {n}", "completion": ("red", "green", "blue")[n % 3]},
+}
+
+
+def test_usual_rows_need_no_setting_and_a_missing_label_is_one_message(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, row in LAYOUTS.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row(n)) + "\n" for n in range(40)), encoding="utf-8")
+        assert main(["validate", "task=local", f"task.path={name}.jsonl", "model.variant=instruct"]) == 0, name
+    labels = ["task=local", "task.path=labels.jsonl", "task.kind=classification"]
+    message, _ = answered(capsys, "validate", *labels, "task.labels=[red,green]")
+    assert message.count("'blue'") == 1
+    assert main(["validate", *labels, "task.labels=[red,green,blue]"]) == 0
+
+
+def test_a_model_that_is_not_here_names_what_works_without_a_network(capsys: pytest.CaptureFixture[str]) -> None:
+    _, [hint] = answered(capsys, "validate", "model=hub", "model.id=somebody/some-model")
+    assert "hf download somebody/some-model" in hint
+    assert "model=embedded" in hint
