@@ -13,10 +13,10 @@ from qlora_exp.errors import raise_all
 from qlora_exp.paths import OutputPaths
 from qlora_exp.runs.process import EXIT_INTERRUPTED, EXIT_WRONG_INPUT, errors_collected, print_error
 
-Settings = Sequence[str | Mapping[str, Any]]
+GivenSettings = Sequence[str | Mapping[str, Any]]
 
 
-def run_here(overrides: Settings, quiet: bool) -> LoadedRun:
+def run_here(overrides: GivenSettings, quiet: bool) -> LoadedRun:
     """See :func:`qlora_exp.run`."""
     from qlora_exp.config.compose import compose
     from qlora_exp.runs.console import ProgressReporter
@@ -31,7 +31,7 @@ def run_here(overrides: Settings, quiet: bool) -> LoadedRun:
     return LoadedRun(record, OutputPaths.of(config.output_root).run(record.run_id))
 
 
-def sweep_here(arguments: Settings) -> LoadedStudy:
+def sweep_here(arguments: GivenSettings) -> LoadedStudy:
     """See :func:`qlora_exp.sweep`."""
     from qlora_exp.config.override_errors import problems_of
     from qlora_exp.orchestration.command import study_spec
@@ -57,7 +57,7 @@ def sweep_here(arguments: Settings) -> LoadedStudy:
     return LoadedStudy.of(paths)
 
 
-def _texts(overrides: Settings) -> Iterator[str]:
+def _texts(overrides: GivenSettings) -> Iterator[str]:
     for override in overrides:
         if isinstance(override, Mapping):
             yield from flat_overrides(override)
