@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 SYSTEM, FIRST, ANSWER, SECOND = "qsystemq", "qfirstq", "qanswerq", "qsecondq"
 """Contents that no template has by itself."""
-ONE_QUESTION = (("user", FIRST),)
+PROBE_QUESTION = (("user", FIRST),)
 
 
 @dataclass(frozen=True)
-class Turns:
+class OllamaTurns:
     """A chat template, cut into the texts around its contents."""
 
     before_user: str
@@ -93,9 +93,9 @@ def _template(tokenizer: PreTrainedTokenizerBase, chat: bool, answer_prefix: str
         yield f"SYSTEM {_quoted(system)}"
 
 
-def turns_of(tokenizer: PreTrainedTokenizerBase, answer_prefix: str = "") -> Turns | None:
+def turns_of(tokenizer: PreTrainedTokenizerBase, answer_prefix: str = "") -> OllamaTurns | None:
     """Return the parts of the tokenizer's chat template; ``None`` if it can't be cut, or renders something else."""
-    plain = _rendered(tokenizer, ONE_QUESTION)
+    plain = _rendered(tokenizer, PROBE_QUESTION)
     both = _rendered(tokenizer, [("user", FIRST), ("assistant", ANSWER), ("user", SECOND)])
     if plain is None or both is None or plain.count(FIRST) != 1:
         return None
@@ -108,25 +108,25 @@ def turns_of(tokenizer: PreTrainedTokenizerBase, answer_prefix: str = "") -> Tur
     before_user = between.removeprefix(after_answer)
     if not (between.startswith(after_answer) and start.endswith(before_user)):
         return None
-    bare = Turns(before_user, after_user + answer_prefix, after_answer)
+    bare = OllamaTurns(before_user, after_user + answer_prefix, after_answer)
     turns = _with_system(tokenizer, bare, start.removesuffix(before_user), answer_prefix)
     if turns is None or '"""' in turns.render(FIRST, ANSWER, SECOND, SYSTEM):
         return None
-    return turns if _same(tokenizer, turns, ONE_QUESTION, answer_prefix) else None
+    return turns if _same(tokenizer, turns, PROBE_QUESTION, answer_prefix) else None
 
 
 def _with_system(
-    tokenizer: PreTrainedTokenizerBase, turns: Turns, default_part: str, answer_prefix: str
-) -> Turns | None:
+    tokenizer: PreTrainedTokenizerBase, turns: OllamaTurns, default_part: str, answer_prefix: str
+) -> OllamaTurns | None:
     """Return ``turns`` with the system message's place, or without one if the template puts it elsewhere.
 
     ``default_part``: what the template writes before the first question of a conversation without a system message.
     """
-    text = _rendered(tokenizer, [("system", SYSTEM), *ONE_QUESTION]) or ""
+    text = _rendered(tokenizer, [("system", SYSTEM), *PROBE_QUESTION]) or ""
     before, _, rest = text.partition(SYSTEM)
     after, found, _ = rest.partition(turns.before_user + FIRST)
     placed = replace(turns, before_system=before, after_system=after) if found else turns
-    if found and not _same(tokenizer, placed, [("system", SYSTEM), *ONE_QUESTION], answer_prefix):
+    if found and not _same(tokenizer, placed, [("system", SYSTEM), *PROBE_QUESTION], answer_prefix):
         placed = turns
     if not default_part:
         return placed
@@ -136,7 +136,7 @@ def _with_system(
 
 
 def _same(
-    tokenizer: PreTrainedTokenizerBase, turns: Turns, messages: Sequence[tuple[str, str]], answer_prefix: str
+    tokenizer: PreTrainedTokenizerBase, turns: OllamaTurns, messages: Sequence[tuple[str, str]], answer_prefix: str
 ) -> bool:
     """Return whether Ollama's text of a conversation is the tokenizer's."""
     said = dict(messages)

@@ -61,7 +61,7 @@ def usage_chapter(usage: Usage, places: Mapping[str, str]) -> Iterator[str]:
     """
     yield "## How to use it"
     yield ""
-    if not usage.chat and usage.prompt != "…":
+    if usage.prompt != "…":
         yield "Replace the names in braces in the prompt by their values, as in training."
         yield ""
     if "adapter" in places:
