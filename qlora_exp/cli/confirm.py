@@ -281,14 +281,13 @@ def _check_changes(changes: Sequence[str]) -> None:
 
 def _print_finalists(plan: ConfirmPlan, finalists: Sequence[Contender], points: ConfirmPoints) -> None:
     """Print the finalists with their scores in the search, and how much is run."""
-    from qlora_exp.config.overrides import hydra_value
     from qlora_exp.formatting import figure, plain_table, print_table
     from qlora_exp.orchestration.finalists import mean_seconds
     from qlora_exp.orchestration.study_end import duration_words
 
     keys = list(points.axes)
     rows = [
-        (f"trial {one.row.number}", figure(one.value), str(one.seeds), *(hydra_value(point[key]) for key in keys))
+        (f"trial {one.row.number}", figure(one.value), str(one.seeds), *(_cell(point[key]) for key in keys))
         for one, point in zip(finalists, points.points, strict=True)
     ]
     field = plan.objective.split(maxsplit=1)[1]
@@ -302,6 +301,13 @@ def _print_finalists(plan: ConfirmPlan, finalists: Sequence[Contender], points: 
         file=sys.stderr,
         flush=True,
     )
+
+
+def _cell(value: Any) -> str:
+    """Return an axis's value for people: four digits of a number that isn't whole."""
+    from qlora_exp.config.overrides import hydra_value
+
+    return f"{value:.4g}" if isinstance(value, float) else hydra_value(value)
 
 
 def _print_cost(overrides: Sequence[str], points: Sequence[dict[str, Any]], finalists: int) -> None:
