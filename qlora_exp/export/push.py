@@ -20,7 +20,8 @@ REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 NAME_HINT = "--push OWNER/NAME, with letters, digits, - _ and ."
 MODEL_FILES = re.compile(
     r"README\.md|LICENSE[\w.]*|Modelfile|adapter_config\.json|config\.json|generation_config\.json|chat_template\.jinja"
-    r"|tokenizer[\w.]*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
+    r"|tokenizer[\w.]*|(spiece|sentencepiece\.bpe)\.model|special_tokens_map\.json|added_tokens\.json"
+    r"|vocab\.(json|txt)|merges\.txt"
     r"|(adapter_)?model[\w.-]*\.(safetensors|safetensors\.index\.json|gguf)"
 )
 """The files of a model. Any other is not pushed: it may hold texts of the data."""
