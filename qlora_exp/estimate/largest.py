@@ -49,6 +49,8 @@ def with_search_axes(overrides: Sequence[str], device: PlanDevice | None = None)
     """
     overridden = {override_key(text) for text in overrides}
     fixed_keys = overridden | {"targets" if key.startswith("targets.") else key for key in overridden}
+    if "training.micro_batch_tokens" in overridden:  # the other way to choose a micro-batch
+        fixed_keys |= {"training.micro_batch_size"}
     axes = {key: values for key, values in SEARCHED.items() if key not in fixed_keys}
     if "quantization" in axes and device is not None and device.kind == "cuda" and not device.bf16:
         axes["quantization"] = tuple("fp16" if mode == "bf16" else mode for mode in axes["quantization"])

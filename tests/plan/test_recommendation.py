@@ -74,6 +74,12 @@ def test_sequences_are_as_long_as_the_tasks_rows_need(capsys: pytest.CaptureFixt
     assert f"holds the longest of the task's {first['rows']['rows']} rows" in capsys.readouterr().out
 
 
+def test_a_micro_batch_in_tokens_stays_as_it_is_set(capsys: pytest.CaptureFixture[str]) -> None:
+    _, overrides = recommended(capsys, "--fit", "24GB", *LLAMA, "training.micro_batch_tokens=4096")
+    assert "training.micro_batch_tokens=4096" in overrides
+    assert not any("micro_batch_size" in text for text in overrides)
+
+
 def test_where_nothing_fits_nothing_is_recommended_and_each_advice_holds(capsys: pytest.CaptureFixture[str]) -> None:
     assert not any(run["recommended"] for run in planned(capsys, "--fit", "8GB", *LLAMA))
     assert main(["plan", "--fit", "8GB", *LLAMA]) == 0
