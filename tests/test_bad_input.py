@@ -58,6 +58,8 @@ MISTAKES = [
         lambda c: c.quantization.compute_dtype.value == "bfloat16",
     ),
     Mistake("run lora.target_modules=[q_proj]", "targets.modules=[q_proj]", lambda c: c.targets.modules == ["q_proj"]),
+    Mistake("run tracking=wandb", "tracking.also=[wandb]"),
+    Mistake("run tracking=mlfow", "tracking=mlflow"),
     Mistake("run training.optimizer=adamw8bit", "training.optimizer=adamw_8bit"),
     Mistake("run --model smollm2_135m", "model=smollm2_135m", lambda c: c.model.family == "smollm2_135m"),
     Mistake("run --lora.r 16 seed=2", "seed=2 lora.r=16", lambda c: (c.lora.r, c.seed) == (16, 2)),

@@ -284,8 +284,8 @@ def _choice_hint(key: str, name: str, valid: Sequence[str]) -> str:
         return f"{nearest(name, valid, template='targets={}')} If it is a module: {modules}"
     if key == "model":
         return model_choice_hint(name, list(valid))
-    if key == "tracking" and has_key(Config, "tracking.also"):
-        return f"MLflow records every run; in addition: tracking.also=[{name}]"
+    if key == "tracking" and name in ("wandb", "tensorboard", "trackio"):
+        return f"did you mean tracking.also=[{name}]? MLflow records every run as well"
     return nearest(name, valid, template=f"{key}={{}}")
 
 
