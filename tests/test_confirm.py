@@ -119,8 +119,13 @@ def test_best_yaml_gives_the_best_trials_configuration_without_the_study(
     assert config_fingerprint(compose(combined_overrides(file, None))) == config_fingerprint(as_recorded)
 
 
-def test_a_killed_confirm_continues_with_the_same_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert hydra("lora.r=2,4,8", "sweep.name=grid", *SLEEP) == 0
+def test_a_killed_confirm_continues_with_the_same_command(tmp_path: Path) -> None:
+    """One finalist has an axis that the others don't have: not every combination of their settings is valid."""
+    params = {"lora.r": "2,4", "lora.alpha_policy": "2r,fixed", "lora.alpha": "16"}
+    own = {"sweep": {"params": params, "conditions": {"lora.alpha": "lora.alpha_policy == fixed"}}}
+    (tmp_path / "sweeps").mkdir()
+    (tmp_path / "sweeps" / "grid.yaml").write_text(f"# @package _global_\n{yaml.safe_dump(own)}", encoding="utf-8")
+    assert main(["sweep", "grid", "sweep.name=grid", *SLEEP]) == 0
     command = [sys.executable, "-m", "qlora_exp.cli", "confirm", "grid", "--seeds", "2"]
     process = processes.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -131,8 +136,8 @@ def test_a_killed_confirm_continues_with_the_same_command(capsys: pytest.Capture
     assert main(["confirm", "grid"]) == 0
     records = records_of("grid-confirm")
     assert [record.status for record in records] == [Status.COMPLETED] * 6
-    points = {(record.config["lora"]["r"], record.seed) for record in records}
-    assert points == {(r, seed) for r in (2, 4, 8) for seed in (2, 3)}
+    loras = [(record.config["lora"]["r"], record.config["lora"]["alpha"], record.seed) for record in records]
+    assert set(loras) == {(*one, seed) for one in ((4, None), (4, 16), (2, None)) for seed in (2, 3)}
 
 
 def test_studies_that_confirm_cannot_decide_say_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
