@@ -114,7 +114,11 @@ def _running_table(slots: Sequence[SlotState], width: int | None) -> Table:
         with contextlib.suppress(ValueError, TypeError):
             seconds = (datetime.now(UTC) - datetime.fromisoformat(str(slot.started_at))).total_seconds()
         step = f"{slot.step}/{slot.total}" if slot.step is not None else None
-        row: dict[str, Any] = {"trial": f"trial {slot.trial}", "label": label(slot.params), "phase": slot.phase}
+        row: dict[str, Any] = {
+            "trial": f"trial {slot.trial}",
+            "label": label(slot.params),
+            "phase": slot.progress or slot.phase,
+        }
         rows.append(row | {"step": step, "loss": slot.loss, "seconds": seconds})
     columns = [
         TableColumn("trial", "running"),

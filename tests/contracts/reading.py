@@ -78,7 +78,10 @@ def table_of(text: str) -> list[dict[str, Any]]:
 
 
 def numbers_of(text: str, folder: Path) -> str:
-    """The numbers of a text that is about fixed records: they stay when its words change."""
+    """The numbers of a text that is about fixed records: they stay when its words change. Short ids of runs are none,
+    even if all their hexadecimal digits are decimal ones."""
+    for run in folder.rglob("record.json"):
+        text = re.sub(rf"(?<![\w.]){run.parent.name[-4:]}(?![\w.])", "", text)
     return numbers(masked(NOW.sub("", text), {str(folder): "<folder>"}))
 
 
