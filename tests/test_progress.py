@@ -74,6 +74,28 @@ def test_short_work_leaves_no_line_and_nobody_listens_after_the_run(clock: Clock
     assert len(stream.getvalue().splitlines()) == 1
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_phases_clock_goes_on_after_its_first_piece_of_counted_work(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    stream = Terminal()
+    with ProgressReporter(stream) as reporter:
+        reporter.phase("evaluate")
+        for unit, seconds in (("items scored", 2.0), ("passages scored", 40.0)):
+            progress.report_progress(0, 10, unit)
+            clock.now += seconds
+            progress.report_progress(10, 10, unit)
+        reporter.phase("done")
+    lines = [line for line in stream.getvalue().splitlines() if "evaluate" in line]
+    assert "42.0 s" in lines[-1]
+
+
 def test_steps_show_both_losses_and_the_rate(clock: Clock) -> None:
     stream = io.StringIO()
     with ProgressReporter(stream) as reporter:

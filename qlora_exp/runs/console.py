@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from qlora_exp.progress import Amount, shown_by
 
@@ -142,18 +142,26 @@ class _Bar:
 
     def __init__(self, stream: TextIO) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, TextColumn
         from rich.progress import Progress as Bar
+        from rich.text import Text
+
+        class Elapsed(ProgressColumn):
+            """The phase's time. Rich's own column stops when a first piece of counted work is done."""
+
+            def render(self, task: Any) -> Text:
+                return Text(_clock(task.elapsed or 0.0).rjust(10), style="progress.elapsed")
 
         self._bar: Bar = Bar(
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
-            TimeElapsedColumn(),
+            Elapsed(),
             TextColumn("elapsed{task.fields[left]}"),
             TextColumn("{task.fields[shown]}"),
             console=Console(file=stream),
             refresh_per_second=REFRESHES_PER_SECOND,
+            get_time=lambda: time.monotonic(),
         )
         self._task: TaskID | None = None
         self._metrics: dict[str, float] = {}
