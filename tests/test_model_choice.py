@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import optuna
 import pytest
 
 from qlora_exp.cli import main
 from qlora_exp.config.compose import compose
 from qlora_exp.config.enums import Variant
 from qlora_exp.config.from_record import recorded_overrides
+from qlora_exp.config.overrides import hydra_value
 from qlora_exp.config.schema import to_plain
-from qlora_exp.paths import OutputPaths
+from qlora_exp.estimate.candidates import search_space
+from qlora_exp.paths import EMBEDDED, OutputPaths
 from qlora_exp.records.find import read_runs
 from qlora_exp.records.model_name import model_name, variant_name
 from qlora_exp.study.spec import read_spec
@@ -123,3 +127,57 @@ def test_the_last_run_stays_the_adapter_of_a_study(
     assert spec.fixed["model.adapter"] == str(first / "adapter")
     assert main(["sweep", "base_or_instruct", *SLEEP, "model.adapter=null,last"]) == 2
     assert "last would mean another run in each trial" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pair", [["model.instruct_id=a/c-it"], []])
+def test_a_recorded_hub_run_can_be_repeated_with_another_model(pair: list[str]) -> None:
+    record = made_up.run(r=8, seed=1, accuracy=0.5).replace(
+        config=to_plain(compose(["model=hub", "model.id=a/b", *pair]))
+    )
+    model = compose(recorded_overrides(record, ["model.id=c/d"])).model
+    assert model.checkpoints == {"base": "c/d", **({"instruct": "a/c-it"} if pair else {})}
+
+
+@pytest.mark.parametrize(
+    ("fixed", "axis"),
+    [
+        (["model=hub"], "model.id=a/b,c/d-Instruct"),
+        (["model=local"], "model.path=/m/b,/m/c-it"),
+        (["model=smollm2_135m"], "model.variant=auto,instruct"),
+        (["lora.r=4"], "lora.alpha=8,16"),
+        (["lora.r=4"], "training.epochs=1,null"),
+    ],
+)
+def test_a_plan_counts_the_configuration_that_a_sweep_runs(fixed: list[str], axis: str) -> None:
+    points = search_space([*fixed, axis]).points
+    assert len(points) == 2
+    policy = ["lora.alpha_policy=fixed"] if axis.startswith("lora.alpha=") else []
+    for point in points:
+        given = [f"{key}={hydra_value(value)}" for key, value in point.params.items()]
+        assert point.config == compose([*fixed, *policy, *given])
+
+
+def test_a_study_of_an_earlier_version_with_other_defaults_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"Is {n} even?", "completion": "yes" if n % 2 == 0 else "no"} for n in range(40)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    command = ["sweep", "lora.r=4,8", "task=local", "task.path=rows.jsonl", "sweep.name=old", "tracking=off"]
+    command += [
+        "model=local",
+        f"model.path={EMBEDDED / 'base'}",
+        "training.engine=sleep",
+        "training.sleep_seconds=0.01",
+    ]
+    assert main(command) == 0
+    stored = optuna.load_study(study_name="old", storage=f"sqlite:///{tmp_path}/outputs/optuna.db")
+    settings = stored.user_attrs["settings"]
+    assert settings["model.variant"] == "base"
+    earlier = {"task.columns.prompt": "prompt", "task.columns.completion": "completion"}
+    stored.set_user_attr("settings", settings | earlier)
+    assert main(command) == 0
+    stored.set_user_attr("settings", settings | earlier | {"task.columns.prompt": "question"})
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "task.columns.prompt" in capsys.readouterr().err

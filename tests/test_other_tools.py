@@ -226,3 +226,22 @@ def test_a_searched_alpha_is_fixed_in_each_trial(tmp_path: Path) -> None:
     spec = study_spec(["lora.alpha=8,16", f"output_root={tmp_path}"]).spec
     assert spec.settings["lora.alpha_policy"] == "fixed"
     assert study_spec(["lora.r=8,16", f"output_root={tmp_path}"]).spec.settings["lora.alpha_policy"] == "2r"
+
+
+@pytest.mark.parametrize(
+    ("content", "key", "value", "says"),
+    [
+        ("micro_batch_size: 2\nbatch_size: 16\n", "training.batch_size", 16, None),
+        ("datasets: [{path: a/b}, {path: c/d}]\n", "task.hub_id", "a/b", "c/d"),
+        ("datasets: [{path: json, data_files: [a.jsonl, b.jsonl]}]\n", "task.path", "a.jsonl", "b.jsonl"),
+        ("val_set_size: 200\n", "task.validation_fraction", None, "task.validation_fraction=0.1"),
+        ("val_set_size: 0.2\n", "task.validation_fraction", 0.2, None),
+    ],
+)
+def test_what_axolotl_would_do_is_kept_or_named(content: str, key: str, value: Any, says: str | None) -> None:
+    from qlora_exp.config.imported_settings import AXOLOTL_FILE, converted
+
+    found = converted(AXOLOTL_FILE, yaml.safe_load(f"base_model: a/b\n{content}"))
+    got = found.settings.get(key)
+    assert str(got).endswith(str(value)) if value is not None else got is None
+    assert says is None or any(says in f"{name} {why}" for name, why in found.without.items())

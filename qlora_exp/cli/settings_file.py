@@ -35,9 +35,10 @@ def combined_overrides(source: Path | None, overrides: Sequence[str] | None, swe
         return typed
     in_file = _read_overrides(source)
     overridden = {_key(text) for text in typed} | ({"sweeps"} if sweep else set())
-    if overridden & LENGTHS:  # training.epochs=3 replaces the file's training.max_steps
-        overridden |= LENGTHS
-    kept = [text for text in in_file if _key(text) not in overridden]
+    # training.epochs=3 replaces the file's training.max_steps, but not what the file switches off.
+    lengths = [text for text in (*typed, *in_file) if _key(text) in LENGTHS and not text.endswith("=null")]
+    replaced_lengths = lengths if any(text in typed for text in lengths) else []
+    kept = [text for text in in_file if _key(text) not in overridden and text not in replaced_lengths]
     axes = _axes(sweep, [*kept, *typed]) if sweep else {}
     kept = [text for text in kept if _key(text) not in axes]
     replacements = axes | {_key(text): text.partition("=")[2] for text in typed}

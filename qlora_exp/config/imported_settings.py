@@ -174,6 +174,8 @@ def converted(tool: str, content: Mapping[str, Any]) -> Imported:
     for key, value in flat.items():
         row = counterpart(key)
         name = key.rpartition(".")[2]
+        if (left_out := _further_data(name, value)) is not None:
+            without[f"{key}: {_short(left_out)}"] = "a run has one data file or folder, and reads the first"
         own, problem = _own_settings(row if name not in CONVERSION_NOTES else None, value, others)
         if own:
             for ours, entry in own.items():
@@ -204,6 +206,16 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from _flat(value, f"{path}.")
         else:
             yield path, value
+
+
+def _further_data(name: str, value: Any) -> list[Any] | None:
+    """Return the data sets or files after the first; ``None``: there are none."""
+    if name != "datasets" or not isinstance(value, list):
+        return None
+    if len(value) > 1:
+        return value[1:]
+    files = value[0].get("data_files") if value and isinstance(value[0], Mapping) else None
+    return files[1:] if isinstance(files, list) and len(files) > 1 else None
 
 
 def _own_settings(row: Counterpart | None, value: Any, others: Mapping[str, Any]) -> tuple[Settings, str | None]:

@@ -84,6 +84,8 @@ def _batch(value: Any, others: Mapping[str, Any]) -> Settings:
     """Rows of an optimizer step = rows of a forward pass × gradient accumulation steps (on one GPU)."""
     rows = others.get("per_device_train_batch_size", others.get("micro_batch_size"))
     steps = int(others.get("gradient_accumulation_steps") or 1)
+    if "micro_batch_size" in others and others.get("batch_size") and not others.get("gradient_accumulation_steps"):
+        steps = max(1, int(others["batch_size"]) // int(others["micro_batch_size"]))  # Axolotl's older spelling
     if rows is None:  # the tools' defaults
         rows = 1 if "base_model" in others else 8
     rows = int(rows)
@@ -202,6 +204,9 @@ def _datasets(value: Any, others: Mapping[str, Any]) -> Settings:
     if instruction and answer:
         settings |= {"task.columns.prompt": instruction, "task.columns.completion": answer}
     return settings | ({"task.columns.messages": first["field_messages"]} if first.get("field_messages") else {})
+
+
+NO_NUMBER_OF_ROWS = "a number of rows has no counterpart: task.validation_fraction=0.1"
 
 
 def _share(value: Any, _: Mapping[str, Any]) -> Settings:
@@ -379,8 +384,8 @@ COUNTERPARTS: dict[str, Counterpart] = {
     "dataset_train_split": Counterpart((SCRIPT,), None, _splits("train")),
     "dataset_test_split": Counterpart((SCRIPT,), None, _splits("validation")),
     "dataset_text_field": Counterpart((SFT,), note="a column of plain text is recognised"),
-    "val_set_size": Counterpart((AXOLOTL,), "task.validation_fraction", _share),
-    "val_size": Counterpart((FACTORY,), "task.validation_fraction", _share),
+    "val_set_size": Counterpart((AXOLOTL,), "task.validation_fraction", _share, NO_NUMBER_OF_ROWS),
+    "val_size": Counterpart((FACTORY,), "task.validation_fraction", _share, NO_NUMBER_OF_ROWS),
     "max_samples": Counterpart((FACTORY,), "task.max_train_items"),
     "completion_only_loss": Counterpart((SFT,), note=ANSWER_ONLY),
     "assistant_only_loss": Counterpart((SFT,), None, _if_true({"task.learn": "all"}), ANSWER_ONLY),

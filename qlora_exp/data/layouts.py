@@ -31,6 +31,8 @@ MIN_GROUPS = 30
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
 PROMPTS = ("prompt", "question", "query", "input", "instruction", "problem", "user")
+CHOICE_COLUMNS = ("choices", "options")
+"""Columns of multiple-choice rows."""
 ANSWERS = ("completion", "answer", "response", "output", "target", "solution", "reply", "assistant")
 _PAIRS = (
     *((prompt, answer) for prompt in PROMPTS for answer in ANSWERS),
@@ -323,6 +325,8 @@ def _pairs(sample: _Sample) -> Iterator[Layout]:
         found = sample.find(prompt, answer)
         if found is None:
             continue
+        if any(name in sample.names for name in CHOICE_COLUMNS) and "completion" in sample.answer(found[1]):
+            continue  # the answer is a number or letter of a choice, and would be learned without the choices
         tier = 0 if (prompt, answer) == ("prompt", "completion") else 1
         texts = sample.values(found[1])
         if sample.messages(found[0]) and sample.messages(found[1]):

@@ -314,7 +314,7 @@ def _split_by_label(examples: Sequence[Example], options: Mapping[str, str]) -> 
             problems.append(RowProblem(example.file, example.row, None, "unknown label", detail, hint))
         elif normal_form(example.completion) != normal_form(options[label]):
             detail = f"{label!r} is answered by {example.completion!r} here and by {options[label]!r} elsewhere"
-            hint = "give each label one completion, or none: task.completion=null task.columns.completion=null"
+            hint = "give each label one completion, or learn the label: task.columns.completion=LABEL_COLUMN"
             problems.append(RowProblem(example.file, example.row, None, "ambiguous label", detail, hint))
         else:
             same = (example.label, example.completion) == (label, options[label])  # a copy of each row takes seconds

@@ -31,6 +31,8 @@ from qlora_exp.paths import CONF
 from qlora_exp.study.space import grid, is_grid, parse_axes, point_overrides
 from qlora_exp.study.types import Axis, AxisKind
 
+IMPLYING = ("model.", "lora.alpha", "training.epochs")
+"""Beginnings of keys from which a composition concludes others: variant and checkpoints, alpha's policy, max_steps."""
 MAX_POINTS = 100_000
 """More would take minutes, and nobody could read them."""
 
@@ -142,7 +144,7 @@ class ConfigFactory:
 
     def __init__(self, fixed: Sequence[str], raw: DictConfig | None = None, follows: bool = False) -> None:
         self._fixed = tuple(fixed)
-        self._composer = Composer() if follows else None
+        self._follows, self._composer = follows, Composer()
         self._groups = frozenset(groups())
         self._bases: dict[tuple[tuple[str, str], ...], Config | QloraExpError] = {}
         self._nodes: dict[tuple[str, str], Any] = {}
@@ -168,7 +170,7 @@ class ConfigFactory:
     def _config(self, params: Mapping[str, Any]) -> Config:
         """Return the configuration at ``params``: a copy of the base with the same group choices, with the values
         set."""
-        if self._composer is not None:
+        if self._follows or any(key.startswith(IMPLYING) for key in params):
             return as_config(self._composer.raw([*self._fixed, *point_overrides(params)]))
         chosen = {key: str(value) for key, value in params.items() if key in self._groups}
         base = self._base(chosen)
@@ -179,9 +181,6 @@ class ConfigFactory:
                 if cache_key not in self._values:
                     self._values[cache_key] = typed_value(key, value)
                 values[key] = self._values[cache_key]
-        lengths = {*values, *map(override_key, self._fixed)}
-        if values.get("training.epochs") is not None and "training.max_steps" not in lengths:
-            values["training.max_steps"] = None  # as with_one_length does
         config = copy.copy(base)
         # Sections on the way to a value are copied, once; all others are shared with the base.
         copied: set[str] = set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import datetime
 import hashlib
@@ -19,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qlora_exp.config.choices import groups
 from qlora_exp.config.compose import GRID_CHECK_LIMIT, check_candidates, compose_raw, policy_of_searched_alpha
-from qlora_exp.config.enums import Engine, Pruner, Sampler
+from qlora_exp.config.enums import Engine, Pruner, Sampler, Variant
 from qlora_exp.config.interpolations import (
     depends_on,
     resolve_outside,
@@ -27,7 +28,7 @@ from qlora_exp.config.interpolations import (
     settings_from_outside,
     unresolved_texts,
 )
-from qlora_exp.config.model_choice import adapter_folder
+from qlora_exp.config.model_choice import adapter_folder, variant_by_name
 from qlora_exp.config.override_errors import problems_of
 from qlora_exp.config.overrides import (
     SEARCH_PATH,
@@ -38,8 +39,15 @@ from qlora_exp.config.overrides import (
     override_key,
     override_value,
 )
-from qlora_exp.config.schema import SweepConfig, TrackingConfig, WorkersConfig, absolute_path, absolute_store
-from qlora_exp.errors import ConfigError, RecordError, raise_all
+from qlora_exp.config.schema import (
+    ModelConfig,
+    SweepConfig,
+    TrackingConfig,
+    WorkersConfig,
+    absolute_path,
+    absolute_store,
+)
+from qlora_exp.errors import ConfigError, QloraExpError, RecordError, raise_all
 from qlora_exp.estimate import budget
 from qlora_exp.formatting import flatten
 from qlora_exp.orchestration.exchanged import without_options_of_another
@@ -327,6 +335,10 @@ def _shared_settings(raw: DictConfig, axes: Sequence[Axis]) -> tuple[dict[str, A
             interpolated[key] = str(value)
             value = value if depends_on(raw, value, names) else redact(_resolved(raw, key))
         shared[key] = _absolute_value(key, value)
+    if shared.get("model.variant") == Variant.auto.name and not any(_is_under(key, ("model",)) for key in searched):
+        # What auto means now: earlier versions had a default here, and the meaning of auto may change.
+        with contextlib.suppress(QloraExpError, OmegaConfBaseException):
+            shared["model.variant"] = variant_by_name(typed_settings(raw.model, ModelConfig)).name
     return shared, interpolated
 
 

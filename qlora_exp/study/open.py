@@ -45,6 +45,10 @@ IDENTITY, OUTPUT_ROOT = "identity", "output_root"
 """User attributes of a study in Optuna's storage."""
 
 
+EARLIER_DEFAULTS = (("task.columns.prompt", "prompt", None), ("task.columns.completion", "completion", None))
+"""(key, its default in an earlier version, the present one) where both read the same rows."""
+
+
 def open_study(spec: StudySpec, paths: StudyPaths, url: str) -> tuple[optuna.Study, str]:
     """Return the study and its identity; see :meth:`~qlora_exp.study.study.Study.open`."""
     check_search(spec)
@@ -157,6 +161,7 @@ def _create_or_load(spec: StudySpec, storage: optuna.storages.BaseStorage, ident
         if stored_settings is not None
         and key in stored_settings
         and stored_settings[key] not in (value, spec.interpolated.get(key))
+        and (key, stored_settings[key], value) not in EARLIER_DEFAULTS
         for text in _changes(key, stored_settings[key], value)
     ]
     if changes:

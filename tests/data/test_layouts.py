@@ -11,6 +11,7 @@ from typing import Any
 import pandas
 import pytest
 
+from qlora_exp.cli.settings_file import combined_overrides
 from qlora_exp.config.compose import compose
 from qlora_exp.data.splits import RawSplits, load_rows
 from qlora_exp.data.texts import final_answer
@@ -319,3 +320,31 @@ def test_two_lengths_of_a_training_are_refused(other: str) -> None:
 def test_epochs_are_a_number_above_zero(epochs: str) -> None:
     with pytest.raises(QloraExpError, match=r"training\.epochs"):
         compose([f"training.epochs={epochs}"])
+
+
+@pytest.mark.parametrize(
+    ("file", "typed", "steps", "tokens", "epochs"),
+    [
+        ("{max_steps: null, max_tokens: 100000}", ["training.max_tokens=5000"], None, 5000, None),
+        ("{max_steps: 40}", ["training.epochs=null"], 40, None, None),
+        ("{max_steps: 40}", ["training.epochs=3"], None, None, 3.0),
+        ("{epochs: 3}", ["training.max_steps=7"], 7, None, None),
+        ("{epochs: 3}", ["training.batch_size=8"], None, None, 3.0),
+    ],
+)
+def test_a_length_on_the_command_line_replaces_that_of_a_file_and_nothing_else(
+    file: str, typed: list[str], steps: int | None, tokens: int | None, epochs: float | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"training: {file}\n", encoding="utf-8")
+    training = compose(combined_overrides(path, typed)).training
+    assert (training.max_steps, training.max_tokens, training.epochs) == (steps, tokens, epochs)
+
+
+def test_choices_are_not_left_out_of_a_question(tmp_path: Path, configure: Configure) -> None:
+    rows = [
+        {"question": f"{n} + 1?", "subject": "sums", "choices": [str(n), str(n + 1)], "answer": 1} for n in range(20)
+    ]
+    (tmp_path / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(QloraExpError, match="prompt"):
+        load_rows(configure(tmp_path / "choices.jsonl").task)
