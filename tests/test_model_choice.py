@@ -163,7 +163,7 @@ def test_a_study_of_an_earlier_version_with_other_defaults_continues(
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": f"Is {n} even?", "completion": "yes" if n % 2 == 0 else "no"} for n in range(40)]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    command = ["sweep", "lora.r=4,8", "task=local", "task.path=rows.jsonl", "sweep.name=old", "tracking=off"]
+    command = ["run", "-m", "lora.r=4,8", "task=local", "task.path=rows.jsonl", "sweep.name=old", "tracking=off"]
     command += [
         "model=local",
         f"model.path={EMBEDDED / 'base'}",

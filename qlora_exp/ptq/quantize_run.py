@@ -277,18 +277,22 @@ def _change(before: pa.Table, after: pa.Table, column: str) -> Change | None:
     groups = None
     if GROUP_COLUMN in before.column_names:
         groups = dict(zip(before["item_id"].to_pylist(), before[GROUP_COLUMN].to_pylist(), strict=True))
-    mean = [math.fsum(map(float, values)) / len(values) for values in (first, second)]
     if groups is None and isinstance(first[0], bool):
         # A t interval over items of which none has changed would be a single point.
         lost = sum(a and not b for a, b in zip(first, second, strict=True))
         won = sum(b and not a for a, b in zip(first, second, strict=True))
         low, high = paired_bounds(won, lost, len(first), Z_TWO_SIDED_95)
-        return Change(mean[0], mean[1], mean[1] - mean[0], low, high)
+        shares = sum(first) / len(first), sum(second) / len(second)
+        return Change(*shares, shares[1] - shares[0], low, high)
     ids = before["item_id"].to_pylist()
-    changes = {item: float(b) - float(a) for item, a, b in zip(ids, first, second, strict=True)}
-    values = np.array([list(group_means(changes, groups).values())])
-    difference = interval(values, "items", trained=True)
-    return Change(mean[0], mean[1], mean[1] - mean[0], difference.low, difference.high)
+    # All groups count the same, so the two means are over groups, too.
+    by_group = [
+        np.array(list(group_means(dict(zip(ids, map(float, values), strict=True)), groups).values()))
+        for values in (first, second)
+    ]
+    difference = interval((by_group[1] - by_group[0])[None], "items", trained=True)
+    means = [float(values.mean()) for values in by_group]
+    return Change(means[0], means[1], difference.value, difference.low, difference.high)
 
 
 def _quantization(

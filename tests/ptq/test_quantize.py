@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from transformers.pytorch_utils import Conv1D
@@ -15,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora_exp.cli import main
 from qlora_exp.models.merging import merged_model
 from qlora_exp.paths import OutputPaths
+from qlora_exp.ptq.quantize_run import _change
 from qlora_exp.records.files import read_record, write_json
 from qlora_exp.records.find import find_run
 from qlora_exp.runs.entry_points import config_from_plain
@@ -104,6 +106,17 @@ def test_without_its_data_a_run_is_quantized_and_not_scored(
     assert found["results"][0]["loss_per_item"] is None
     assert found["results"][0]["layers"][0]["weight_error"] > 0
     assert "not scored" in capsys.readouterr().out
+
+
+def test_groups_of_items_count_the_same_in_a_change_and_in_its_interval() -> None:
+    groups = ["a"] * 9 + ["b", "c"]
+    before = pa.table({"item_id": [f"i{n}" for n in range(11)], "loss_sum_nats": [1.0] * 11, "group": groups})
+    after = before.set_column(1, "loss_sum_nats", pa.array([2.0] * 9 + [1.0, 1.1]))
+    change = _change(before, after, "loss_sum_nats")
+    assert change is not None
+    assert change.difference == pytest.approx(1.1 / 3)
+    assert change.after - change.before == pytest.approx(change.difference)
+    assert change.low < change.difference < change.high
 
 
 @pytest.mark.parametrize(
