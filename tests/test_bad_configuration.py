@@ -103,7 +103,7 @@ WRONG = [
     (["evaluation.metrics=[sacrebleu]", "evaluation.generate=false"], ["evaluation.metrics", "evaluation.generate"]),
     (["evaluation.generate=perhaps"], ["evaluation.generate", "true or false"]),
     (["tracking.timeout_seconds=0"], ["tracking.timeout_seconds"]),
-    (["tracking=wandb"], ["wandb", "mlflow"]),
+    (["tracking=wandb"], ["wandb", "MLflow", "tracking.also=[wandb]"]),
     (["budget.usd_per_hour=-1"], ["budget.usd_per_hour"]),
     (["seed=-1"], ["seed"]),
     (["seed=one"], ["seed", "whole number"]),

@@ -208,7 +208,7 @@ def study_spec(overrides: Sequence[str], params: Mapping[str, str] | None = None
         ladder=ladder,
         id=earlier.id if earlier else None,
     )
-    only_enqueued = len(spec.enqueue) >= spec.n_trials  # then no other point of the space is run
+    only_enqueued = 0 < spec.n_trials <= len(spec.enqueue)  # then no other point of the space is run
     points_to_check = map(point_overrides, spec.enqueue) if only_enqueued else _points_to_check(axes)
     check_candidates([*spec.overrides, *point] for point in points_to_check)
     if settings.pruner is not Pruner.none and raw.training.evaluate_every_steps is None:
