@@ -11,6 +11,7 @@ import numpy as np
 
 from qlora_exp.analysis.contrasts import Difference, interval
 from qlora_exp.analysis.item_groups import group_means
+from qlora_exp.analysis.paired_shares import Z_TWO_SIDED_95, paired_bounds
 from qlora_exp.analysis.shown_items import ItemRow
 from qlora_exp.errors import AnalysisError
 from qlora_exp.records.types import RunRecord
@@ -137,4 +138,9 @@ def _difference(rows: Sequence[Mapping[str, Any]], field: str, groups: Mapping[s
     if not np.isfinite(gains).all():
         return None
     unit = "groups of items" if groups else "items"
+    if field == "correct" and not groups:
+        # A t interval over items that are all alike would be a single point.
+        won, lost = int((gains > 0).sum()), int((gains < 0).sum())
+        low, high = paired_bounds(won, lost, gains.size, Z_TWO_SIDED_95)
+        return Difference(float(gains.mean()), low, high, 1, f"{gains.size} items alone")
     return interval(gains, f"1 seed and {gains.shape[1]} {unit}", trained=True)

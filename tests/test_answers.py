@@ -261,3 +261,15 @@ def test_texts_that_are_not_kept_are_written_nowhere(
     kept = [read_items(path) for path in (store / "outputs" / "runs").iterdir() if path != folder]
     assert all(row["base_answer"] is not None for row in kept[0])
     assert MARK in texts_in(store)
+
+
+def test_runs_that_agree_on_every_item_may_still_differ_on_others() -> None:
+    from qlora_exp.analysis.item_differences import compare_items
+
+    row = {"prompt": None, "expected": "a", "answer": "a", "generated": None, "loss": 1.0, "group": None}
+    rows = [{**row, "id": f"i{n}", "correct": n % 2 == 0, "answer_kind": "label"} for n in range(20)]
+    same = compare_items(rows, rows).accuracy
+    assert same is not None
+    assert same.value == 0
+    assert same.low == pytest.approx(-same.high)
+    assert 0.05 < same.high < 0.2

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from qlora_exp.analysis.paired_shares import paired_bounds
 from qlora_exp.config.enums import EvaluationSplit
 from qlora_exp.config.schema import Config
 from qlora_exp.data.items import Item, Splits
@@ -27,8 +28,6 @@ from qlora_exp.records.types import RunRecord
 
 METRICS = {"correct": "accuracy", "exact": "exact_match"}
 """Per-item column → metric. The first one that the run has is compared."""
-Z_ONE_SIDED_95 = 1.6449
-"""Quantile of the normal distribution for a one-sided 95 % bound."""
 
 
 @dataclass(frozen=True)
@@ -160,18 +159,6 @@ def compare_answers(run: pa.Table, exported: pa.Table, tolerance: float) -> Task
             high=high,
         )
     return not_checked("the run measured neither accuracy nor exact match", tolerance)
-
-
-def paired_bounds(lost: int, won: int, items: int, z: float = Z_ONE_SIDED_95) -> tuple[float, float]:
-    """Return bounds of (lost − won) / items, the difference of two paired shares: one-sided 95 % each, by default.
-
-    Wald's method with half a pair added to each of the four cells (Agresti and Min 2005): without it, no change in 10
-    items would count as proof. ``z``: quantile of the normal distribution.
-    """
-    n = items + 2
-    difference = (lost - won) / n
-    error = math.sqrt(lost + won + 1 - (lost - won) ** 2 / n) / n
-    return difference - z * error, difference + z * error
 
 
 def _mean(values: Sequence[float]) -> float:

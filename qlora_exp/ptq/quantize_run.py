@@ -17,11 +17,12 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_exp.analysis.contrasts import interval
 from qlora_exp.analysis.item_groups import GROUP_COLUMN, group_means
+from qlora_exp.analysis.paired_shares import Z_TWO_SIDED_95, paired_bounds
 from qlora_exp.architecture.shapes import Architecture, WeightShape
 from qlora_exp.data.items import Item
 from qlora_exp.errors import ExportError
 from qlora_exp.export.finished_run import FinishedRun, check_run
-from qlora_exp.export.task_check import CheckItems, answer_items, items_to_check, paired_bounds
+from qlora_exp.export.task_check import CheckItems, answer_items, items_to_check
 from qlora_exp.models.inspect import describe
 from qlora_exp.models.merging import merged_model
 from qlora_exp.paths import RunPaths
@@ -38,8 +39,6 @@ from qlora_exp.records.files import write_json
 QUANTIZATION_SCHEMA_VERSION = 1
 UNQUANTIZED_BITS = 16
 """Embeddings, head, norms and biases ship in 16 bits."""
-Z_TWO_SIDED_95 = 1.96
-"""Quantile of the normal distribution for a two-sided 95 % interval."""
 KEPT_TOKENS = 512
 """Input vectors that are kept of each layer: enough for an error of a few percent, and 8 MB a layer at width 4,096."""
 
