@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -183,7 +184,7 @@ class Confirmation:
 
 
 def confirm_finalists(
-    records: Sequence[RunRecord], measure: Measure, items: ItemScores | None, margin: Margin
+    records: Sequence[RunRecord], measure: Measure, items: ItemScores | None, margin: Margin, planned: int = 0
 ) -> Confirmation | None:
     """Return the decision between the configurations of ``records``; ``None`` before any of them has a score.
 
@@ -191,12 +192,14 @@ def confirm_finalists(
         records: all runs of the study that confirms, failed ones included.
         measure: the score that decides, on the test split.
         margin: differences within it count as equal.
+        planned: how many runs there will be. Before all have ended there is no winner: the intervals hold for one look.
 
     A seed counts only if every finalist has a score with it, because the comparison is paired.
     """
     ended = [record for record in records if record.status not in (Status.RUNNING, Status.INTERRUPTED)]
     if not ended:
         return None
+    pending = max(planned, len(records)) - len(ended)
     measure = comparable_measure(ended, measure)
     all_finalists = configurations(ended, measure)
     lost = tuple((c, failed) for c in all_finalists if (failed := sum(map(_is_lost, c.runs))))
@@ -205,6 +208,8 @@ def confirm_finalists(
         return None
     order = sorted(compared, key=lambda c: -measure.sign * c.quality.mean if c.quality else math.inf)
     seeds = [seed for seed in _scores(order[0], measure) if all(seed in _scores(c, measure) for c in order)]
+    if seeds:  # the order, too, only counts the seeds that all of them share
+        order.sort(key=lambda c: -measure.sign * math.fsum(_scores(c, measure)[seed] for seed in seeds))
     losses, of_items, item_count = _losses(order, seeds, measure, items)
     level = known_mean(c.quality.mean for c in order if c.quality is not None)
     size = margin_in_score(margin, [run for c in order for run in c.runs], measure.name)
@@ -214,18 +219,20 @@ def confirm_finalists(
     contenders = tuple(c for c in order if not _is_beaten(c, pairs))
     use, verdict = order[0], ConfirmVerdict.ALONE
     if len(order) > 1:
-        use = order[0] if len(contenders) == 1 else cheapest(contenders, measure)
+        use = contenders[0] if len(contenders) == 1 else cheapest(contenders, measure)
         verdict = ConfirmVerdict.WINNER if len(contenders) == 1 else ConfirmVerdict.OPEN
         open_pairs = [p for p in _of(use, pairs) if any(p.second is c for c in contenders)]
         if len(contenders) > 1 and all(p.verdict is ComparisonVerdict.EQUIVALENT for p in open_pairs):
             verdict = ConfirmVerdict.EQUAL
+    if pending or (lost and len(order) == 1):
+        verdict = ConfirmVerdict.OPEN
     bounds = [(-p.difference.low, p.second) for p in _of(use, pairs) if p.difference.low is not None]
     bound, against = max(bounds, key=lambda pair: pair[0], default=(None, None))
     advised = seeds_to_confirm(_of(use, pairs), size, len(order)) if verdict is ConfirmVerdict.OPEN else None
     return Confirmation(
         *(verdict, use, tuple(order), lost, tuple(pairs), measure, task_metric_of(order), size, str(margin), level),
         *(len(seeds), item_count, contenders, None if bound is None else max(0.0, bound), against, advised),
-        pending=len(records) - len(ended),
+        pending=pending,
     )
 
 
@@ -342,3 +349,14 @@ def _of(finalist: Configuration, pairs: Sequence[FinalistPair]) -> list[Finalist
 
 def _is_beaten(finalist: Configuration, pairs: Sequence[FinalistPair]) -> bool:
     return any(pair.verdict is ComparisonVerdict.WORSE for pair in _of(finalist, pairs))
+
+
+def margin_unit_of(measure: Measure) -> MarginUnit:
+    """Return the unit of a bare number: nats per item for a loss, as in a sweep; else the score's."""
+    return MarginUnit.NATS_PER_ITEM if measure.name == "loss_per_item" else MarginUnit.SCORE
+
+
+def planned_runs(content: Mapping[str, Any]) -> int:
+    """Return how many runs ``confirm.json`` will have; those that were predicted not to fit are none."""
+    skipped = (content.get("answer") or {}).get("skipped", 0)
+    return len(content.get("seeds") or ()) * len(content.get("trials") or ()) - int(skipped)

@@ -144,6 +144,12 @@ def _first_line(found: Confirmation) -> str:
         ConfirmVerdict.OPEN: f"Not separable: take the cheapest of {many} finalists for now, {label}",
         ConfirmVerdict.ALONE: f"Use {label}: it is the only finalist",
     }[found.verdict]
+    if found.verdict is ConfirmVerdict.OPEN and len(found.finalists) == 1:
+        lead = f"Not compared: {label} is the only finalist with a score so far"
+    if found.pending:
+        if many == 1 and len(found.finalists) > 1:
+            lead = f"{label} is ahead among {len(found.finalists)} finalists"
+        lead = f"Not finished, {found.pending} runs to come. So far: {lead[0].lower()}{lead[1:]}"
     parts = [lead]
     score = found.score(found.use)
     if score is not None:
@@ -171,10 +177,12 @@ def _costs(configuration: Configuration) -> list[str]:
 def _evidence(found: Confirmation) -> str:
     if not found.pairs:
         return "It is compared with nothing: one finalist has scores."
-    if found.verdict is ConfirmVerdict.WINNER:
+    if len(found.contenders) == 1:
         nearest = min(found.pairs_of(found.use), key=lambda pair: pair.difference.low or 0.0)
         than = "the other finalist" if len(found.finalists) == 2 else f"each of the {len(found.finalists) - 1} others"
-        return f"It is shown to be better than {than}: {_against(found, nearest)}."
+        if found.verdict is ConfirmVerdict.WINNER:
+            return f"It is shown to be better than {than}: {_against(found, nearest)}."
+        return f"Its lead isn't final: {_against(found, nearest)}."
     rivals = [p for p in found.pairs_of(found.use) if any(p.second is c for c in found.contenders)]
     nearest = max(rivals, key=lambda pair: -(pair.difference.low if pair.difference.low is not None else 0.0))
     beaten = len(found.finalists) - len(found.contenders)
@@ -203,6 +211,8 @@ def _cost(found: Confirmation) -> str:
 def _settle(found: Confirmation, search: ConfirmedSearch) -> str | None:
     if found.pending:
         return f"{found.pending} runs have not ended: {search.command} continues them."
+    if found.lost and len(found.finalists) == 1:
+        return "The other finalists lost runs: qlora-exp resume with --retry runs these again."
     if found.verdict is not ConfirmVerdict.OPEN:
         return None
     if found.seeds < MIN_SEEDS_TO_DECIDE:

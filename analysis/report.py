@@ -27,7 +27,7 @@ from qlora_exp.analysis.configurations import (
     targets_of,
     variant_of,
 )
-from qlora_exp.analysis.confirmation import Confirmation, confirm_finalists
+from qlora_exp.analysis.confirmation import Confirmation, confirm_finalists, margin_unit_of, planned_runs
 from qlora_exp.analysis.confirmation_words import (
     ConfirmedSearch,
     confirmation_card,
@@ -41,7 +41,7 @@ from qlora_exp.analysis.instruct_base_words import instruct_section, variant_rec
 from qlora_exp.analysis.ladder_sections import ladder_sections
 from qlora_exp.analysis.ladder_views import LadderView, ladder_rank_of, ladder_views
 from qlora_exp.analysis.learning_curves import Curves, curves_section
-from qlora_exp.analysis.margin import Margin, MarginUnit, parse_margin
+from qlora_exp.analysis.margin import Margin, parse_margin
 from qlora_exp.analysis.quantization import LevelComparison, compare_quantizations, compare_targets
 from qlora_exp.analysis.quantization_words import quantization_recommendation, targets_recommendation
 from qlora_exp.analysis.recommendation import study_margin
@@ -204,8 +204,8 @@ def _confirmed(
         return None
     content = studies[0].confirmation
     measure = Measure(str(content["score"]), str(content["objective"]).startswith("maximize"))
-    margin = parse_margin(content["margin"], MarginUnit.SCORE)
-    found = confirm_finalists(records, measure, items, margin)
+    margin = parse_margin(content["margin"], margin_unit_of(measure))
+    found = confirm_finalists(records, measure, items, margin, planned_runs(content))
     return None if found is None else (found, ConfirmedSearch.of(content))
 
 

@@ -73,6 +73,7 @@ def test_a_grid_is_confirmed_with_fresh_seeds_on_test_then_with_more(capsys: pyt
     # Again: nothing is run. With more seeds: the same finalists, and the same seeds first.
     assert main(["confirm", "grid"]) == 0
     assert len(records_of("grid-confirm")) == 4
+    assert main(["confirm", "grid", "--seeds", "3", "workers.count=-3"]) == 2  # and the same command, corrected
     assert main(["confirm", "grid", "--seeds", "3"]) == 0
     shown = capsys.readouterr().out
     points = [(record.config["lora"]["r"], record.seed) for record in records_of("grid-confirm")]

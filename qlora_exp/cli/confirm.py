@@ -179,7 +179,10 @@ def _continue(
     from qlora_exp.study.spec import read_spec
 
     _check_changes(changes)
-    count, spec = len(plan.seeds), read_spec(own)
+    spec = read_spec(own)
+    # What the study has: confirm.json may be ahead of it, if a larger --seeds failed before it began.
+    count = len(spec.enqueue) // len(plan.trials)
+    stored, plan = plan, replace(plan, seeds=plan.seeds[:count])
     if seeds is not None and seeds < count:
         hint = f"--seeds {count} or more, or another study: sweep.name=NAME"
         raise ConfigError(f"{name} has {count} seeds already, and keeps them", f"--seeds {seeds}", hint)
@@ -188,13 +191,16 @@ def _continue(
     if seeds is not None and seeds > count:
         longer = tuple(range(plan.seeds[0], plan.seeds[0] + seeds))
         more = enqueue_overrides(points, longer)
-        plan = replace(plan, seeds=longer, earlier_seeds=(*plan.earlier_seeds, *([count] if plan.answer else [])))
+        # Only complete answers were looks at the finalists.
+        looks = [*(look for look in plan.earlier_seeds if look < count)]
+        looks += [count] if plan.answer and not plan.answer.get("pending") else []
+        plan = replace(plan, seeds=longer, earlier_seeds=tuple(looks))
     if dry_run:
         new_seeds = plan.seeds[count:] or plan.seeds
         print(f"{name}: {len(points)} finalists, seeds {new_seeds[0]} to {new_seeds[-1]}", file=sys.stderr)
         _print_cost(spec.overrides, enqueued(points, new_seeds), len(points))
         return 0
-    if more:
+    if plan != stored:
         write_plan(plan, own)
     return resume(name, [*more, *_without_name(changes)], storage=storage, output_root=output_root)
 

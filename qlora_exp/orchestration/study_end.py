@@ -11,10 +11,10 @@ from typing import Any
 
 import yaml
 
-from qlora_exp.analysis.confirmation import confirm_finalists
+from qlora_exp.analysis.confirmation import confirm_finalists, margin_unit_of
 from qlora_exp.analysis.confirmation_words import ConfirmedSearch, confirmation_lines, settle_command
 from qlora_exp.analysis.item_scores import item_scores
-from qlora_exp.analysis.margin import MarginUnit, parse_margin
+from qlora_exp.analysis.margin import parse_margin
 from qlora_exp.architecture.run_plan import EARLIER_TRAINING_DEFAULTS
 from qlora_exp.config.from_record import recorded_overrides
 from qlora_exp.config.overrides import escape_interpolations, override_key, override_value
@@ -36,7 +36,7 @@ from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records.files import read_record, write_text
 from qlora_exp.records.redaction import REDACTED
 from qlora_exp.records.schema import to_dict
-from qlora_exp.records.types import RunRecord
+from qlora_exp.records.types import RunRecord, Status
 from qlora_exp.study.objectives import parse_objective
 from qlora_exp.study.types import StudySpec, TrialRow
 
@@ -184,7 +184,7 @@ def _confirmed(spec: StudySpec, paths: StudyPaths) -> list[str]:
     if plan is None or not own.created.exists() or plan.study_id != spec.id:
         return []
     sentences = plan.answer.get("sentences") or []
-    if not sentences:
+    if not sentences or plan.answer.get("pending"):
         return [f"  confirming isn't finished; to continue: {plan.command}"]
     return [f"  confirmed: {sentences[0]}", f"    more about it: qlora-exp report {shlex.quote(str(own.name))}"]
 
@@ -215,11 +215,14 @@ def print_confirmation(
         if row.run_id is not None:
             with contextlib.suppress(RecordError):
                 records.append(read_record(paths.outputs.run(row.run_id).record))
-    bare_unit = MarginUnit.SCORE
-    margin = parse_margin(plan.margin, bare_unit)
-    found = confirm_finalists(records, plan.measure, item_scores(paths.outputs), margin)
+    margin = parse_margin(plan.margin, margin_unit_of(plan.measure))
+    skipped = sum(row.skipped is not None for row in rows)
+    planned = len(plan.seeds) * len(plan.trials) - skipped
+    found = confirm_finalists(records, plan.measure, item_scores(paths.outputs), margin, planned)
     if found is None:
-        print("No finalist has a score yet.")
+        lost = {record.status for record in records} & {Status.FAILED, Status.OUT_OF_MEMORY, Status.DIVERGED}
+        again = f": qlora-exp resume {shlex.quote(spec.name)} --retry failed runs them again" if lost else ""
+        print(f"Every finalist lost a run{again}." if lost else "No finalist has a score yet.")
         return None
     search = ConfirmedSearch.of(to_dict(plan))
     sentences = confirmation_lines(found, search)
@@ -228,6 +231,8 @@ def print_confirmation(
     used = found.use.first
     answer: dict[str, Any] = {
         "verdict": str(found.verdict),
+        "pending": found.pending,
+        "skipped": skipped,
         "use_trial": plan.trials[used.trial.number % len(plan.trials)] if used.trial is not None else None,
         "use_run": used.run_id,
         "regret_bound": found.regret_bound,

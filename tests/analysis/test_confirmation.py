@@ -19,11 +19,12 @@ from qlora_exp.analysis.confirmation import (
     ConfirmVerdict,
     confirm_finalists,
     critical_value,
+    margin_unit_of,
     pair_intervals,
 )
 from qlora_exp.analysis.confirmation_words import ConfirmedSearch, confirmation_lines
 from qlora_exp.analysis.error_rates.confirmations import NOISE_WORLDS, NoiseWorld, confirm_rates
-from qlora_exp.analysis.margin import Margin, parse_margin
+from qlora_exp.analysis.margin import Margin, MarginUnit, parse_margin
 from qlora_exp.analysis.report import build
 from qlora_exp.analysis.report_content import CardStatus, StudyInfo, to_markdown
 from qlora_exp.records.types import RunRecord
@@ -156,6 +157,34 @@ def test_a_finalist_that_lost_a_run_is_not_chosen_and_is_named() -> None:
     found = decided(records)
     assert found.use.rank == 16
     assert any("r 8" in line and "lost 1 of 3 runs" in line for line in confirmation_lines(found, SEARCH))
+
+
+def test_before_all_planned_runs_have_ended_there_is_no_winner() -> None:
+    records = runs({8: 1.4, 16: 1.5}, 0.004)
+    complete = confirm_finalists(records, LOSS, None, MARGIN, planned=6)
+    assert complete is not None
+    assert (complete.verdict, complete.pending) == (ConfirmVerdict.WINNER, 0)
+    for ended in (5, 4, 1):
+        found = confirm_finalists(records[:ended], LOSS, None, MARGIN, planned=6)
+        assert found is not None
+        assert (found.verdict, found.pending) == (ConfirmVerdict.OPEN, 6 - ended)
+        first, *_ = confirmation_lines(found, SEARCH)
+        assert first.startswith(f"Not finished, {6 - ended} runs to come. So far: ")
+
+
+def test_order_and_winner_come_from_the_seeds_that_all_share() -> None:
+    losses = {8: [1.500, 1.501, 0.9], 16: [1.400, 1.401]}
+    records = [
+        made_up.run(number, r=r, seed=seed, loss=loss, accuracy=0.5)
+        for number, (r, seed, loss) in enumerate((r, s, x) for r, row in losses.items() for s, x in enumerate(row))
+    ]
+    found = decided(records)
+    assert (found.verdict, found.use.rank, found.seeds) == (ConfirmVerdict.WINNER, 16, 2)
+
+
+def test_a_bare_margin_of_a_loss_is_in_nats_per_item() -> None:
+    assert parse_margin("0.1", margin_unit_of(LOSS)) == parse_margin("0.1 nats_per_item")
+    assert parse_margin("0.1", margin_unit_of(Measure("accuracy", True))).unit is MarginUnit.SCORE
 
 
 def test_the_report_leads_with_the_answer_and_a_search_on_validation_with_a_hedge() -> None:
