@@ -141,6 +141,12 @@ def test_a_killed_confirm_continues_with_the_same_command(tmp_path: Path) -> Non
     assert set(loras) == {(*one, seed) for one in ((4, None), (4, 16), (2, None)) for seed in (2, 3)}
 
 
+def test_finalists_on_different_tasks_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert hydra("task.max_train_items=100,200", "sweep.name=tasks", *SLEEP) == 0
+    assert main(["confirm", "tasks", "--dry-run"]) == 2
+    assert "task.max_train_items" in capsys.readouterr().err
+
+
 def test_studies_that_confirm_cannot_decide_say_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     front = "sweep.objectives=[minimize scores.after.loss_per_item,minimize memory.model_state_bytes]"
     assert hydra("lora.r=2,8", front, "sweep.name=front", *SLEEP) == 0

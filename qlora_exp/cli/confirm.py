@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -132,6 +133,7 @@ def _start(
     finalists = choose_finalists(rows, spec, top or DEFAULT_TOP, _numbers(trials), records)
     recorded = finalist_records(finalists, own.outputs)
     points = confirm_points(recorded)
+    _check_compared(points.axes, spec.name)
     command = confirm_command(spec.name, own.outputs)
     command += "" if _name(changes) is None else f" {shlex.quote(f'sweep.name={name}')}"
     plan = ConfirmPlan(
@@ -158,6 +160,19 @@ def _start(
         return 0
     write_plan(plan, own)
     return main(["--multirun", *all_overrides])
+
+
+def _check_compared(axes: Mapping[str, Any], study: str) -> None:
+    """Refuse finalists that differ in what a comparison holds equal: they would count as one configuration."""
+    from qlora_exp.analysis.configurations import IGNORED_KEYS
+    from qlora_exp.errors import ConfigError
+
+    compared = [key for key in axes if key not in IGNORED_KEYS and key.partition(".")[0] not in IGNORED_KEYS]
+    differing = [key for key in axes if key not in compared and key != "seed"]
+    if differing:
+        what = f"the finalists differ in {', '.join(differing)}, and configurations are compared on one task"
+        hint = f"--trials with finalists that share it; qlora-exp trials {shlex.quote(study)}"
+        raise ConfigError(what, f"study {study}", hint)
 
 
 def _continue(
