@@ -55,7 +55,8 @@ def sweep(*arguments: str | Mapping[str, Any]) -> LoadedStudy:
 
     Args:
         arguments: the name of a file in sweeps/, then overrides as :func:`run` takes them. Without a name, the study
-            has every combination of the overrides' values: ``sweep("lora.r=4,8", {"seed": "1,2"})``.
+            has every combination of the overrides' values: ``sweep("lora.r=4,8", "seed=1,2")``. In a mapping a key has
+            one value.
 
     Raises:
         qlora_exp.errors.QloraExpError: wrong input, or the study can't be opened.

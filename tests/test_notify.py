@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import http.server
 import json
 import threading
@@ -15,6 +16,7 @@ import pytest
 from qlora_exp.cli import main
 from qlora_exp.config.compose import compose
 from qlora_exp.records.files import read_record
+from qlora_exp.runs.notify import notify
 
 SYNTHETIC = ("training.engine=sleep", "training.sleep_seconds=0.01", "training.max_steps=2", "tracking=off")
 
@@ -135,6 +137,29 @@ def test_a_sweep_is_notified_once_with_its_best_trial_and_no_trial_is(
 def test_a_webhook_needs_a_url_that_can_be_posted_to(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", *SYNTHETIC, "notify.webhook=file:///etc/passwd"]) == 2
     assert "notify.webhook" in capsys.readouterr().err
+
+
+def test_numbers_that_json_lacks_and_urls_that_are_none_cost_a_line_and_show_no_secret(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = compose([f"notify.webhook={server.url}"]).notify
+    notify(config, {"event": "run_ended", "scores": {"before": {"loss": float("nan")}, "after": [1.5, float("inf")]}})
+    assert server.posted[0]["scores"] == {"before": {"loss": None}, "after": [1.5, None]}
+    broken = dataclasses.replace(config, webhook="http://127.0.0.1/services/SECRETTOKEN abc")
+    notify(broken, {"event": "run_ended"})
+    printed = capsys.readouterr()
+    assert "the URL is not valid" in printed.err
+    assert "SECRETTOKEN" not in printed.out + printed.err
+
+
+def test_a_sweep_with_an_address_that_is_not_set_does_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("HOOK_URL", raising=False)
+    axes = ["lora.r=2,4", "sweep.name=unset", "notify.webhook=${oc.env:HOOK_URL}"]
+    assert main(["run", "-m", *SYNTHETIC, *axes, f"output_root={tmp_path / 'outputs'}"]) == 2
+    assert "HOOK_URL" in capsys.readouterr().err
+    assert not list((tmp_path / "outputs").glob("runs/*"))
 
 
 def test_without_a_setting_nothing_is_notified() -> None:

@@ -122,6 +122,7 @@ def chat(
 
     Messages are read from standard input, one a line; /help lists the commands. Each model continues its own answers.
     """
+    import io
     import sys
 
     from qlora_exp.errors import ConfigError, QloraExpError, nearest
@@ -143,6 +144,8 @@ def chat(
     model, tokenizer = load_tuned_model(record, paths, "auto")
     talk = Conversation(model, tokenizer, config_from_plain(record.config), record, steps, sampling or Sampling())
     sides = [only] if only else ["tuned", "base"]
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     if not talk.is_chat:
         print("The run's format is plain: each message is a prompt by itself.")
     print("/help lists the commands; an empty line is ignored.")
@@ -221,7 +224,7 @@ def _sampling(text: str | None) -> Sampling | None:
             values[key.strip()] = kinds[key.strip()](value)
         except ValueError:
             raise ConfigError(f"{value!r} is no number", f"--sample {text}", f"e.g. {key.strip()}=1") from None
-    if values["temperature"] <= 0 or not 0 < values.get("top_p", 1.0) <= 1 or values.get("top_k", 1) < 1:
+    if not values["temperature"] > 0 or not 0 < values.get("top_p", 1.0) <= 1 or values.get("top_k", 1) < 1:
         hint = "temperature above 0, top_p above 0 and up to 1, top_k of at least 1"
         raise ConfigError("these settings draw nothing", f"--sample {text}", hint)
     return Sampling(**values)

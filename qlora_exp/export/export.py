@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -227,8 +228,15 @@ def push_export(paths: RunPaths, to: Path | None, settings: ExportConfig, push: 
         files[licence.name] = licence
     base = source.model.where
     there = {name: push.repository if place.is_dir() else place.name}
-    card = without_folders(_card(source, export, there, settings), base)
-    return push_files(files, {**dict(portable_texts(place)), "README.md": card}, push, paths)
+    card = _card(source, export, there, settings)
+    model = source.config.model
+    for place_named in (base, model.adapter, model.path, model.instruct_path, source.model.path_or_id):
+        card = without_folders(card, place_named) if place_named else card
+    texts = {**dict(portable_texts(place)), "README.md": card}
+    if place.is_file():  # the export's Modelfile is of its first GGUF file
+        modelfile_text = (folder / "Modelfile").read_text(encoding="utf-8")
+        texts["Modelfile"] = re.sub(r"^FROM .*", f"FROM ./{place.name}", modelfile_text, count=1, flags=re.MULTILINE)
+    return push_files(files, texts, push, paths)
 
 
 def _to_gguf(settings: ExportConfig) -> bool:

@@ -148,7 +148,9 @@ def _gguf(usage: Usage, file: str) -> Iterator[str]:
     yield ""
     yield f"model = Llama({_text(file)}, n_ctx=512, verbose=False)"
     if usage.chat:
-        messages = json.dumps([{"role": "user", "content": usage.prompt}], ensure_ascii=False)
+        turns = [("system", usage.system)] if usage.system else []
+        roles = [{"role": role, "content": text} for role, text in [*turns, ("user", usage.prompt)]]
+        messages = json.dumps(roles, ensure_ascii=False)
         yield f"answer = model.create_chat_completion({messages}, max_tokens={usage.new_tokens}, temperature=0)"
         yield 'print(answer["choices"][0]["message"]["content"])'
     else:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qlora_exp.config.schema import Config
+from qlora_exp.evaluation.generation import StopRule
 from qlora_exp.inspection.prompts import own_prompt
 from qlora_exp.inspection.sampling import Sampling
 from qlora_exp.inspection.steps import GeneratedToken, answer_of, generate_steps
@@ -30,6 +31,8 @@ class Conversation:
     sampling: Sampling = field(default_factory=Sampling)
     system: str | None = None
     turns: dict[str, Messages] = field(default_factory=lambda: {"tuned": [], "base": []})
+    stop: StopRule | None = None
+    """When an answer ends. The first message reads it from the task's data."""
     last_steps: list[GeneratedToken] = field(default_factory=list)
     """Of the tuned model's last answer."""
 
@@ -48,7 +51,9 @@ class Conversation:
         """
         earlier = self.turns[side] if self.is_chat else []
         system = [("system", self.system)] if self.system and self.is_chat else []
-        prompt = own_prompt(self.config, self.record, self.tokenizer, [*system, *earlier, ("user", message)])
+        turns = [*system, *earlier, ("user", message)]
+        prompt = own_prompt(self.config, self.record, self.tokenizer, turns, self.stop)
+        self.stop = prompt.stop
         started = False
 
         def show(text: str) -> None:

@@ -15,6 +15,7 @@ from qlora_exp.data.messages import Message
 from qlora_exp.data.rows import Example
 from qlora_exp.errors import ConfigError, DataError, RecordError, nearest
 from qlora_exp.evaluation.generation import StopRule, stop_rule
+from qlora_exp.evaluation.scoring import limit_items
 from qlora_exp.records.types import RunRecord
 
 PLACEHOLDER = "x"
@@ -35,22 +36,25 @@ class Prompt:
 def item_prompt(config: Config, record: RunRecord, tokenizer: Any, name: str) -> Prompt:
     """Return the prompt of an item of the split on which the run was scored.
 
-    ``name``: its id (``test.jsonl:17``), as ``qlora-exp show RUN --items`` prints it, or its number from 0.
+    ``name``: its id (``test.jsonl:17``), as ``qlora-exp show RUN --items N --json`` has it, or its number from 0.
 
     Raises:
         DataError: the data can't be read. RecordError: there is no such item, or the data have changed.
     """
     splits = _data(config, record, tokenizer)
     items = splits.test if config.evaluation.split is EvaluationSplit.test else splits.validation
-    item = _find(items, name)
+    item = _find(limit_items(items, config), name)
     options = {label: tuple(splits.option_ids[label]) for label in splits.labels} or None
     return Prompt(item.prompt, item.prompt_ids, stop_rule(splits, tokenizer, config), item, options)
 
 
-def own_prompt(config: Config, record: RunRecord, tokenizer: Any, turns: Sequence[tuple[str, str]]) -> Prompt:
+def own_prompt(
+    config: Config, record: RunRecord, tokenizer: Any, turns: Sequence[tuple[str, str]], stop: StopRule | None = None
+) -> Prompt:
     """Return the prompt of a conversation, ``(role, text)`` for each message, the last one of the user.
 
-    In the plain format the user's text is the whole prompt.
+    In the plain format the user's text is the whole prompt. ``stop``: when an answer ends, if it is known already; else
+    it is read from the task's data.
 
     Raises:
         DataError: the template or the tokenizer can't write it. ConfigError: the text is empty.
@@ -66,7 +70,7 @@ def own_prompt(config: Config, record: RunRecord, tokenizer: Any, turns: Sequenc
     if isinstance(encoding, RowProblem):
         raise DataError(f"the prompt can't be encoded: {encoding.reason}", "PROMPT", encoding.hint or "another prompt")
     text = tokenizer.decode(list(encoding.prompt_ids), skip_special_tokens=False)
-    return Prompt(text, encoding.prompt_ids, _stop_of(config, record, tokenizer, encoding.end_ids))
+    return Prompt(text, encoding.prompt_ids, stop or _stop_of(config, record, tokenizer, encoding.end_ids))
 
 
 def _data(config: Config, record: RunRecord, tokenizer: Any) -> Splits:

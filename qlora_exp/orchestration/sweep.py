@@ -138,7 +138,9 @@ def run_sweep(command: SweepCommand, launch: Launch, here: bool = False) -> int:
             with sweep.finish_for_lost_holder(EXIT_COMPLETED):
                 return sweep.conclude()
         ending = _Ending(time.monotonic())
-        resources.callback(sweep.notify_of, ending)
+        # Read now: a variable of the environment that isn't set is a mistake to hear of before the first trial.
+        notify_config: NotifyConfig = typed_settings(command.config.notify, NotifyConfig)
+        resources.callback(sweep.notify_of, ending, notify_config)
         budget_lines = [f"\n  {text}" for text in affordable_trials_message(sweep.command, opened, study_budget)]
         print(_announcement(sweep.command, opened.counts()), *budget_lines, sep="", file=sys.stderr, flush=True)
         if spec.ladder is not None:
@@ -237,9 +239,8 @@ class _Sweep:
     def outputs(self) -> OutputPaths:
         return self.command.paths.outputs
 
-    def notify_of(self, ending: _Ending) -> None:
+    def notify_of(self, ending: _Ending, config: NotifyConfig) -> None:
         """Send the notification of the sweep's end, if this process holds the study."""
-        config: NotifyConfig = typed_settings(self.command.config.notify, NotifyConfig)
         if not self.orchestration.held or (config.command is None and config.webhook is None):
             return
         with signals.delay_interrupt("the notification is being sent; Ctrl-C again leaves it out"):

@@ -17,6 +17,8 @@ Granularity = int | Literal["tensor", "channel"]
 
 SCALE_BITS = 16
 """A scale is a float16 number."""
+SMALLEST_SCALE = 2.0**-24
+"""The smallest float16 above 0: scales of small weights are subnormal."""
 SHRINKS = 32
 """How many ranges the search for the smallest squared error tries, from the whole range down to :data:`SMALLEST`."""
 SMALLEST = 0.3
@@ -154,7 +156,7 @@ def grouped(weight: Tensor, format: AffineFormat) -> Tensor:
 def _codes(groups: Tensor, low: Tensor, high: Tensor, format: AffineFormat) -> tuple[Tensor, Tensor, Tensor]:
     smallest, largest = format.code_range
     span = torch.maximum(high, -low) if format.symmetric else high - low
-    scale = (span / largest).clamp(min=torch.finfo(torch.float16).tiny).half().float()  # above 0 for a group of zeros
+    scale = (span / largest).clamp(min=SMALLEST_SCALE).half().float()  # above 0 for a group of zeros
     zero_point = torch.zeros_like(scale) if format.symmetric else torch.round(-low / scale).clamp(smallest, largest)
     codes = torch.clamp(torch.round(groups / scale) + zero_point, smallest, largest)
     return codes.int(), scale, zero_point.int()

@@ -67,6 +67,9 @@ def load_ptq_config(changes: Mapping[str, Any]) -> PtqConfig:
         where = f"qlora-exp quantize: {error.full_key or error.key}"
         raise ConfigError(str(error).splitlines()[0], where, "qlora-exp quantize --help") from None
     assert isinstance(settings, PtqConfig)
+    for name in ("bits", "symmetric", "groups"):
+        if not getattr(settings, name):
+            raise ConfigError(f"{name} is empty", "qlora-exp quantize", "e.g. --bits 8,4 --group 64")
     for bits in settings.bits:
         if bits not in BITS:
             raise ConfigError(f"there is no format of {bits} bits", f"--bits {bits}", "2 to 8")

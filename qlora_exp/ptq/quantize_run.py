@@ -141,13 +141,15 @@ def quantize_run(
     if isinstance(questions, CheckItems):
         on_step("score the merged model")
         before = answer_items(model, questions, run.config.evaluation.batch_size)
-    originals = {shape.name: layer_weight(model, shape).clone() for shape in quantized_shapes(architecture)}
+    several = len(formats) > 1  # else the weights are read once, and need no copy
+    shapes = quantized_shapes(architecture)
+    originals = {shape.name: layer_weight(model, shape).clone() for shape in shapes if several}
     results = []
     for format in formats:
         on_step(format.name)
         layers = []
         for shape in quantized_shapes(architecture):
-            weight = originals[shape.name]
+            weight = originals[shape.name] if several else layer_weight(model, shape)
             quantized = quantize_weight(weight, format, settings.calibration, inputs.get(shape.name))
             layers.append(_layer_result(shape, weight, quantized, inputs.get(shape.name)))
             layer_weight(model, shape).copy_(quantized.dequantized())

@@ -6,7 +6,9 @@ A notification never changes how the run or the sweep ends: what goes wrong is o
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
+import math
 import os
 import signal
 import socket
@@ -102,7 +104,7 @@ def notify(config: NotifyConfig | None, notification: Mapping[str, Any]) -> None
     """Send ``notification`` to the configured command and webhook, without secrets; print what failed."""
     if config is None or (config.command is None and config.webhook is None):
         return
-    content = redact(dict(notification))
+    content = _finite(redact(dict(notification)))
     body = json.dumps(content, ensure_ascii=False, allow_nan=False, default=str).encode("utf-8", "replace")
     with contextlib.suppress(KeyboardInterrupt):  # the second Ctrl-C: without the notification
         for key, problem in (
@@ -111,6 +113,15 @@ def notify(config: NotifyConfig | None, notification: Mapping[str, Any]) -> None
         ):
             if problem is not None:
                 print(f"{key}: not notified: {redact_text(problem)}", file=sys.stderr, flush=True)
+
+
+def _finite(value: Any) -> Any:
+    """Return ``value`` with ``None`` for numbers that JSON doesn't have: a diverged loss is NaN."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return [_finite(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def _run_command(config: NotifyConfig, body: bytes, content: Mapping[str, Any]) -> str | None:
@@ -170,7 +181,9 @@ def _post(config: NotifyConfig, body: bytes) -> str | None:
         except urllib.error.HTTPError as error:
             problems.append(f"the server answered {error.code} {error.reason}")
             error.close()
-        except (OSError, ValueError) as error:
+        except http.client.InvalidURL:
+            problems.append("the URL is not valid")  # the error's text has it
+        except (OSError, ValueError, http.client.HTTPException) as error:
             problems.append(str(getattr(error, "reason", error)) or type(error).__name__)
 
     # urllib's limit holds for each read alone: a server that sends a byte now and then would hold the run.

@@ -79,7 +79,11 @@ def test_an_items_labels_have_the_probabilities_that_its_score_came_from(outputs
     import pyarrow.parquet as pq
 
     file = find_run("last", OutputPaths.of(outputs)).items("after", "validation")
-    rows = pq.read_table(file).to_pylist()[:4]
+    rows = pq.read_table(file).to_pylist()
+    assert len(rows) == 12  # evaluation.max_items of a larger split: only these are items of the run
+    first = inspect("--item", "0", "--steps", "1")
+    assert first == inspect("--item", rows[0]["item_id"], "--steps", "1")
+    rows = rows[:4]
     for row in rows:
         found = inspect("--item", row["item_id"], "--steps", "1")
         assert found["expected"] == row["label"]
@@ -132,7 +136,7 @@ def test_the_page_is_offline_escapes_texts_and_has_every_step(
         ([], "--item 0"),
         (["a prompt", "--item", "0"], "either a PROMPT or --item"),
         (["  "], "the prompt is empty"),
-        (["--item", "999"], "0 to"),
+        (["--item", "12"], "0 to 11"),
         (["--item", "colours.jsonl:x"], "colours.jsonl:"),
         (["--item", "0", "--branch", "red"], "--branch '0= plant'"),
         (["--item", "0", "--branch", "99=red"], "steps 0 to"),
