@@ -15,7 +15,7 @@ REPLAY_OUTPUT ?= outputs/reference_grid
 FINDINGS_OUTPUT ?= outputs/findings
 GPU_OUTPUT ?= outputs/gpu_acceptance
 
-.PHONY: demo test lint types test-slow test-real test-faults test-browser test-lower-bounds calibration replay \
+.PHONY: demo docs test lint types test-slow test-real test-faults test-browser test-lower-bounds calibration replay \
   replay-measure findings gpu-acceptance gpu-rehearsal clean
 .DEFAULT_GOAL := test
 
@@ -41,6 +41,11 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy -p qlora_exp
+
+# The site of docs/, from README to the changelog; a broken link or a page that the navigation lacks is an error.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict -f docs/site/mkdocs.yml
+	@echo "open outputs/site/index.html"
 
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow

@@ -187,7 +187,8 @@ def _data_versions(records: Sequence[RunRecord]) -> dict[str, int]:
             # This fingerprint depends on the rows, and on the checkpoint and format that they were read for.
             model = record.config.get("model") or {}
             prompt_format = record.plan.format if record.plan is not None else None
-            read_for = f"{model.get('family')} {model.get('path')} {model.get('variant')} {prompt_format}"
+            chosen = (model.get(key) for key in ("family", "id", "instruct_id", "path", "instruct_path", "variant"))
+            read_for = f"{' '.join(str(value) for value in chosen if value is not None)} {prompt_format}"
             rows[record.run_id] = (read_for, record.data.fingerprint)
         read_for, fingerprint = rows[record.run_id]
         counts[read_for][fingerprint] += 1

@@ -141,7 +141,7 @@ def measure_of(records: Sequence[RunRecord]) -> Measure | None:
     counts end tokens, which depend on both.
     """
     kinds = {
-        (record.plan.format if record.plan is not None else None, (record.config.get("model") or {}).get("family"))
+        (record.plan.format if record.plan is not None else None, tokenizer_family(record.config.get("model") or {}))
         for record in records
     }
     comparable = [name for name in MEASURES if name != "loss_per_item" or len(kinds) < 2]
@@ -151,6 +151,11 @@ def measure_of(records: Sequence[RunRecord]) -> Measure | None:
             if records and enough(measure.of(answering_scores(record)) is not None for record in records):
                 return measure
     return None
+
+
+def tokenizer_family(model: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what runs with the same tokenizer share: the family, or the ids of a model of the Hub."""
+    return tuple(model.get(key) for key in ("family", "id", "instruct_id"))
 
 
 def configurations(records: Sequence[RunRecord], measure: Measure) -> list[Configuration]:

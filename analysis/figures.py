@@ -54,6 +54,13 @@ def write_figure(figure: Figure | None, path: Path) -> None:
         write_html(figure, path, include_plotlyjs=True, full_html=True)
 
 
+def plotly_figure(figure: Figure) -> Any:
+    """Return a plain figure as a :class:`plotly.graph_objects.Figure`, which a notebook shows."""
+    from plotly.graph_objects import Figure as PlotlyFigure
+
+    return PlotlyFigure(figure)
+
+
 def lines(named: Mapping[str, tuple[Sequence[float], Sequence[float]]], axes: tuple[str, str], goal: float) -> Figure:
     """Plot (x, y) by name, with a dashed line at ``goal``. ``axes``: titles, horizontal and vertical."""
     traces = [

@@ -167,10 +167,10 @@ def _mean_score(runs: Sequence[RunRecord], score: str) -> float | None:
 def size_words(size: float, measure: Measure, level: float | None) -> str:
     """Return e.g. ``0.4 % of the loss``, ``1.2 points of accuracy`` or ``0.1 of rouge l``."""
     if measure.name in LOSS_MEASURES and level:
-        return f"{100 * size / level:.2g} % of the loss"
+        return f"{_two_digits(100 * size / level)} % of the loss"
     if measure.name in ("accuracy", "exact_match"):
-        return f"{100 * size:.2g} points of {measure.words}"
-    return f"{size:.2g} of {measure.words}"
+        return f"{_two_digits(100 * size)} points of {measure.words}"
+    return f"{_two_digits(size)} of {measure.words}"
 
 
 def difference_words(contrast: Difference, measure: Measure, level: float | None) -> str:
@@ -187,9 +187,9 @@ def interval_words(contrast: Difference, measure: Measure, level: float | None, 
         return f"no interval: {contrast.over}"
     low, high = sorted((sign * contrast.low, sign * contrast.high))
     if measure.name in LOSS_MEASURES and level:
-        return f"95 % CI {100 * low / level:.2g} to {100 * high / level:.2g} %, {contrast.over}"
+        return f"95 % CI {_two_digits(100 * low / level)} to {_two_digits(100 * high / level)} %, {contrast.over}"
     scale = 100.0 if measure.name in ("accuracy", "exact_match") else 1.0
-    return f"95 % CI {scale * low:.2g} to {scale * high:.2g}, {contrast.over}"
+    return f"95 % CI {_two_digits(scale * low)} to {_two_digits(scale * high)}, {contrast.over}"
 
 
 def cost_words(bound: float | None, against: str | None, size: Callable[[float], str], why_unknown: str) -> str:
@@ -258,3 +258,8 @@ def _grids(points: Sequence[dict[str, Any]]) -> Iterable[list[str]]:
     if all(text.keys() == set(keys) for text in texts) and math.prod(map(len, values.values())) == len(points):
         return [[f"{key}={','.join(values[key])}" for key in keys]]
     return [[f"{key}={value}" for key, value in text.items()] for text in texts]
+
+
+def _two_digits(value: float) -> str:
+    """Return two significant digits, and whole numbers from 100 on without an exponent."""
+    return f"{value:.2g}" if abs(value) < 99.5 else f"{value:.0f}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from qlora_exp.analysis import sections
+from qlora_exp.analysis.answers_section import Answers, answers_section
 from qlora_exp.analysis.comparable import (
     Group,
     answering_scores,
@@ -26,6 +27,13 @@ from qlora_exp.analysis.configurations import (
     targets_of,
     variant_of,
 )
+from qlora_exp.analysis.confirmation import Confirmation, confirm_finalists, margin_unit_of, planned_runs
+from qlora_exp.analysis.confirmation_words import (
+    ConfirmedSearch,
+    confirmation_card,
+    confirmation_lines,
+    confirmation_section,
+)
 from qlora_exp.analysis.contrasts import ItemScores
 from qlora_exp.analysis.goals import GoalAnswer, goal_answer, goal_recommendation
 from qlora_exp.analysis.instruct_base import InstructBase, compare_variants
@@ -33,7 +41,7 @@ from qlora_exp.analysis.instruct_base_words import instruct_section, variant_rec
 from qlora_exp.analysis.ladder_sections import ladder_sections
 from qlora_exp.analysis.ladder_views import LadderView, ladder_rank_of, ladder_views
 from qlora_exp.analysis.learning_curves import Curves, curves_section
-from qlora_exp.analysis.margin import Margin
+from qlora_exp.analysis.margin import Margin, parse_margin
 from qlora_exp.analysis.quantization import LevelComparison, compare_quantizations, compare_targets
 from qlora_exp.analysis.quantization_words import quantization_recommendation, targets_recommendation
 from qlora_exp.analysis.recommendation import study_margin
@@ -42,6 +50,8 @@ from qlora_exp.analysis.report_choice import (
     ChosenConfiguration,
     TaskMetric,
     choose,
+    hedged_sentence,
+    is_search_on_validation,
     ladder_picks,
     task_metric_of,
     use_sentence,
@@ -54,6 +64,7 @@ from qlora_exp.records.types import RunRecord, Status
 MAX_GROUPS = 3
 """Groups of comparable runs that the report shows; it only counts further ones."""
 MIN_SEEDS_SHOWN = 2
+CONFIRM_SETTLES = "The best ones with new seeds, scored on test, would tell more."
 
 
 @dataclass(frozen=True)
@@ -94,6 +105,7 @@ def build(
     unreadable: int = 0,
     curves: Curves | None = None,
     command_of: Callable[[RunRecord], str | None] | None = None,
+    answers: Answers | None = None,
 ) -> ReportContent:
     """Return the report of these runs.
 
@@ -106,6 +118,7 @@ def build(
         unreadable: number of records that could not be read.
         curves: training curves of runs; without them there are no learning curves.
         command_of: run → command that runs its configuration; ``None`` if none is known.
+        answers: run → its items with their answers; without them, the report doesn't show what a model says.
 
     Raises:
         AnalysisError: no runs, SYNTHETIC ones, or none that has finished.
@@ -124,6 +137,7 @@ def build(
             f"no run has finished: {len(records)} are {states}", where, "wait for one, or qlora-exp resume"
         )
     margin, views = margin or study_margin(studies), ladder_views(studies, records)
+    confirmed = _confirmed(records, studies, items)
     shown = []
     for group in groups[:MAX_GROUPS]:
         measure = measure_of(group.records)
@@ -132,27 +146,35 @@ def build(
         comparison = compare_variants(candidates, items, margin, runs.pilots, of_first, ladder_rank_of(views))
         choice = quantizations = targets = goal = None
         if measure is not None:
-            choice = choose(candidates, views, measure)
+            confirmed_choice = _of_confirmation(confirmed, candidates)
+            choice = confirmed_choice or choose(candidates, views, measure)
             quantizations = compare_quantizations(candidates, measure, items, margin)
             targets = compare_targets(candidates, measure, items, margin)
-            by_ladder = choice.configuration if choice is not None and choice.ladder is not None else None
-            goal = goal_answer(candidates, by_ladder, items)
+            decided = choice is not None and (choice.ladder is not None or choice is confirmed_choice)
+            goal = goal_answer(candidates, choice.configuration if choice is not None and decided else None, items)
         metric = task_metric_of(candidates)
         shown.append(_Compared(group, measure, candidates, comparison, choice, metric, quantizations, targets, goal))
     first = shown[0]
     headline, why_none = [], None
-    if first.choice is None:
+    if confirmed is not None:
+        headline = list(confirmation_lines(*confirmed))
+    elif first.choice is None:
         whose = "finished run has a score" if first.measure is None else "configuration has a finite score"
         why_none = f"No answer: no {whose}."
     else:
         assert first.measure is not None
-        line = use_sentence(first.choice, first.candidates, first.measure)
-        headline = [line, *_why(first, views), *_cautions(groups, studies)]
+        line, why = use_sentence(first.choice, first.candidates, first.measure), _why(first, views)
+        if is_search_on_validation(first.choice, first.candidates, groups[0].protocol.split):
+            line, why = hedged_sentence(line, first.candidates, _confirm_command(studies)), []
+        headline = [line, *why, *_cautions(groups, studies)]
     completed = [record for record in records if record.status is Status.COMPLETED]
     chosen = first.choice.configuration if first.choice is not None else None
+    chosen = confirmed[0].use if confirmed is not None else chosen
     command = command_of(chosen.first) if chosen is not None and command_of is not None else None
     parts = [
+        confirmation_section(*confirmed) if confirmed is not None else None,
         *_first_sections(first, runs, views, curves, command),
+        _answers_section(first, answers),
         *ladder_sections(views),
         *(section for compared in shown for section in _group_sections(compared, groups)),
         sections.importance_section(studies, completed),
@@ -169,9 +191,47 @@ def build(
         sections=tuple(part for part in parts if part is not None),
         runs=sections.table_of_runs(records),
         made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {len(records)} runs",
-        cards=tuple(_cards(first, views, studies, margin)),
+        cards=_with_confirmation(_cards(first, views, studies, margin), confirmed),
         command=command,
     )
+
+
+def _confirmed(
+    records: Sequence[RunRecord], studies: Sequence[StudyInfo], items: ItemScores | None
+) -> tuple[Confirmation, ConfirmedSearch] | None:
+    """Return the answer of the study that confirms another one's finalists, if these are its runs alone."""
+    if len(studies) != 1 or studies[0].confirmation is None:
+        return None
+    content = studies[0].confirmation
+    measure = Measure(str(content["score"]), str(content["objective"]).startswith("maximize"))
+    margin = parse_margin(content["margin"], margin_unit_of(measure))
+    found = confirm_finalists(records, measure, items, margin, planned_runs(content))
+    return None if found is None else (found, ConfirmedSearch.of(content))
+
+
+def _with_confirmation(
+    cards: Sequence[AnswerCard], confirmed: tuple[Confirmation, ConfirmedSearch] | None
+) -> tuple[AnswerCard, ...]:
+    """Return the cards with the confirmation's first. It replaces those that a search on validation has."""
+    if confirmed is None:
+        return tuple(cards)
+    kept = [card for card in cards if card.name in ("goal", "baseline")]
+    return confirmation_card(*confirmed), *kept
+
+
+def _of_confirmation(
+    confirmed: tuple[Confirmation, ConfirmedSearch] | None, candidates: Sequence[Configuration]
+) -> ChosenConfiguration | None:
+    """Return the candidate that the confirmation says to use; ``None`` if it is none of them."""
+    if confirmed is None:
+        return None
+    run = confirmed[0].use.first.run_id
+    found = next((c for c in candidates if any(own.run_id == run for own in c.runs)), None)
+    return None if found is None else ChosenConfiguration(found, None)
+
+
+def _confirm_command(studies: Sequence[StudyInfo]) -> str | None:
+    return next((study.confirm_command for study in studies if study.confirm_command is not None), None)
 
 
 def _first_sections(
@@ -189,6 +249,12 @@ def _first_sections(
         curves_section(first.candidates, runs.records, first.measure, drawn, curves),
         sections.configurations_section(first.candidates, first.measure, first.metric, chosen, command),
     ]
+
+
+def _answers_section(first: _Compared, answers: Answers | None) -> Section | None:
+    if answers is None or first.choice is None or first.measure is None:
+        return None
+    return answers_section(first.candidates, first.choice.configuration, first.measure, answers)
 
 
 def _why(first: _Compared, views: Sequence[LadderView]) -> list[str]:
@@ -236,7 +302,10 @@ def _cards(
         cards.append(not_asked_card("targets", "Which target modules?", targets, sweep))
     search = search_recommendation(candidates, measure, margin, studies) if not views else None
     if search is not None:
-        cards.append(answer_card("configuration", search, "configurations"))
+        card, confirm = answer_card("configuration", search, "configurations"), _confirm_command(studies)
+        if card.status is CardStatus.OPEN and confirm is not None and first.group.protocol.split != "test":
+            card = replace(card, settle=CONFIRM_SETTLES, command=confirm)
+        cards.append(card)
     if first.goal is not None and first.goal.split == first.group.protocol.split:
         cards.append(answer_card("goal", goal_recommendation(first.goal, studies), None))
     screenings = [(study.screening, study.name) for study in studies if study.screening is not None]
@@ -321,7 +390,7 @@ def _cautions(groups: Sequence[Group], studies: Sequence[StudyInfo]) -> list[str
             f"The test split was searched ({searched[0]}), so this score flatters the configuration: score it on data"
             " that the search didn't use."
         )
-    elif split != "test":
+    elif split != "test" and _confirm_command(studies) is None:
         cautions.append(
             f"These are scores of the {split} split, which the search itself used: they flatter the best. Score this"
             " configuration on the test split: evaluation.split=test, with other seeds."

@@ -152,6 +152,26 @@ def use_sentence(choice: ChosenConfiguration, configurations: Sequence[Configura
     return f"Use {', '.join(settings)}: {'; '.join(_results(choice, configurations, measure))}."
 
 
+def is_search_on_validation(choice: ChosenConfiguration, configurations: Sequence[Configuration], split: str) -> bool:
+    """Return whether the configuration was chosen among several by the very scores that are shown."""
+    return choice.ladder is None and len(configurations) > 1 and split != "test"
+
+
+def hedged_sentence(line: str, configurations: Sequence[Configuration], confirm: str | None) -> str:
+    """Return the first line of a search on validation: what is best so far, and why that isn't sure.
+
+    Example: ``Best on validation, not confirmed: base, r = 8 …; chosen among 12 configurations with one seed each, so
+    the score is optimistic. To confirm it: qlora-exp confirm STUDY``
+    """
+    counts = sorted({len(c.runs) for c in configurations})
+    seeds = (
+        "one seed" if counts == [1] else f"{counts[0]} seeds" if len(counts) == 1 else f"{counts[0]}–{counts[-1]} seeds"
+    )
+    best = line.removeprefix("Use ").removesuffix(".").replace(": ", "; ", 1)
+    chosen = f"chosen among {len(configurations)} configurations with {seeds} each, so the score is optimistic"
+    return f"Best on validation, not confirmed: {best}; {chosen}." + (f" To confirm it: {confirm}" if confirm else "")
+
+
 def _results(choice: ChosenConfiguration, configurations: Sequence[Configuration], measure: Measure) -> list[str]:
     chosen, metric = choice.configuration, task_metric_of(configurations)
     estimate = metric.tuned(chosen) if metric is not None else chosen.quality

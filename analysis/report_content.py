@@ -25,13 +25,16 @@ DIGITS = 5
 MIN_SHOWN_P = 0.0001
 """Smaller p-values depend on the tails of a distribution more than on the runs."""
 
+QUOTE = "quote"
+"""Kind of a column with texts of rows and models, in which Markdown must find no links, images or code."""
+
 DisplayedValue = str | int | float | None
 
 
 @dataclass(frozen=True)
 class Column:
     """``kind``, the format: text, integer, figure (4 digits), p (2 digits), bytes, seconds, percent (of 1),
-    share (of 1, signed, 3 digits) or usd."""
+    share (of 1, signed, 3 digits), usd or quote (:data:`QUOTE`)."""
 
     name: str
     kind: str = "text"
@@ -42,6 +45,8 @@ class Table:
     columns: tuple[Column, ...]
     rows: tuple[tuple[DisplayedValue, ...], ...]
     caption: str | None = None
+    markdown_rows: int | None = None
+    """So many rows in Markdown; ``None``: all."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,10 @@ class StudyInfo:
     """Overrides of every trial besides its axes, for commands that run more of them; ``None``: unknown."""
     screening: Mapping[str, Any] | None = None
     """``ladder.json``'s successive halving, which chooses the configuration that gets a ladder."""
+    confirmation: Mapping[str, Any] | None = None
+    """``confirm.json`` of a study that confirms another one's finalists."""
+    confirm_command: str | None = None
+    """Command that confirms this study's best configurations; ``None``: it doesn't choose by a validation score."""
 
 
 def formatted_value(value: DisplayedValue, kind: str) -> str:
@@ -227,6 +236,8 @@ def to_markdown(report: ReportContent) -> str:
         for table in section.tables:
             lines += [f"{_plain(table.caption)}:", ""] if table.caption else []
             lines += [*_markdown_table(table), ""]
+            if table.markdown_rows is not None and len(table.rows) > table.markdown_rows:
+                lines += [f"{len(table.rows) - table.markdown_rows} more are in report.html.", ""]
     return "\n".join([*lines, f"Made {report.made}."]) + "\n"
 
 
@@ -250,10 +261,14 @@ def _markdown_table(table: Table) -> Iterator[str]:
     def row(cells: Iterable[str]) -> str:
         return "| " + " | ".join(_plain(cell).replace("|", "\\|") for cell in cells) + " |"
 
+    def shown(value: DisplayedValue, kind: str) -> str:
+        text = formatted_value(value, kind)
+        return re.sub(r"([\\`*_\[\]!~$&])", r"\\\1", text) if kind == QUOTE else text
+
     yield row(column.name for column in table.columns)
-    yield "|" + "|".join("---" if column.kind == "text" else "---:" for column in table.columns) + "|"
-    for values in table.rows:
-        yield row(formatted_value(value, column.kind) for value, column in zip(values, table.columns, strict=True))
+    yield "|" + "|".join("---" if column.kind in ("text", QUOTE) else "---:" for column in table.columns) + "|"
+    for values in table.rows[: table.markdown_rows]:
+        yield row(shown(value, column.kind) for value, column in zip(values, table.columns, strict=True))
 
 
 def _plain(text: str) -> str:

@@ -27,6 +27,7 @@ from qlora_exp.analysis.quantization_words import level_table
 from qlora_exp.analysis.report_choice import TaskMetric, trainable_state_bytes
 from qlora_exp.analysis.report_content import DisplayedValue, Section, StudyInfo, Table, value_table
 from qlora_exp.formatting import bytes_text
+from qlora_exp.records.model_name import model_name
 from qlora_exp.records.types import RunRecord, Status
 
 MAX_ROWS = 25
@@ -425,7 +426,7 @@ def _run_row(record: RunRecord) -> tuple[DisplayedValue, ...]:
     return (
         *(record.run_id, record.status.value, record.trial.study if record.trial else None),
         record.trial.number if record.trial else None,
-        *(config["model"]["family"], config["model"]["variant"], plan.format if plan else None),
+        *(model_name(config["model"]), config["model"]["variant"], plan.format if plan else None),
         *(config["quantization"]["mode"], config["lora"]["r"], plan.alpha if plan else None, targets_of(record)),
         *(config["training"]["learning_rate"], record.seed, scores.split if scores else None),
         *(scores.loss_per_item if scores else None, scores.accuracy if scores else None),

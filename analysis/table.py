@@ -23,7 +23,9 @@ from qlora_exp.analysis.table_files import RANK_FROM_PATH, SEED_FROM_PATH, read_
 from qlora_exp.analysis.table_layouts import to_long
 from qlora_exp.analysis.table_margin import TableMargin, table_margin
 from qlora_exp.analysis.table_results import (
+    NO_RANK,
     ConfigurationRows,
+    LeftOut,
     Result,
     averaged_in_groups,
     best_of,
@@ -70,21 +72,28 @@ def analyze_table(files: Sequence[Path], options: Options) -> list[TableAnswer]:
     where = str(files[0]) if len(files) == 1 else f"{len(files)} files"
     columns = find_columns(table.rows, options, where, table.configuration)
     found = results_of(table.rows, columns, options)
-    answers, unanswered = [], []
+    answers, unanswered, without_rank = [], [], []
+    left_out: list[LeftOut] = []
     for name, rows in found.items():
         of = f"{where}, configuration {name}" if name is not None else where
         ranks = {result.rank for result in rows.results}
         if len(ranks) < 2:
-            unanswered.append(_too_few_ranks(of, rows, columns))
+            error = _too_few_ranks(of, rows, columns)
+            unanswered.append(error)
+            if not ranks and all(row.reason == NO_RANK for row in rows.left_out):
+                # A baseline, or a study's parent run in MLflow's export: it asks for no answer.
+                without_rank.append(error)
+                left_out += rows.left_out
             continue
         answers.append(_answer(name, rows, columns, options, of, table.notes))
     if not answers:
         raise unanswered[0]
     if unanswered:
         # The hint has the rows that were left out: they may be why a rank is missing.
-        texts = tuple(f"No answer for {error.where}: {error.what}; {error.hint}" for error in unanswered)
+        missing = [error for error in unanswered if error not in without_rank]
+        texts = [f"No answer for {error.where}: {error.what}; {error.hint}" for error in missing]
         first = answers[0]
-        answers[0] = replace(first, notes=(*first.notes, *texts))
+        answers[0] = replace(first, notes=(*first.notes, *left_out_notes(left_out), *texts))
     return answers
 
 

@@ -94,13 +94,19 @@ def unwritable_error(error: OSError) -> QloraExpError | None:
     return QloraExpError(f"{error.strerror}", str(error.filename or "a file"), hint)
 
 
-def nearest(name: str, valid: Iterable[str], limit: int = 5) -> str:
+MUCH_LESS_SIMILAR = 0.2
+"""difflib's ratio: a name that is so much less similar than the nearest one isn't what somebody meant."""
+
+
+def nearest(name: str, valid: Iterable[str], limit: int = 5, template: str = "{}") -> str:
     """Return a hint for a misspelt ``name``: ``did you mean alpha or adapter?``, else ``valid: …`` with all names, or
-    with the first ``limit`` if there are many."""
+    with the first ``limit`` if there are many. ``template``: how a near name is written, e.g. ``model={}``."""
     names = sorted(set(valid))
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    similarities = {text: difflib.SequenceMatcher(None, text, name).ratio() for text in close}
+    close = [text for text in close if similarities[text] > max(similarities.values()) - MUCH_LESS_SIMILAR]
     if close:
-        return f"did you mean {' or '.join(close)}?"
+        return f"did you mean {' or '.join(template.format(text) for text in close)}?"
     if not names:
         return "there are no valid names here"
     shown = ", ".join(names[:limit]) if len(names) > limit * 3 else ", ".join(names)

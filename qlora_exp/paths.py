@@ -150,6 +150,10 @@ class StudyPaths:
     """What the tracking store got last: status, best trials, all trials."""
     ladder = Child("ladder.json")
     """Results of rank doubling, one object per ladder."""
+    best = Child("best.yaml")
+    """The best trial's configuration, for ``qlora-exp run --from``."""
+    confirmation = Child("confirm.json")
+    """Only of a study that ``qlora-exp confirm`` started: its finalists, its seeds, and its answer."""
     tracking_state = Child("tracking.json")
     """The id of the study's parent run in the tracking store, and whether everything was delivered."""
     tracking_lock = Child("tracking.lock")
@@ -171,8 +175,12 @@ class RunPaths:
     curve = Child("curve.jsonl")
     """Training curve, one JSON object per logged step: step, loss, learning_rate, gradient_norm, tokens."""
     adapter = Child("adapter")
+    tensorboard = Child("tensorboard")
+    """TensorBoard's event files, with ``tracking.also=[tensorboard]``."""
     export = Child("export")
     """The default folder of ``qlora-exp export``."""
+    quantization = Child("quantization.json")
+    """Results of ``qlora-exp quantize``."""
     checkpoints = Child("checkpoints")
     trained = Child("trained.json")
     """Result of a finished training (``Trained`` as JSON); deleted when the run is complete."""
@@ -184,3 +192,8 @@ class RunPaths:
     def items(self, moment: str, split: str) -> Path:
         """Per-item results (Parquet); ``moment`` is ``before``, ``after`` or ``few_shot_DRAW``."""
         return self.folder / f"items_{moment}_{split}.parquet"
+
+    def texts(self, split: str) -> Path:
+        """The items' prompts (Parquet), with the few answers that were generated only to be shown. Not written with
+        ``evaluation.keep_texts=false``."""
+        return self.folder / f"texts_{split}.parquet"

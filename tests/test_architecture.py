@@ -21,7 +21,7 @@ NO_ROOMS = {"conf", "sweeps"}
 
 ORDER: tuple[tuple[str, ...], ...] = (
     ("errors", "version"),
-    ("formatting", "paths"),
+    ("formatting", "paths", "progress"),
     ("records",),
     ("config",),
     ("analysis", "data", "system"),
@@ -33,8 +33,9 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("estimate",),
     ("runs",),
     ("export", "orchestration"),
-    ("doctor", "plugins"),
+    ("doctor", "inspection", "plugins", "ptq"),
     ("cli",),
+    ("api",),
     ("__init__", "__main__", "embedded"),
 )
 """From the ground up: a room imports only from rooms above it in this list, never from one beside it."""
@@ -56,6 +57,7 @@ ONE_IMPORTER: dict[str, str | tuple[str, ...]] = {
     "optuna": "study",
     "typer": "cli",
     "plotly": "analysis",
+    "pandas": ("__init__", "api"),
     "gguf": ("export", "models"),
     "llama_cpp": "export",
 }
@@ -68,6 +70,7 @@ LONGER: dict[str, str] = {}
 SAME_NAME: dict[str, str] = {
     "few_shot.py": "data/ draws the worked examples, evaluation/ scores the base model with them",
     "files.py": "data/ reads rows, records/ reads and writes records",
+    "items.py": "data/: rows ready for training; records/: what a run's models answered",
     "messages.py": "data/: of conversations; orchestration/: between a worker and its trial process",
     "schema.py": "config/: of configurations; records/: of records",
     "sources.py": "data/: where rows come from; models/: where weights come from",

@@ -20,7 +20,7 @@ from qlora_exp.cli.arguments import complete_overrides, complete_runs
 from qlora_exp.doctor.machine_checks import checks, disk_space, embedded_assets, writable
 from qlora_exp.formatting import bytes_text
 from qlora_exp.paths import EMBEDDED, OutputPaths
-from qlora_exp.records.files import write_json
+from qlora_exp.records.files import read_record, write_json
 from qlora_exp.records.types import Status
 from qlora_exp.runs.console import ProgressReporter
 from tests import processes
@@ -89,46 +89,54 @@ def test_rerun_finds_the_data_from_another_folder(runs: Runs, tmp_path: Path, mo
     assert first.scores == again.scores
 
 
-def test_ls_runs_is_one_table_and_the_command_that_opens_it(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ls_runs_is_one_table_and_the_command_that_opens_it(
+    runs: Runs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
     lines = told(capsys, "ls", "runs", "--output-root", str(runs.output)).splitlines()
-    for column in (
-        "run",
-        "model",
-        "variant",
-        "quantization",
-        "r",
-        "before → after",
-        "peak memory",
-        "tokens/s",
-        "status",
-    ):
-        assert column in lines[0]
-    row = next(line for line in lines if runs.wider in line)
+    assert max(map(len, lines[:-2])) <= 100
+    assert lines[0] == "3 runs, all llama base fp32 attention lr0.0002 s1"
+    assert lines[1].split() == ["run", "settings", "accuracy", "on", "validation", "peak", "tokens/s", "time", "status"]
+    row = next(line for line in lines if line.startswith(runs.wider[-4:]))
     record = load_run(str(runs.output / "runs" / runs.wider))
     assert record.scores.before is not None
     assert record.scores.after is not None
-    assert f"accuracy {record.scores.before.accuracy:.3f} → {record.scores.after.accuracy:.3f}" in row
-    assert " fp32 " in row
-    assert " 16 " in row
-    assert "COMPLETED" in row
+    assert row.split()[1] == "r16"
+    assert f"{record.scores.before.accuracy:.3f} → {record.scores.after.accuracy:.3f}" in row
+    assert row.rstrip().endswith("COMPLETED")
     assert f"qlora-exp ui --output-root {runs.output}" in lines[-2]
     assert f"sqlite:///{runs.output.parent / 'mlflow.db'}" in lines[-1]
+
+
+def test_ls_runs_filters_sorts_and_shows_any_field(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    listed = ["ls", "runs", "--output-root", str(runs.output), "--json"]
+    everything = json.loads(told(capsys, *listed))
+    assert sorted(row["run_id"] for row in everything) == runs.ids()
+    assert [row["run_id"] for row in json.loads(told(capsys, *listed, "--where", "lora.r>8"))] == [runs.wider]
+    assert json.loads(told(capsys, *listed, "--where", "status=failed")) == []
+    by_rank = json.loads(told(capsys, *listed, "--sort", "-r", "--limit", "1", "--columns", "lora.r,scheduler"))
+    short = next(row["short_id"] for row in everything if row["run_id"] == runs.wider)
+    assert by_rank == [{"run_id": runs.wider, "short_id": short, "lora.r": 16, "training.scheduler": "cosine"}]
+    wrong = told(capsys, *listed, "--where", "acuracy>0.5", code=2)
+    assert "there is no field 'acuracy'" in wrong
+    assert "did you mean accuracy" in wrong
+    assert "is not a condition" in told(capsys, *listed, "--where", "accuracy", code=2)
 
 
 def test_ls_runs_shows_the_readable_and_names_the_damaged(
     runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    record = load_run(str(runs.output / "runs" / runs.first))
+    record = read_record(runs.output / "runs" / runs.first / "record.json")
     write_json(tmp_path / "runs" / "good" / "record.json", record)
     (tmp_path / "runs" / "torn").mkdir()
     (tmp_path / "runs" / "torn" / "record.json").write_text('{"schema_version": 1, "run')
     shown = told(capsys, "ls", "runs", "--output-root", str(tmp_path))
-    assert record.run_id in shown
+    assert record.run_id[-4:] in shown
     assert "not shown: the record can't be read" in shown
 
 
 def test_ls_runs_tells_a_run_whose_process_died(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    record = load_run(str(runs.output / "runs" / runs.first))
+    record = read_record(runs.output / "runs" / runs.first / "record.json")
     config = {**record.config, "tracking": {**record.config["tracking"], "enabled": False}}
     write_json(tmp_path / "o" / "runs" / "dead" / "record.json", record.replace(status=Status.RUNNING, config=config))
     assert "INTERRUPTED" in told(capsys, "ls", "runs", "--output-root", str(tmp_path / "o"))
@@ -140,8 +148,20 @@ def test_show_json_is_the_record_on_disk(runs: Runs, capsys: pytest.CaptureFixtu
     assert json.loads(shown) == json.loads(on_disk)
 
 
-def test_show_names_every_known_figure_with_its_unit(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_begins_with_the_lines_that_matter(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     shown = told(capsys, "show", runs.first, "--output-root", str(runs.output))
+    record = load_run(str(runs.output / "runs" / runs.first))
+    assert len(shown.splitlines()) <= 16
+    assert shown.splitlines()[0].split()[:2] == ["status", "COMPLETED"]
+    headings = {line.split()[0] for line in shown.splitlines() if not line.startswith(" ")}
+    expected = {"run", "model", "LoRA", "training", "data", "accuracy", "loss", "memory", "speed"}
+    assert expected | {"files", "next"} <= headings
+    assert f"qlora-exp export {runs.first[-4:]} --output-root {runs.output}" in shown
+    assert bytes_text(record.memory.peak_train_bytes) in shown
+
+
+def test_show_all_names_every_known_figure_with_its_unit(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = told(capsys, "show", runs.first, "--all", "--output-root", str(runs.output))
     record = load_run(str(runs.output / "runs" / runs.first))
     line = next(line for line in shown.splitlines() if line.startswith("memory.adapter_bytes"))
     assert bytes_text(record.memory.adapter_bytes) in line
@@ -150,10 +170,23 @@ def test_show_names_every_known_figure_with_its_unit(runs: Runs, capsys: pytest.
 
 def test_diff_shows_what_differs_and_only_that(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     keys = [line.split()[0] for line in told(capsys, "diff", *_three(runs)).splitlines()]
-    assert "config.lora.r" in keys
-    assert "plan.trainable_parameters" in keys
-    assert "config.quantization.mode" not in keys
+    assert keys.index("[settings]") < keys.index("lora.r") < keys.index("[results]")
+    assert keys.index("[results]") < keys.index("plan.trainable_parameters")
+    assert "quantization.mode" not in keys
     assert "run_id" not in keys
+    assert "plan.config_fingerprint" not in keys
+    assert "plan.config_fingerprint" in told(capsys, "diff", "--all", *_three(runs))
+
+
+def test_diff_json_has_each_difference_once(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    content = json.loads(told(capsys, "diff", "--json", *_three(runs)))
+    assert (content["first"], content["second"]) == (runs.first, runs.wider)
+    by_key = {row["key"]: row for row in content["differences"]}
+    assert len(by_key) == len(content["differences"])
+    expected = {"section": "settings", "key": "lora.r", "first": 8, "second": 16, "change": None}
+    assert by_key["lora.r"] == expected
+    parameters = by_key["plan.trainable_parameters"]
+    assert parameters["change"] == parameters["second"] - parameters["first"]
 
 
 def _three(runs: Runs) -> list[str]:
@@ -184,9 +217,9 @@ def test_an_ambiguous_run_names_the_candidates(runs: Runs, capsys: pytest.Captur
         (["rum"], ["No such command 'rum'", "run"]),
         (["ls", "modles"], ["'modles'", "did you mean models?"]),
         (["show", "nowhere", "--output-root", "empty"], ["there are no runs yet", "empty/runs"]),
-        (["run", "lora.rank=8"], ["lora.rank", "did you mean lora.r?"]),
+        (["run", "lora.rank=8"], ["lora.rank", "did you mean lora.r=8?"]),
         (["validate", "quantization=nf5"], ["quantization", "nf4"]),
-        (["run", "--from", "nothing.yaml"], ["nothing.yaml", "can't be read"]),
+        (["run", "--from", "nothing.yaml"], ["there is no file nothing.yaml"]),
         (["run", "--resume", "last", "lora.r=4"], ["a resumed run keeps its configuration", "rerun"]),
         (["run", "-m", "lora.r=8,x"], ["lora.r", "whole number"]),
         (["data", "preview", "--split", "tran"], ["tran", "train"]),
@@ -243,9 +276,10 @@ def test_data_preview_marks_exactly_the_trained_tokens(runs: Runs, capsys: pytes
     task = runs.output.parent / "colours.jsonl"
     model = load_run(str(runs.output / "runs" / runs.first)).config["model"]["path"]
     given = ["model=local", f"model.path={model}", "task=local", f"task.path={task}", "-n", "1"]
-    head, line = told(capsys, "data", "preview", *given).splitlines()[:2]
+    lines = told(capsys, "data", "preview", *given).splitlines()
+    place = next(number for number, line in enumerate(lines) if line.startswith("Item "))
+    head, line = lines[place - 1 : place + 1]
     marked = line[line.index("[") :].replace("][", "").strip("[]")
-    assert line.startswith("Item ")
     assert any(marked.startswith(f" {colour}") for colour in ("red", "yellow", "green", "blue"))
     assert "trained" in head
 

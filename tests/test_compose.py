@@ -64,7 +64,7 @@ def test_a_composition_does_not_see_what_was_changed_in_an_earlier_one() -> None
 
 
 @pytest.mark.parametrize(
-    "wrong", ["lora.r=x", "lora.rank=4", "lora.alpha=7", "quantization=nf5", "sweep.params={a: b}"]
+    "wrong", ["lora.r=x", "lora.rank=4", "lora.alpha_policy=fixed", "quantization=nf5", "sweep.params={a: b}"]
 )
 def test_it_tells_what_is_wrong_in_the_same_words(wrong: str) -> None:
     composer = Composer()

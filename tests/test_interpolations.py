@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from qlora_exp.cli import main
+from qlora_exp.cli.settings_file import combined_overrides
 from qlora_exp.config.compose import Composer, compose
 from qlora_exp.config.from_record import recorded_overrides
 from qlora_exp.config.schema import Config, to_plain
@@ -24,7 +25,7 @@ from qlora_exp.study.spec import read_spec
 from qlora_exp.study.study import Study
 
 SLEEP = ["training.engine=sleep", "training.sleep_seconds=0", "tracking=off"]
-NOT_OF_A_TRIAL = ("sweep", "workers", "output_root", "budget")
+NOT_OF_A_TRIAL = ("sweep", "workers", "output_root", "budget", "notify")
 
 
 @pytest.fixture(autouse=True)
@@ -190,7 +191,9 @@ def test_record_best_rerun_and_resume_name_the_trials_configuration(
     assert main(["best", "s"]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("qlora-exp run"))
     best = min((row for row in rows), key=lambda row: row.values[0] or 0)
-    assert of_a_trial(compose(shlex.split(line)[2:])) == of_a_trial(by_run[str(best.run_id)].config)
+    assert of_a_trial(compose(combined_overrides(Path(shlex.split(line)[3]), None))) == of_a_trial(
+        by_run[str(best.run_id)].config
+    )
 
 
 @pytest.mark.parametrize(

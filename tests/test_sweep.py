@@ -63,6 +63,13 @@ def trials(capsys: pytest.CaptureFixture[str]) -> list[dict[str, str]]:
     return rows(capsys.readouterr().out)
 
 
+def from_file(command: str) -> list[str]:
+    """The overrides of ``qlora-exp run --from FILE …``."""
+    words = shlex.split(command)
+    assert words[:3] == ["qlora-exp", "run", "--from"]
+    return combined_overrides(Path(words[3]), words[4:])
+
+
 @pytest.mark.parametrize("name", SWEEPS)
 def test_each_sweep_composes_at_every_corner_and_ends(name: str) -> None:
     asked = study_spec([f"sweeps={name}"])
@@ -213,7 +220,7 @@ def test_best_is_a_command_that_composes_to_the_best_trials_configuration(capsys
     best = min(trials(capsys), key=lambda row: float(row["value"]))
     assert main(["best", "last"]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("qlora-exp run"))
-    config = compose(shlex.split(line)[2:])
+    config = compose(from_file(line))
     assert (config.lora.r, config.quantization.mode.value) == (int(best["lora.r"]), best["quantization"])
     assert config.training.max_steps == 200
 
@@ -388,7 +395,7 @@ def test_a_study_goes_on_from_another_folder(
     assert list(elsewhere.iterdir()) == []
     assert main(["best", "mine", *root]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("qlora-exp run"))
-    assert compose(shlex.split(line)[2:]).task.path == str(tmp_path / "rows.jsonl")
+    assert compose(from_file(line)).task.path == str(tmp_path / "rows.jsonl")
 
 
 def test_a_study_goes_on_from_a_folder_with_another_sweep_of_its_sweeps_name(

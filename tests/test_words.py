@@ -23,6 +23,7 @@ SHARED_NAMES = {
         "document",
         "plan",
         "run",
+        "sweep",
         "train",
     ),
 }

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qlora_exp.architecture.shapes import Architecture, Experts, OtherTensor, WeightShape
+from qlora_exp.config.model_choice import listed_checkpoints
 from qlora_exp.config.schema import ModelConfig
 
 FOLDER = Path(__file__).resolve().parent / "shipped"
@@ -24,13 +25,15 @@ Tensor = TypeVar("Tensor", WeightShape, OtherTensor, Experts)
 def known_architecture(model: ModelConfig) -> Architecture | None:
     """Return the shipped architecture of ``model``'s checkpoint; ``None`` if there is none: another checkpoint, a file,
     a revision."""
-    if model.path or model.revision or not (FOLDER / f"{model.family}.json").is_file():
+    checkpoint = model.checkpoint or ""
+    family = model.family
+    if family == "hub":  # an id that conf/model/ lists
+        family, _ = listed_checkpoints().get(checkpoint.lower(), ("", ""))
+    if model.path or model.revision or not (FOLDER / f"{family}.json").is_file():
         return None
-    table = _read(model.family)
-    checkpoint = model.checkpoints.get(model.variant.value, "")
-    if checkpoint not in table["positions"]:
+    if checkpoint not in _read(family)["positions"]:
         return None
-    return _architecture(model.family, checkpoint)
+    return _architecture(family, checkpoint)
 
 
 def known_families() -> list[str]:

@@ -109,9 +109,9 @@ def adapter_dtype(lora: LoraConfig) -> str:
 def config_fingerprint(config: Config) -> str:
     """Return SHA-256 over all settings that can change a result. Names, places, prices and tracking can't."""
     plain = to_plain(config)
-    plain["model"] = _with_earlier_attention(plain["model"])
+    plain["model"] = _without_newer_model_defaults(plain["model"])
     plain["task"] = _without_newer_defaults(plain["task"])
-    for group in ("tracking", "budget", "sweep", "workers", "name", "output_root"):
+    for group in ("tracking", "notify", "budget", "sweep", "workers", "name", "output_root"):
         del plain[group]
     for key in ("logging_steps", "save_every_steps", "resume"):
         del plain["training"][key]
@@ -120,7 +120,8 @@ def config_fingerprint(config: Config) -> str:
     for key, value in EARLIER_TRAINING_DEFAULTS.items():
         if plain["training"][key] == value:
             del plain["training"][key]
-    del plain["evaluation"]["cache"]
+    for key in ("cache", "keep_texts"):
+        del plain["evaluation"][key]
     return _digest(plain)
 
 
@@ -131,12 +132,12 @@ def base_fingerprint(config: Config, format: str) -> str:
     ``plain``). Scores with worked examples are cached separately.
     """
     plain = to_plain(config)
-    excluded = ("before", "cache", "few_shots", "few_shot_draws")
+    excluded = ("before", "cache", "few_shots", "few_shot_draws", "keep_texts")
     evaluation = {key: value for key, value in plain["evaluation"].items() if key not in excluded}
     task = {key: value for key, value in _without_newer_defaults(plain["task"]).items() if key != "goal"}
     return _digest(
         {
-            "model": _with_earlier_attention(plain["model"]),
+            "model": _without_newer_model_defaults(plain["model"]),
             "quantization": plain["quantization"],
             "task": task,
             "evaluation": evaluation,
@@ -147,10 +148,16 @@ def base_fingerprint(config: Config, format: str) -> str:
     )
 
 
-def _with_earlier_attention(model: dict[str, Any]) -> dict[str, Any]:
-    """Return ``model`` with ``sdpa`` for ``auto``. ``sdpa`` was the earlier default and gives the same scores wherever
-    it is supported, so old fingerprints stay valid."""
-    return model | ({"attention": "sdpa"} if model["attention"] == "auto" else {})
+EARLIER_MODEL_DEFAULTS: dict[str, Any] = dict.fromkeys(("id", "instruct_id", "instruct_path", "adapter"))
+"""What a model was before these keys existed."""
+
+
+def _without_newer_model_defaults(model: dict[str, Any]) -> dict[str, Any]:
+    """Return ``model`` without the keys that earlier versions lacked, unless they are set, and with ``sdpa`` for
+    ``auto``. ``sdpa`` was the earlier default and gives the same scores wherever it is supported, so old fingerprints
+    stay valid."""
+    kept = {key: value for key, value in model.items() if key not in EARLIER_MODEL_DEFAULTS or value is not None}
+    return kept | ({"attention": "sdpa"} if model["attention"] == "auto" else {})
 
 
 EARLIER_TASK_DEFAULTS: dict[str, Any] = {
@@ -159,13 +166,23 @@ EARLIER_TASK_DEFAULTS: dict[str, Any] = {
     "date": "2026-01-01",
     "separator": None,
     "special_tokens": "refuse",
+    "answer_after": None,
 }
 """What a task did before these keys existed. If a date or a separator changes the text of the rows, the data's own
 fingerprint changes."""
 
 
-EARLIER_TRAINING_DEFAULTS: dict[str, Any] = {"micro_batch_tokens": None, "padding_free": "off", "kernels": "none"}
+EARLIER_TRAINING_DEFAULTS: dict[str, Any] = {
+    "micro_batch_tokens": None,
+    "padding_free": "off",
+    "kernels": "none",
+    "epochs": None,
+}
 """What a training did before these keys existed."""
+
+
+EARLIER_EVALUATION_DEFAULTS: dict[str, Any] = {"keep_texts": True}
+"""What an evaluation did before these keys existed: it kept answers."""
 
 
 def _without_newer_defaults(task: dict[str, Any]) -> dict[str, Any]:
@@ -193,14 +210,17 @@ def make_plan(
     ``checkpointing``: whether it uses gradient checkpointing, from ``Estimator.checkpointing``. ``padded_because``: why
     rows are padded, from ``Estimator.padding_reason``.
 
-    With a budget of tokens alone, ``max_steps`` is an upper bound (every sequence has at least one token).
+    With a budget of tokens alone, ``max_steps`` is an upper bound (every sequence has at least one token). With
+    ``training.epochs`` it is 1: the caller knows the rows.
     """
     shapes = {shape.name: shape for shape in architecture.weights}
     adapted = [shapes[name] for name in modules]
     training, device = config.training, environment.device
     micro_batch_size = training.micro_batch_size or training.batch_size
     max_steps = training.max_steps
-    if max_steps is None:
+    if max_steps is None and training.epochs is not None:
+        max_steps = 1
+    elif max_steps is None:
         assert training.max_tokens is not None  # check() refuses a training without an end
         max_steps = math.ceil(training.max_tokens / training.batch_size)
     computed = compute_dtype(config.quantization, device.kind, device.bf16)

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from qlora_exp.cli import data, export, machine, plan, records, report, run, sweep
+from qlora_exp.cli import confirm, data, export, imports, inspect, machine, plan, quantize, records, report, run, sweep
 from qlora_exp.errors import QloraExpError, unwritable_error
 from qlora_exp.system import heap
 from qlora_exp.system.streams import check_arguments, show_any_text
@@ -20,9 +20,9 @@ EPILOG = (
 )
 
 HELP_GROUPS = {
-    "Before a run": ("init", "ls", "validate", "data", "plan", "calibrate", "doctor"),
-    "Runs and studies": ("run", "rerun", "sweep", "resume", "stop", "status"),
-    "Results": ("best", "trials", "show", "diff", "report", "analyze", "export"),
+    "Before a run": ("init", "import", "ls", "validate", "data", "plan", "calibrate", "doctor"),
+    "Runs and studies": ("run", "rerun", "sweep", "resume", "stop", "status", "confirm"),
+    "Results": ("best", "trials", "show", "diff", "report", "analyze", "export", "quantize", "inspect", "chat"),
     "MLflow and disk": ("ui", "sync", "clean"),
     "Other commands": ("version",),
 }
@@ -61,11 +61,15 @@ app = typer.Typer(
 )
 run.add_to(app)
 sweep.add_to(app)
+confirm.add_to(app)
 plan.add_to(app)
 data.add_to(app)
+imports.add_to(app)
 records.add_to(app)
 report.add_to(app)
 export.add_to(app)
+quantize.add_to(app)
+inspect.add_to(app)
 machine.add_to(app)
 
 
@@ -106,6 +110,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Typer's own errors: an unknown command or option, a missing argument. Anything else is a bug: show its trace.
         if not hasattr(error, "format_message"):
             raise
+        from qlora_exp.cli.typed_options import options_error
+
+        typed_setting = options_error(error, sys.argv[1:] if arguments is None else arguments)
+        if typed_setting is not None:
+            print(f"error: {typed_setting}", file=sys.stderr)
+            return typed_setting.exit_code
         error.show() if hasattr(error, "show") else print(error, file=sys.stderr)
         return int(getattr(error, "exit_code", 2))
     return result if isinstance(result, int) else 0

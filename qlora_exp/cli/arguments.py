@@ -110,6 +110,20 @@ Source = Annotated[
         help="YAML file with settings; the sweep's axes and the overrides typed here take precedence",
     ),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts (docs/json.md)")]
+AsCsv = Annotated[bool, typer.Option("--csv", help="Print comma-separated values for other tools")]
+Where = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--where", metavar="FIELD=VALUE", help="Only rows that match; also !=, <, >, <=, >=; may be repeated: all count"
+    ),
+]
+Sort = Annotated[
+    str | None, typer.Option("--sort", metavar="FIELD", help="Sort by a field; -FIELD: from the largest down")
+]
+ColumnNames = Annotated[
+    str | None, typer.Option("--columns", metavar="A,B,…", help="Fields to show, e.g. lora.r,accuracy (docs/json.md)")
+]
 
 Force = Annotated[
     bool, typer.Option("--force", help="Start a run even if it is predicted not to fit into memory (budget.force=true)")

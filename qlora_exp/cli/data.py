@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qlora_exp.cli.arguments import AcceptPrediction, Overrides, Source, examples, forced
+from qlora_exp.cli.arguments import AcceptPrediction, AsJson, Overrides, Source, examples, forced
 from qlora_exp.cli.settings_file import combined_overrides
 from qlora_exp.errors import QloraExpError
 
@@ -27,6 +27,7 @@ def add_to(app: typer.Typer) -> None:
         "validate",
         epilog=examples(
             "qlora-exp validate quantization=nf4 lora.r=8",
+            "qlora-exp validate task=local task.path=FILE.jsonl    # says how the columns are read",
             "qlora-exp validate task=local task.path=FILE.jsonl task.columns.prompt=question",
         ),
     )(validate)
@@ -48,7 +49,9 @@ def add_to(app: typer.Typer) -> None:
     app.command("init", epilog=examples("qlora-exp init my-task", "cd my-task && qlora-exp run --from task.yaml"))(init)
 
 
-def validate(overrides: Overrides = None, source: Source = None, force: AcceptPrediction = False) -> int:
+def validate(
+    overrides: Overrides = None, source: Source = None, force: AcceptPrediction = False, as_json: AsJson = False
+) -> int:
     """Check configuration and data without loading weights."""
     from qlora_exp.architecture.targets import rank_warning
     from qlora_exp.runs.execute import preflight
@@ -60,11 +63,22 @@ def validate(overrides: Overrides = None, source: Source = None, force: AcceptPr
         from qlora_exp.tracking.store import locate
 
         locate(config.tracking, OutputPaths.of(config.output_root))
-    print("\n".join(_summary_lines(config, prepared.plan, prepared.splits)))
     too_wide = rank_warning(prepared.architecture, prepared.modules, config.lora)
-    for text in (warning, too_wide, *prepared.splits.warnings):
-        if text is not None:
-            print(f"  warning  {text}")
+    warnings = [text for text in (warning, too_wide, *prepared.splits.warnings) if text is not None]
+    if as_json:
+        from qlora_exp.cli.tables import print_json
+        from qlora_exp.records.model_name import model_name
+        from qlora_exp.records.schema import to_dict
+
+        model = model_name(vars(config.model))
+        content = {"valid": True, "model": model, "variant": config.model.variant.value}
+        print_json(
+            content | {"plan": to_dict(prepared.plan), "data": to_dict(prepared.splits.record), "warnings": warnings}
+        )
+        return 0
+    print("\n".join(_summary_lines(config, prepared.plan, prepared.splits)))
+    for text in warnings:
+        print(f"  warning  {text}")
     return 0
 
 
@@ -73,14 +87,25 @@ def preview(
     source: Source = None,
     split: Annotated[str, typer.Option(help="train, validation or test")] = "train",
     count: Annotated[int, typer.Option("--count", "-n", help="Number of items")] = 3,
+    as_json: AsJson = False,
 ) -> int:
     """Show items as tokens. The trained tokens are highlighted, or in [brackets] without a terminal."""
     from rich.text import Text
 
-    from qlora_exp.data.preview import preview_items
+    from qlora_exp.data.preview import preview_items, rows_report
     from qlora_exp.formatting import print_table
 
-    _, prepared, _ = _prepared(combined_overrides(source, overrides))
+    config, prepared, _ = _prepared(combined_overrides(source, overrides))
+    if as_json:
+        _print_items(split, preview_items(prepared.splits, prepared.tokenizer, split, count))
+        return 0
+    data = prepared.splits.record
+    counts = f"{data.train_items} train, {data.validation_items} validation, {data.test_items} test items"
+    print(f"{config.task.path or config.task.hub_id or config.task.name}: {counts}; {prepared.plan.format} format")
+    read_as = [prepared.splits.read_as] if prepared.splits.read_as is not None else []
+    for line in (*read_as, *rows_report(prepared.splits)):
+        print(line)
+    print()
     for item, tokens in preview_items(prepared.splits, prepared.tokenizer, split, count):
         trained = sum(token.trained for token in tokens)
         head = f"{split} {item.item_id}: {len(tokens)} tokens, {trained} trained"
@@ -88,6 +113,19 @@ def preview(
         print_table(_marked_text(tokens))
         print_table("")
     return 0
+
+
+def _print_items(split: str, shown: Any) -> None:
+    """Print ``data preview --json``: one object per item, with its tokens."""
+    from qlora_exp.cli.tables import print_json
+
+    print_json(
+        [
+            {"split": split, "item_id": item.item_id, "label": item.label}
+            | {"tokens": [token._asdict() for token in tokens]}
+            for item, tokens in shown
+        ]
+    )
 
 
 def init(folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="A new or empty folder")] = Path(".")) -> int:
@@ -135,23 +173,26 @@ def _prepared(overrides: list[str]) -> tuple[Config, Prepared, Environment]:
 def _summary_lines(config: Config, plan: Plan, splits: Splits) -> list[str]:
     """Return the lines that ``validate`` prints."""
     from qlora_exp.data.preview import rows_report
+    from qlora_exp.records.model_name import model_name
 
     data = splits.record
     share = plan.trainable_parameters / plan.total_parameters
     rounded_in = " and ".join(plan.inputs_rounded_in or ())
     rounded = f", inputs rounded to 8 bits in {rounded_in}" if rounded_in else ""
+    epochs = f" ({config.training.epochs:g} epochs of {data.train_items} rows)" if config.training.epochs else ""
     dropped = f", {data.dropped_rows} rows dropped" if data.dropped_rows else ""
     return [
         "valid",
-        f"  model    {config.model.family} {config.model.variant.value} ({plan.architecture}, "
+        f"  model    {model_name(vars(config.model))} {config.model.variant.value} ({plan.architecture}, "
         f"{plan.total_parameters:,} parameters), {plan.weight_dtype} weights, "
         f"computing in {plan.compute_dtype} on {plan.device}{rounded}",
         f"  LoRA     r={config.lora.r} alpha={plan.alpha:g} on {plan.adapted_modules} modules "
         f"({', '.join(plan.target_modules)}): {plan.trainable_parameters:,} trained parameters ({share:.2%})",
         f"  data     {data.task}: {data.train_items} train, {data.validation_items} validation, "
         f"{data.test_items} test items{dropped}; {plan.format} format",
+        *([f"           {splits.read_as}"] if splits.read_as is not None else []),
         *(f"           {line}" for line in rows_report(splits)),
-        f"  training {plan.max_steps} steps of {plan.batch_size} items "
+        f"  training {plan.max_steps} steps of {plan.batch_size} items{epochs} "
         f"({_micro_batch(plan)} at a time), seed {config.seed}; "
         f"{'without padding' if plan.padding_free else f'with padding: {plan.padded_because}'}",
     ]

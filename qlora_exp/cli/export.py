@@ -19,7 +19,8 @@ def add_to(app: typer.Typer) -> None:
         epilog=examples(
             "qlora-exp export last",
             "qlora-exp export last --to my_model --formats adapter,merged",
-            "qlora-exp export last --formats q4_0 --usd-per-hour 2.5 --json",
+            "qlora-exp export last --formats q4_0 --phone --usd-per-hour 2.5",
+            "qlora-exp export last --formats merged --push OWNER/NAME",
         ),
     )(export)
 
@@ -45,14 +46,28 @@ def export(
         float | None,
         typer.Option(help="Price of the training machine; default: from the record, else from conf/prices.yaml"),
     ] = None,
+    phone: Annotated[
+        bool | None, typer.Option("--phone", help="Show every criterion of whether the model runs on a phone")
+    ] = None,
     phone_file_bytes: Annotated[int | None, typer.Option(help="Largest file size that is accepted for a phone")] = None,
     phone_memory_bytes: Annotated[int | None, typer.Option(help="Largest memory that is accepted for a phone")] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME",
+            help="Push the first of --formats, with its card, to this new private repository on the Hub",
+        ),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make the repository of --push public")] = False,
+    push_again: Annotated[
+        bool, typer.Option("--push-again", help="With --push: add a commit to a repository that exists")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print export.json")] = False,
     output_root: OutputRoot = None,
 ) -> int:
     """Write a run's adapter, merged model and GGUF files, and check that they still answer its task.
 
-    The defaults are in conf/export.yaml.
+    The defaults are in conf/export.yaml. With --push, an export that exists is pushed as it is.
     """
     from qlora_exp.config.enums import DeviceChoice
     from qlora_exp.records.find import find_run
@@ -62,7 +77,8 @@ def export(
     set_threads(None)
     silence_libraries()
     paths = find_run(run, outputs_of(output_root))
-    from qlora_exp.export.export import export_run, load_settings
+    from qlora_exp.export.export import export_folder, export_run, exported_before, load_settings, push_export
+    from qlora_exp.export.push import Push, check_push
     from qlora_exp.runs.console import ProgressReporter
 
     settings = load_settings(
@@ -72,26 +88,40 @@ def export(
             "check_items": check_items,
             "tolerance": tolerance,
             "usd_per_hour": usd_per_hour,
+            "phone": phone,
             "phone_file_bytes": phone_file_bytes,
             "phone_memory_bytes": phone_memory_bytes,
         }
     )
+    destination = Push(push, not public, push_again) if push is not None else None
+    if destination is not None:
+        check_push(destination)
+    folder, address = export_folder(paths, to), None
+    exported = exported_before(paths, to) if destination is not None else None
     with ProgressReporter() as observer:
-        exported, folder = export_run(paths, to, settings, observer.phase)
+        if exported is None:
+            exported, folder = export_run(paths, to, settings, observer.phase)
+        if destination is not None:
+            observer.phase(f"push to {destination.repository}")
+            address = push_export(paths, to, settings, destination)
     if as_json:
         print((folder / "export.json").read_text(encoding="utf-8"), end="")
         return 0
-    for line in _lines(exported):
+    for line in _lines(exported, settings.phone):
         print(line)
-    print(f"export: {folder}")
+    print(f"export: {folder}  (README.md says how to use it)")
+    if address is not None:
+        print(f"pushed: {address}")
     return 0
 
 
-def _lines(exported: Export) -> list[str]:
+def _lines(exported: Export, criteria: bool) -> list[str]:
     phone = exported.phone
     lines = [_line(artefact) for artefact in exported.artefacts]
     lines.append(f"{phone.question}: {phone.answer}{f' ({phone.artefact})' if phone.artefact else ''}")
-    return lines + [f"  {criterion.name:18}{criterion.answer:11}{criterion.detail}" for criterion in phone.criteria]
+    if criteria:
+        lines += [f"  {criterion.name:18}{criterion.answer:11}{criterion.detail}" for criterion in phone.criteria]
+    return lines
 
 
 def _line(artefact: Artefact) -> str:

@@ -6,13 +6,17 @@ import itertools
 import os
 import socket
 import sys
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlora_exp.cli.arguments import OutputRoot, Overrides, examples, outputs_of
+from qlora_exp.cli.arguments import AsJson, OutputRoot, Overrides, complete_runs, examples, outputs_of
 from qlora_exp.errors import TrackingError
 from qlora_exp.version import __version__
+
+if TYPE_CHECKING:
+    from qlora_exp.records.types import RunRecord
 
 
 def add_to(app: typer.Typer) -> None:
@@ -29,7 +33,10 @@ def add_to(app: typer.Typer) -> None:
         "sync",
         epilog=examples("qlora-exp sync", "qlora-exp sync --uri http://127.0.0.1:5000"),
     )(sync)
-    app.command("ui", epilog=examples("qlora-exp ui", "qlora-exp ui --port 5001"))(ui)
+    app.command(
+        "ui",
+        epilog=examples("qlora-exp ui", "qlora-exp ui --port 5001", "qlora-exp ui 3f2a 91e3     # these side by side"),
+    )(ui)
     app.command("version", epilog=examples("qlora-exp version"))(version)
 
 
@@ -38,6 +45,7 @@ def doctor(
     self_test: Annotated[
         bool, typer.Option(help="Also measure this machine's speed, and test the gradients of every quantization mode")
     ] = True,
+    as_json: AsJson = False,
     output_root: OutputRoot = None,
 ) -> int:
     """Check this machine: print ok, or the problem and its fix.
@@ -55,7 +63,15 @@ def doctor(
 
     problems = 0
     disk_check = [sweep_disk(overrides, output_root)] if overrides else []
-    for check in itertools.chain(disk_check, checks(outputs_of(output_root).root, self_test)):
+    every_check = itertools.chain(disk_check, checks(outputs_of(output_root).root, self_test))
+    if as_json:
+        from qlora_exp.cli.tables import print_json
+
+        results = {True: "ok", False: "problem", None: "not checked"}
+        rows = [{"check": c.name, "result": results[c.ok], "detail": c.detail, "fix": c.fix} for c in every_check]
+        print_json(rows)
+        return 1 if any(row["result"] == "problem" for row in rows) else 0
+    for check in every_check:
         problems += check.ok is False
         result = {True: "ok", False: "PROBLEM", None: "–"}[check.ok]
         fix = f"\n{'':26}do: {check.fix}" if check.fix else ""
@@ -123,29 +139,75 @@ def sync(
 
 
 def ui(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RUN]...",
+            help="Runs to compare, as for show; default: the best of the newest study, or the newest runs",
+            autocompletion=complete_runs,
+            show_default=False,
+        ),
+    ] = None,
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1")] = 5000,
     output_root: OutputRoot = None,
 ) -> int:
-    """Open the runs in the MLflow UI, on 127.0.0.1.
+    """Serve the runs in the MLflow UI, on 127.0.0.1, and print the addresses of its pages.
 
     End it with Ctrl-C.
     """
-    from qlora_exp.records.find import read_runs, tracking_uri
+    from qlora_exp.records.files import read_record
+    from qlora_exp.records.find import find_run, read_runs, tracking_uri
     from qlora_exp.tracking.state import read_state
-    from qlora_exp.tracking.ui import charts_url, runs_url, ui_command, ui_environment
+    from qlora_exp.tracking.ui import answers_url, charts_url, compare_url, runs_url, ui_command, ui_environment
 
     outputs = outputs_of(output_root)
     records = read_runs(outputs)[0]
+    compared = [read_record(find_run(run, outputs).record) for run in runs or []]
     command = ui_command(tracking_uri(records), outputs.mlflow_database, port)
     _check_free(port)
     address = f"http://127.0.0.1:{port}"
     print(f"MLflow UI: {address}", flush=True)
     state = read_state(outputs.run(records[-1].run_id)) if records else None
     if state is not None and state.experiment_id is not None:
-        print(f"   table:  {runs_url(address, state.experiment_id)}", flush=True)
-        print(f"   charts: {charts_url(address, state.experiment_id)}", flush=True)
+        states = [read_state(outputs.run(record.run_id)) for record in compared or _worth_comparing(records)]
+        ids = [found.mlflow_run_id for found in states if found is not None and found.mlflow_run_id is not None]
+        pages = {
+            "all runs, with settings and scores:": runs_url(address, state.experiment_id),
+            "charts of quality, memory and speed:": charts_url(address, state.experiment_id),
+            "answers, item by item:": answers_url(address, state.experiment_id),
+        }
+        if len(ids) > 1:
+            pages[f"{len(ids)} runs side by side:"] = compare_url(address, state.experiment_id, ids)
+        # An address on a line without other text: terminals make it a link, also where they break the line.
+        print("\n".join(f"{what}\n{url}" for what, url in pages.items()), flush=True)
     # The server replaces this process, so that it gets the signals, and its exit code is ours.
     os.execve(command[0], command, ui_environment())
+
+
+def _worth_comparing(records: Sequence[RunRecord]) -> list[RunRecord]:
+    """Return the best completed runs of the newest run's study, best first; the newest runs if that has fewer than two.
+
+    If some were scored on test, only these: scores of two splits can't be compared.
+    """
+    from qlora_exp.records.flat_rows import RISING_SCORES, flat_run
+    from qlora_exp.records.types import Status
+    from qlora_exp.tracking.ui import MAX_COMPARED
+
+    completed = [record for record in records if record.status is Status.COMPLETED]
+    study = records[-1].trial.study if records[-1].trial is not None else None
+    done = [record for record in completed if record.trial is not None and record.trial.study == study]
+    done = [record for record in done if record.scores.test is not None] or done
+    if len(done) < 2:
+        return completed[-MAX_COMPARED:]
+
+    def order(record: RunRecord) -> tuple[bool, float]:
+        row = flat_run(record)
+        value = row["score_after"]
+        if value is None:
+            return True, 0.0
+        return False, -value if row["score"] in RISING_SCORES else value
+
+    return sorted(done, key=order)[:MAX_COMPARED]
 
 
 def version() -> int:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qlora_exp.cli.arguments import Source, complete_overrides, complete_sweeps, examples
 from qlora_exp.cli.settings_file import combined_overrides
+
+if TYPE_CHECKING:
+    from qlora_exp.estimate.planner import PlannedRun
+    from qlora_exp.estimate.recommended import NothingFits, Recommended
 
 DEVICE_KEY = "plan.device="
 
@@ -21,7 +26,7 @@ def add_to(app: typer.Typer) -> None:
             "qlora-exp plan model=qwen3_8b quantization=bf16,int8,nf4 lora.r=8,16,32 --device rtx4090",
             "qlora-exp plan demo                                    # a sweep in sweeps/",
             "qlora-exp plan demo budget.tokens=1000000              # how many trials a budget is enough for",
-            "qlora-exp plan --fit 24GB model=llama3_1_8b            # what fits into 24 GB, best first",
+            "qlora-exp plan --fit 24GB model=llama3_1_8b            # what to start with in 24 GB",
             "qlora-exp plan --sizes model=llama3_1_8b lora.r=32     # size of the weights at 32, 16, 8, 4 bits",
             "qlora-exp plan model=local model.path=FOLDER/config.json --json",
         ),
@@ -53,8 +58,8 @@ def plan(
         typer.Option(
             "--fit",
             metavar="SIZE",
-            help="List what fits into a size (24GB) or on a card (rtx4090, a100_80gb …), best first: larger precision, "
-            "then rank, then sequence length, then adapted layers, then micro-batch. Keys that are set stay fixed",
+            help="Recommend one configuration for a size (24GB) or a card (rtx4090, a100_80gb …), as a command, then "
+            "list what else fits, best first. Keys that are set stay fixed; a task sets the sequence length",
         ),
     ] = None,
     sizes: Annotated[
@@ -88,6 +93,7 @@ def plan(
     from qlora_exp.estimate.largest import by_preference, print_fitting, with_search_axes
     from qlora_exp.estimate.planner import Planner
     from qlora_exp.estimate.preflight import check_a_base_fits
+    from qlora_exp.estimate.recommended import recommend
     from qlora_exp.estimate.tables import plan_as_json, print_plan, print_sizes, sizes_of, summary_lines, write_page
     from qlora_exp.estimate.tokens import RowCounter
     from qlora_exp.paths import OutputPaths
@@ -110,6 +116,7 @@ def plan(
         else:
             print_sizes(weights)
         return 0
+    requested = list(overrides)
     if fit is not None:
         overrides = with_search_axes(overrides, chosen)
     space = search_space(overrides)
@@ -133,14 +140,30 @@ def plan(
         runs = [replace(run, budget=affordable) for run in runs]
     if html is not None:
         write_page(runs, "Plan", summary_lines(runs, space), html)
-    if as_json:
-        shown = runs if fit is None else by_preference(runs)
-        print(json.dumps(plan_as_json(shown), indent=1, ensure_ascii=False))
+    found: Recommended | NothingFits | None = None
+    if fit_bytes is not None and not any(text.startswith("sweeps=") for text in requested):
+        typed = [text for text in arguments or [] if not text.startswith(DEVICE_KEY)]
+        found = recommend(requested, typed, str(source) if source is not None else None, planner, ended, fit_bytes)
+    if as_json and fit is None:
+        print(json.dumps(plan_as_json(runs), indent=1, ensure_ascii=False))
+    elif as_json:
+        print(json.dumps(_fitting_as_json(by_preference(runs), found), indent=1, ensure_ascii=False))
     elif fit is None:
         print_plan(runs, space)
     else:
-        print_fitting(runs, fit)
+        print_fitting(runs, fit, found)
     return 0
+
+
+def _fitting_as_json(runs: Sequence[PlannedRun], found: Recommended | NothingFits | None) -> list[dict[str, Any]]:
+    """Return one object per configuration that fits: first the recommended one, with its ``command``."""
+    from qlora_exp.estimate.recommended import Recommended, json_fields
+    from qlora_exp.estimate.tables import plan_as_json
+
+    objects = [{**plain, "recommended": False, "command": None} for plain in plan_as_json(runs)]
+    if not isinstance(found, Recommended):
+        return objects
+    return [{**plan_as_json([found.run])[0], **json_fields(found)}, *objects]
 
 
 def _check_alone(option: str, others: dict[str, bool]) -> None:

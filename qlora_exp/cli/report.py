@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,16 +12,12 @@ import typer
 from qlora_exp.cli.arguments import OutputRoot, complete_studies, examples, outputs_of
 
 if TYPE_CHECKING:
-    from qlora_exp.analysis.report_content import StudyInfo
+    from qlora_exp.analysis.margin import Margin
+    from qlora_exp.analysis.report_content import ReportContent, StudyInfo
     from qlora_exp.paths import OutputPaths, StudyPaths
     from qlora_exp.records.types import RunRecord
     from qlora_exp.study.study import Study
     from qlora_exp.study.types import StudySpec
-
-MAX_CACHED_ITEM_TABLES = 64
-"""Runs whose per-item values stay in memory: comparisons use the same few runs again and again."""
-CORRECTNESS_COLUMNS = {"accuracy": "correct", "exact_match": "exact"}
-"""Score → its column in the per-item table."""
 
 
 def add_to(app: typer.Typer) -> None:
@@ -84,27 +80,20 @@ def report(
     output_root: OutputRoot = None,
 ) -> int:
     """Write report.html, report.md and runs.csv: the answer in words, and its evidence."""
-    from functools import partial
     from os.path import relpath
     from urllib.parse import quote
 
     from qlora_exp.analysis.margin import MarginUnit, parse_margin
-    from qlora_exp.analysis.report import build, only_section
+    from qlora_exp.analysis.report import only_section
     from qlora_exp.analysis.report_content import to_csv, to_html, to_markdown
     from qlora_exp.errors import RecordError
-    from qlora_exp.records.files import read_curve, training_losses, write_text
-    from qlora_exp.records.find import find_study, read_runs
+    from qlora_exp.records.files import write_text
+    from qlora_exp.records.find import find_study
 
     outputs = outputs_of(output_root)
     study_paths = list(dict.fromkeys(find_study(name, outputs) for name in studies or []))
     margin = parse_margin(equivalence, MarginUnit.SCORE, "--equivalence") if equivalence is not None else None
-    records, unreadable = read_runs(outputs)
-    infos, runs = _studies_and_runs(study_paths, records, outputs)
-    content = build(
-        *(runs, infos, _item_scores(outputs), margin, len(unreadable)),
-        curves=lambda record: training_losses(read_curve(outputs.run(record.run_id).curve)),
-        command_of=partial(_command, study_paths, outputs),
-    )
+    content, runs = content_of(study_paths, outputs, margin)
     if only is not None:
         content = only_section(content, only)
         print(to_markdown(content))
@@ -130,11 +119,35 @@ def report(
     return 0
 
 
+def content_of(
+    study_paths: list[StudyPaths], outputs: OutputPaths, margin: Margin | None = None
+) -> tuple[ReportContent, list[RunRecord]]:
+    """Return the report on these studies (none: on every run under ``outputs``), and the runs that it is about."""
+    from functools import partial
+
+    from qlora_exp.analysis.item_scores import item_scores
+    from qlora_exp.analysis.report import build
+    from qlora_exp.records.files import read_curve, training_losses
+    from qlora_exp.records.find import read_runs
+
+    records, unreadable = read_runs(outputs)
+    infos, runs = _studies_and_runs(study_paths, records, outputs)
+    content = build(
+        *(runs, infos, item_scores(outputs), margin, len(unreadable)),
+        curves=lambda record: training_losses(read_curve(outputs.run(record.run_id).curve)),
+        command_of=partial(_command, study_paths, outputs),
+        answers=partial(_answers, outputs),
+    )
+    return content, runs
+
+
 def _studies_and_runs(
     study_paths: list[StudyPaths], records: list[RunRecord], outputs: OutputPaths
 ) -> tuple[list[StudyInfo], list[RunRecord]]:
     """Return what the report needs to know of each study, and their runs."""
     from qlora_exp.analysis.report_content import StudyInfo
+    from qlora_exp.orchestration.finalists import score_of
+    from qlora_exp.orchestration.study_end import confirm_command
     from qlora_exp.records.upgrade import upgrade_answers
     from qlora_exp.study.spec import is_trial_of, read_spec
 
@@ -148,7 +161,13 @@ def _studies_and_runs(
         ladders = answers.get("ladders") or ()
         overrides = _trial_overrides(spec, outputs)
         info = StudyInfo(spec.name, spec.question, spec.objectives, ladders, importance, predicted, overrides)
-        infos.append(replace(info, screening=answers.get("screening")))
+        confirmation = _read_json(paths.confirmation)
+        confirm = None
+        if confirmation is None and spec.ladder is None and len(spec.objectives) == 1 and score_of(spec) is not None:
+            confirm = confirm_command(spec.name, outputs)
+        infos.append(
+            replace(info, screening=answers.get("screening"), confirmation=confirmation, confirm_command=confirm)
+        )
     return infos, [record for record in records if any(is_trial_of(record, spec) for spec in specs)]
 
 
@@ -232,48 +251,15 @@ def _read_json(file: Path) -> Any:
         raise RecordError(f"the file can't be read: {error}", str(file), "delete it, or resume the study") from None
 
 
-def _item_scores(outputs: OutputPaths) -> Any:
-    """Return a function as :data:`qlora_exp.analysis.contrasts.ItemScores`, which reads the runs' per-item files."""
-    from functools import lru_cache
+def _answers(outputs: OutputPaths, record: RunRecord) -> list[dict[str, Any]]:
+    """Return the run's items; empty if it has none that can be read."""
+    from qlora_exp.errors import RecordError
+    from qlora_exp.records.items import read_items
 
-    from qlora_exp.analysis.contrasts import GroupScores
-    from qlora_exp.analysis.item_groups import group_means, item_groups
-
-    @lru_cache(maxsize=MAX_CACHED_ITEM_TABLES)
-    def read(run_id: str, moment: str, split: str) -> tuple[dict[str, list[Any]], dict[str, str] | None] | None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        file = outputs.run(run_id).items(moment, split)
-        columns = ["item_id", "loss_sum_nats", "completion_nats", "completion_bytes", *CORRECTNESS_COLUMNS.values()]
-        try:
-            table = pq.read_table(file, columns=columns)
-        except (OSError, pa.ArrowException, KeyError):
-            return None
-        return dict(table.to_pydict()), item_groups(file)
-
-    def scores(record: RunRecord, moment: str, score: str) -> Mapping[str, float] | None:
-        import math
-
-        tables = read(record.run_id, moment, "test" if record.scores.test is not None else "validation")
-        if tables is None:
-            return None
-        items, groups = tables
-        if score in CORRECTNESS_COLUMNS:
-            values = items[CORRECTNESS_COLUMNS[score]]
-        elif score == "loss_per_item":
-            values = items["loss_sum_nats"]
-        elif score == "bits_per_byte":
-            size = sum(items["completion_bytes"]) / max(len(items["completion_bytes"]), 1)
-            values = [nats / math.log(2) / size for nats in items["completion_nats"]] if size else [None]
-        else:
-            return None
-        if None in values:
-            return None
-        by_item = {item: float(value) for item, value in zip(items["item_id"], values, strict=True)}
-        return by_item if groups is None else GroupScores(group_means(by_item, groups))
-
-    return scores
+    try:
+        return read_items(outputs.run(record.run_id).folder)
+    except RecordError:
+        return []
 
 
 def _log_report(paths: StudyPaths, records: list[RunRecord], outputs: OutputPaths) -> None:

@@ -27,6 +27,15 @@ from qlora_exp.errors import ConfigError, RecordError
 from qlora_exp.system import signals, streams
 from qlora_exp.system.distributed import check_single_rank
 
+Curve = Annotated[
+    bool | None,
+    typer.Option(
+        "--curve/--no-curve",
+        help="Print the learning curve at the end as text; by default on a terminal",
+        show_default=False,
+    ),
+]
+
 
 def add_to(app: typer.Typer) -> None:
     app.command(
@@ -62,6 +71,7 @@ def run(
     ] = None,
     output_root: OutputRoot = None,
     force: Force = False,
+    curve: Curve = None,
 ) -> int:
     """Train one configuration, score it before and after, and write its record."""
     from qlora_exp.config.overrides import hydra_value
@@ -71,15 +81,21 @@ def run(
     if output_root is not None:
         all_overrides.append(f"output_root={hydra_value(str(Path(output_root)))}")
     if resume is not None:
-        return _resume(resume, output_root, overrides or [])
+        return _resume(resume, output_root, overrides or [], curve)
     if multirun:
         from qlora_exp.orchestration.hydra_app import main
 
         return main(["--multirun", *all_overrides])
-    return _run(all_overrides)
+    return _run(all_overrides, curve)
 
 
-def rerun(run: Run, overrides: Overrides = None, output_root: OutputRoot = None, force: Force = False) -> int:
+def rerun(
+    run: Run,
+    overrides: Overrides = None,
+    output_root: OutputRoot = None,
+    force: Force = False,
+    curve: Curve = None,
+) -> int:
     """Run the configuration of a recorded run again."""
     from qlora_exp.architecture.run_plan import EARLIER_TRAINING_DEFAULTS
     from qlora_exp.config.from_record import recorded_overrides
@@ -96,15 +112,15 @@ def rerun(run: Run, overrides: Overrides = None, output_root: OutputRoot = None,
     training = {**EARLIER_TRAINING_DEFAULTS, **(record.config.get("training") or {})}
     recorded = recorded_overrides(record.replace(config={**record.config, "training": training}), changes)
     print(f"qlora-exp run {shlex.join(recorded)}", flush=True)
-    return _run(recorded)
+    return _run(recorded, curve)
 
 
-def _run(overrides: Sequence[str]) -> int:
+def _run(overrides: Sequence[str], curve: bool | None) -> int:
     from qlora_exp.config.compose import compose
     from qlora_exp.runs.entry_points import run_with_progress
 
     with _interruptible():
-        return run_with_progress(compose(list(overrides)))
+        return run_with_progress(compose(list(overrides)), curve=curve)
 
 
 @contextlib.contextmanager
@@ -115,7 +131,7 @@ def _interruptible() -> Iterator[None]:
         yield
 
 
-def _resume(run: str, output_root: str | None, overrides: Sequence[str]) -> int:
+def _resume(run: str, output_root: str | None, overrides: Sequence[str], curve: bool | None) -> int:
     """Continue a run, unless it has ended, is still running, or its record lacks a secret setting."""
     from qlora_exp.records.files import read_record
     from qlora_exp.records.find import find_run
@@ -140,4 +156,4 @@ def _resume(run: str, output_root: str | None, overrides: Sequence[str]) -> int:
     training = replace(config.training, resume=True)  # this is what --resume means
     resumed = replace(config, training=training, output_root=str(paths.folder.parent.parent))
     with _interruptible():
-        return run_with_progress(resumed, record.run_id)
+        return run_with_progress(resumed, record.run_id, curve=curve)

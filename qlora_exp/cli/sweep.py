@@ -10,12 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlora_exp.cli.arguments import (
+    AsCsv,
+    AsJson,
+    ColumnNames,
     Force,
     OutputRoot,
     Overrides,
+    Sort,
     Source,
     Storage,
     Study,
+    Where,
     complete_sweeps,
     examples,
     forced,
@@ -138,6 +143,7 @@ def resume(
 def status(
     study: Study = "last",
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Refresh every second; end with Ctrl-C")] = False,
+    as_json: AsJson = False,
     storage: Storage = None,
     output_root: OutputRoot = None,
 ) -> int:
@@ -146,17 +152,26 @@ def status(
     It shows running, finished, pruned and failed trials, the best so far, the time left, CPU and GPU use.
     """
     from qlora_exp.formatting import print_table
-    from qlora_exp.orchestration.status import study_status, watch_status
+    from qlora_exp.orchestration.status import status_fields, study_status, watch_status
+    from qlora_exp.orchestration.study_end import how_sure
     from qlora_exp.system.orchestrator_lease import held_lease
     from qlora_exp.tracking.state import not_delivered
 
     spec, paths = _find_study(study, output_root)
     opened = _read_study(spec, paths, storage)
+    if as_json:
+        from qlora_exp.cli.tables import print_json
+
+        print_json(status_fields(spec, opened, paths, held_lease(paths.orchestrator)))
+        return 0
     if watch:
         watch_status(spec, opened, paths)
         return 0
     print_table(study_status(spec, opened, paths, held_lease(paths.orchestrator)))
-    runs = [row.run_id for row in opened.trials() if row.run_id is not None]
+    rows = opened.trials()
+    for line in how_sure(spec, paths, rows):
+        print(line)
+    runs = [row.run_id for row in rows if row.run_id is not None]
     busy = held_lease(paths.orchestrator) is not None
     missing = not_delivered(paths.outputs, runs, spec.name, busy)
     if missing is not None:
@@ -185,21 +200,30 @@ def stop(
     return 0
 
 
-def best(study: Study, storage: Storage = None, output_root: OutputRoot = None) -> int:
-    """Show the best trial as a command.
+def best(study: Study, as_json: AsJson = False, storage: Storage = None, output_root: OutputRoot = None) -> int:
+    """Show the best trial, how sure that is, and the command that runs it again.
 
-    Of several objectives, the Pareto front; of rank doubling, the rank to use now and its runs.
+    Of several objectives, the Pareto front; of rank doubling, the rank to use now and its runs; of a study that
+    confirms finalists, its answer.
     """
     from qlora_exp.errors import RecordError
     from qlora_exp.formatting import print_table
+    from qlora_exp.orchestration.finalists import read_plan
     from qlora_exp.orchestration.status import best_table
+    from qlora_exp.orchestration.study_end import best_row, how_sure, print_confirmation, write_best
     from qlora_exp.rank_doubling.answers import print_answers
 
     spec, paths = _find_study(study, output_root)
     opened = _read_study(spec, paths, storage)
-    rows = opened.best()
+    rows, plan = opened.best(), read_plan(paths)
+    if as_json:
+        _print_best(spec, paths, rows, how_sure(spec, paths, opened.trials()))
+        return 0
     if spec.ladder is not None:
         print_answers(spec, paths, opened.trials())
+    elif plan is not None and rows:
+        used = print_confirmation(spec, paths, plan, opened.trials())
+        rows = [used] if used is not None else rows
     elif not rows:
         completed, name = opened.counts().completed, shlex.quote(spec.name)
         problem = f"none of {completed} completed trials satisfies {', '.join(spec.constraints)}"
@@ -207,12 +231,35 @@ def best(study: Study, storage: Storage = None, output_root: OutputRoot = None) 
         raise RecordError(problem, f"study {spec.name}", f"qlora-exp {'trials' if completed else 'status'} {name}")
     if rows:
         print_table(best_table(rows, spec))
-    for command in _commands(rows, spec):
-        print(f"qlora-exp run {command}")
+    for line in how_sure(spec, paths, opened.trials()) if plan is None else ():
+        print(line)
+    short_row = best_row(rows, spec)
+    short = write_best(spec, paths, short_row)
+    for row, command in _commands(rows, spec):
+        print(short if row is short_row and short is not None else command)
     return 0
 
 
-def _commands(rows: Sequence[TrialRow], spec: StudySpec) -> Iterator[str]:
+def _print_best(spec: StudySpec, paths: StudyPaths, rows: Sequence[TrialRow], how_sure: Sequence[str]) -> None:
+    """Print ``best --json``: the best trials with their commands, how sure that is, and the answers of a ladder
+    (ladder.json) or of a study that confirms finalists (confirm.json)."""
+    import json
+
+    from qlora_exp.cli.tables import print_json
+    from qlora_exp.orchestration.command import run_overrides
+    from qlora_exp.orchestration.status import trial_rows
+
+    trials = [
+        row | {"command": shlex.join(["qlora-exp", "run", *run_overrides(spec, trial.params)])}
+        for row, trial in zip(trial_rows(rows, spec), rows, strict=True)
+    ]
+    ladders = json.loads(paths.ladder.read_text(encoding="utf-8"))["ladders"] if paths.ladder.is_file() else []
+    confirmed = json.loads(paths.confirmation.read_text(encoding="utf-8")) if paths.confirmation.is_file() else None
+    answer = {"study": spec.name, "objectives": spec.objectives, "trials": trials, "how_sure": list(how_sure)}
+    print_json({**answer, "ladders": ladders, "confirmation": confirmed})
+
+
+def _commands(rows: Sequence[TrialRow], spec: StudySpec) -> Iterator[tuple[TrialRow, str]]:
     """Yield one command per trial. A ladder's runs that differ only in their seed give one command, the first."""
     from qlora_exp.orchestration.command import run_overrides
 
@@ -221,27 +268,42 @@ def _commands(rows: Sequence[TrialRow], spec: StudySpec) -> Iterator[str]:
         params = {key: value for key, value in row.params.items() if spec.ladder is None or key != "seed"}
         if (settings := frozenset(run_overrides(spec, params))) not in seen:
             seen.add(settings)
-            yield shlex.join(run_overrides(spec, row.params))
+            yield row, shlex.join(["qlora-exp", "run", *run_overrides(spec, row.params)])
 
 
 def trials(
     study: Study,
-    csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values for other tools")] = False,
+    as_csv: AsCsv = False,
+    as_json: AsJson = False,
+    where: Where = None,
+    sort: Sort = None,
+    columns: ColumnNames = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Show only so many trials: the first by --sort, else the newest", min=1)
+    ] = None,
     storage: Storage = None,
     output_root: OutputRoot = None,
 ) -> int:
     """List a study's trials, one row each."""
     import sys
 
-    from qlora_exp.formatting import print_table
-    from qlora_exp.orchestration.status import trials_table, write_csv
+    from qlora_exp.cli.tables import print_rows, select
+    from qlora_exp.orchestration.status import trial_columns, trial_rows, write_csv
+    from qlora_exp.records.find import run_folders
+    from qlora_exp.records.flat_rows import Selection, selected
 
     spec, paths = _find_study(study, output_root)
-    rows = _read_study(spec, paths, storage).trials()
-    if csv:
-        write_csv(rows, spec, sys.stdout)
-    else:
-        print_table(trials_table(rows, spec))
+    trials = _read_study(spec, paths, storage).trials()
+    everybody = [run.folder.name for run in run_folders(paths.outputs)]
+    rows = trial_rows(trials, spec, everybody)
+    positions = selected(rows, Selection(tuple(where or ()), sort, columns, limit))
+    trials = [trials[position] for position in positions]
+    if as_csv and columns is None:
+        write_csv(trials, spec, sys.stdout)
+        return 0
+    rows = trial_rows(trials, spec, everybody)
+    shown, chosen = select(rows, rows, columns, trial_columns(spec))
+    print_rows(shown, chosen, as_json, as_csv, f"study {spec.name}: {len(rows)} trial{'s' if len(rows) != 1 else ''}")
     return 0
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 
 from qlora_exp.config.enums import Quantization
+from qlora_exp.config.other_values import value_here
 from qlora_exp.errors import ConfigError, nearest
 
 TARGET_SETS = ("attention", "attention_qv", "mlp", "all_linear")
@@ -17,6 +18,8 @@ MASKED_ATTENTIONS = ("eager", "flex_attention")
 QUANTIZED = (Quantization.int8, Quantization.nf4, Quantization.fp4)
 NATIVE_DTYPES = {Quantization.fp32: "float32", Quantization.bf16: "bfloat16", Quantization.fp16: "float16"}
 FOUR_BIT = (Quantization.nf4, Quantization.fp4)
+REPORTERS = ("tensorboard", "wandb", "trackio")
+"""``tracking.also``: names of transformers' integrations."""
 AUTO_TOKENS = "auto"
 """``training.micro_batch_tokens``: the largest that is predicted to fit."""
 
@@ -84,9 +87,12 @@ def within(key: str, value: float | None, low: float, high: float, open_end: boo
     ``high``."""
     if value is not None and not (low <= value < high if open_end else low <= value <= high):
         upper = f"below {high:g}" if open_end else f"{high:.10g}"
-        yield config_error(f"{key} must lie between {low:g} and {upper}", key, value, f"e.g. {key}={low:g}")
+        example = -value if low <= -value < high else low  # a sign too many
+        yield config_error(f"{key} must lie between {low:g} and {upper}", key, value, f"e.g. {key}={example:g}")
 
 
 def one_of(key: str, value: str, valid: tuple[str, ...]) -> Iterator[ConfigError]:
     if value not in valid:
-        yield config_error(f"{key} has no choice called {value}", key, value, nearest(value, valid))
+        known = value_here(key, value)
+        hint = f"did you mean {key}={known}?" if known in valid else nearest(value, valid, template=f"{key}={{}}")
+        yield config_error(f"{key} has no choice called {value}", key, value, hint)

@@ -18,6 +18,7 @@ from qlora_exp.config.allowed_values import (
     MAX_THREADS,
     MAX_WORKERS,
     OPTIMIZERS,
+    REPORTERS,
     SCHEDULERS,
     UNSUPPORTED_OPTIMIZERS,
     UNSUPPORTED_SCHEDULERS,
@@ -31,7 +32,7 @@ from qlora_exp.config.checks_lora import lora_problems, model_problems, quantiza
 from qlora_exp.config.checks_task import goal_problems, task_problems
 from qlora_exp.config.enums import PaddingFree
 from qlora_exp.config.schema import BudgetConfig, Config, EvaluationConfig, TrainingConfig, WorkersConfig
-from qlora_exp.errors import ConfigError
+from qlora_exp.errors import ConfigError, nearest
 
 MINIMUM = {
     0: (
@@ -50,7 +51,8 @@ MINIMUM = {
 }
 """The smallest number that is allowed → the keys for which it holds."""
 ABOVE_ZERO = (
-    *("lora.alpha", "training.learning_rate", "tracking.timeout_seconds"),
+    *("lora.alpha", "training.learning_rate", "training.epochs"),
+    *("tracking.timeout_seconds", "notify.timeout_seconds"),
     *("budget.seconds", "budget.tokens", "budget.usd", "budget.kwh", "budget.memory_bytes"),
     *("workers.heartbeat_seconds", "workers.lease_seconds", "workers.hang_seconds"),
 )
@@ -117,13 +119,18 @@ def _value(config: Config, key: str) -> Any:
 
 
 def _training(training: TrainingConfig) -> Iterator[ConfigError]:
-    if training.max_steps is None and training.max_tokens is None:
-        hint = "training.max_steps=200, or training.max_tokens=100000 instead"
+    lengths = {key: getattr(training, key) for key in ("max_steps", "max_tokens", "epochs")}
+    if all(value is None for value in lengths.values()):
+        hint = "training.max_steps=200; or training.epochs=3 or training.max_tokens=100000 instead"
         yield config_error("the length of the training is not set", "training.max_steps", None, hint)
     if training.max_steps is not None and training.max_tokens is not None:
         what = f"training.max_steps={training.max_steps} is set, too: only one of them may end the training"
         hint = "training.max_steps=null, or training.max_tokens=null"
         yield config_error(what, "training.max_tokens", training.max_tokens, hint)
+    other = next((key for key in ("max_steps", "max_tokens") if lengths[key] is not None), None)
+    if training.epochs is not None and other is not None:
+        what = f"training.{other}={lengths[other]} is set, too: only one of them may end the training"
+        yield config_error(what, "training.epochs", training.epochs, f"training.{other}=null, or training.epochs=null")
     micro_batch, batch = training.micro_batch_size, training.batch_size
     if micro_batch is not None and micro_batch >= 1 and batch >= 1 and batch % micro_batch:
         divisors = ", ".join(str(size) for size in range(1, batch + 1) if batch % size == 0)
@@ -188,5 +195,14 @@ def _workers(workers: WorkersConfig | None) -> Iterator[ConfigError]:
 def _names(config: Config) -> Iterator[ConfigError]:
     if not config.tracking.experiment.strip():
         yield config_error("the experiment needs a name", "tracking.experiment", "''", "tracking.experiment=qlora-exp")
+    webhook = config.notify.webhook if config.notify is not None else None
+    if webhook is not None and not webhook.lower().startswith(("http://", "https://")):
+        what = "a webhook is an http or https URL"
+        yield ConfigError(what, "notify.webhook", "notify.webhook=https://…; or a command: notify.command='…'")
+    for name in config.tracking.also:
+        if name not in REPORTERS:
+            what = "MLflow is on by itself" if name == "mlflow" else f"runs can't also be logged to {name!r}"
+            hint = "leave it out; tracking=off turns MLflow off" if name == "mlflow" else nearest(name, REPORTERS)
+            yield config_error(what, "tracking.also", config.tracking.also, hint)
     if not config.output_root.strip():
         yield config_error("no output folder is set", "output_root", "''", "output_root=outputs")

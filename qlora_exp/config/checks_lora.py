@@ -14,24 +14,27 @@ from qlora_exp.config.allowed_values import (
     one_of,
 )
 from qlora_exp.config.enums import AdapterInit, ComputeDtype, DeviceChoice, Quantization
+from qlora_exp.config.model_choice import place_problems
 from qlora_exp.config.schema import Config, LoraConfig, ModelConfig, QuantizationConfig, TargetsConfig
 from qlora_exp.errors import ConfigError, nearest
 
 
 def model_problems(model: ModelConfig) -> Iterator[ConfigError]:
     variant = model.variant.value
-    is_on_disk = model.family == "local" or model.checkpoints.get(variant, "").startswith("embedded:")
+    is_on_disk = model.family == "local" or (model.checkpoint or "").startswith("embedded:")
     if model.revision is not None and is_on_disk:
         what = "only a model of the Hub has revisions: this one is read from disk"
         yield config_error(what, "model.revision", model.revision, "model.revision=null")
+    yield from place_problems(model)
     if model.family == "local":
         if not model.path:
             hint = "model.path=DIRECTORY_OR_FILE.gguf"
             yield config_error("a local model needs a path", "model.path", model.path, hint)
         return
-    if model.path:
-        hint = f"model=local model.path={model.path}"
-        yield config_error("model.path is only for model=local", "model.path", model.path, hint)
+    if model.family == "hub":
+        if not model.id:
+            yield config_error("a model of the Hub needs an id", "model.id", model.id, "model.id=OWNER/NAME")
+        return
     if variant not in model.checkpoints:
         known = ", ".join(sorted(model.checkpoints)) or "none"
         hint = f"known: {known}; add model.checkpoints.{variant}=OWNER/NAME"
@@ -95,10 +98,10 @@ def _alpha(lora: LoraConfig) -> Iterator[ConfigError]:
     if lora.alpha_policy == "fixed" and lora.alpha is None:
         what = "lora.alpha_policy=fixed needs a value of lora.alpha"
         yield config_error(what, "lora.alpha", None, f"lora.alpha={2 * lora.r}")
-    implied = {"2r": 2 * lora.r, "r": lora.r}.get(lora.alpha_policy)
+    implied = {"2r": 2 * lora.r, "r": lora.r}.get(str(lora.alpha_policy))
     if implied is not None and lora.alpha is not None and lora.alpha != implied:
         what = f"lora.alpha contradicts lora.alpha_policy={lora.alpha_policy}, which makes it {implied}"
-        yield config_error(what, "lora.alpha", lora.alpha, "lora.alpha_policy=fixed, or leave lora.alpha out")
+        yield config_error(what, "lora.alpha", lora.alpha, "lora.alpha_policy=fixed, or leave lora.alpha_policy out")
 
 
 def targets_problems(targets: TargetsConfig) -> Iterator[ConfigError]:

@@ -90,7 +90,8 @@ def _chat_problems(task: TaskConfig) -> Iterator[ConfigError]:
     except ValueError:
         hint = "year, month and day: task.date=2026-01-01"
         yield config_error("task.date is not a date", "task.date", task.date, hint)
-    if task.learn is Learn.all and not task.columns.messages:
+    text_is_set = any((task.prompt, task.completion, task.columns.prompt, task.columns.completion))
+    if task.learn is Learn.all and not task.columns.messages and text_is_set:
         what = "only conversations have several answers to learn"
         yield config_error(what, "task.learn", "all", "task.columns.messages=messages, or task.learn=last")
     if task.learn is Learn.all and task.format is Format.plain:

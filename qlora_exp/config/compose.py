@@ -9,7 +9,7 @@ import itertools
 import re
 import shlex
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -23,6 +23,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from qlora_exp.config.checks import check
 from qlora_exp.config.choices import groups
 from qlora_exp.config.interpolations import unresolved_error
+from qlora_exp.config.model_choice import completed
 from qlora_exp.config.override_errors import problems_of
 from qlora_exp.config.overrides import (
     SEARCH_PATH,
@@ -33,9 +34,10 @@ from qlora_exp.config.overrides import (
     parse,
     search_folders,
     search_path,
+    with_target_modules,
     without_globs,
 )
-from qlora_exp.config.schema import Config, register, typed
+from qlora_exp.config.schema import Config, default_alpha_policy, register, typed
 from qlora_exp.errors import ConfigError, QloraExpError, nearest, raise_all
 from qlora_exp.paths import CONF, SWEEPS
 
@@ -51,6 +53,7 @@ def compose(overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError, Problems: a misspelt key or choice, a wrong type, an impossible combination; all together.
     """
+    overrides = with_target_modules(overrides)
     raise_all(problems_of(overrides, multirun=False))
     check_hydra(overrides)
     return as_checked_config(compose_raw(overrides))
@@ -120,16 +123,61 @@ class Composer:
         """Return the unchecked configuration; see :func:`compose_raw`."""
         others, values = _split(overrides)
         if others not in self._composed:
-            self._composed[others] = compose_raw(others)
-        return _with_values(self._composed[others], values) or compose_raw(overrides)
+            self._composed[others] = _compose_unchanged(others)
+        config = _with_values(self._composed[others], values)
+        return compose_raw(overrides) if config is None else _completed(config, overrides)
 
 
 def compose_raw(overrides: Sequence[str]) -> DictConfig:
     """Return what Hydra composes, unchecked: values may be missing, and interpolations are unresolved.
 
+    Only ``lora.alpha_policy`` has its value already where nothing sets it.
+
     Raises:
         ConfigError: it can't be composed.
     """
+    return _completed(_compose_unchanged(overrides), overrides)
+
+
+def _completed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Return the composed ``config`` with what its settings imply of each other."""
+    return with_alpha_policy(with_one_length(config, overrides))
+
+
+def with_one_length(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Return the composed ``config`` without ``training.max_steps``, if ``training.epochs`` replaces its default.
+
+    A length that ``overrides`` name stays: two of them are refused later, and so is one of a file with another one of
+    ``overrides``.
+    """
+    training = config.get("training")
+    if training is None or OmegaConf.is_missing(training, "epochs") or training.get("epochs") is None:
+        return config
+    named = {override_key(text) for text in overrides if not text.endswith("=null")}
+    if "training.max_steps" in named or training.get("max_steps") is None:
+        return config
+    config = copy.deepcopy(config)
+    OmegaConf.update(config, "training.max_steps", None)
+    return config
+
+
+def with_alpha_policy(config: DictConfig) -> DictConfig:
+    """Set ``lora.alpha_policy`` in a composed configuration, if nothing else does: an alpha alone is a fixed one."""
+    plain: Any = OmegaConf.to_container(config.lora, resolve=False)
+    if plain["alpha_policy"] is None:
+        config.lora.alpha_policy = default_alpha_policy(plain["alpha"])
+    return config
+
+
+def policy_of_searched_alpha(overrides: Sequence[str], axes: Collection[str]) -> list[str]:
+    """Return the override that makes alpha fixed, if ``lora.alpha`` is among the axes and nothing sets its policy; else
+    an empty list."""
+    if "lora.alpha" not in axes or "lora.alpha_policy" in axes:
+        return []
+    return ["lora.alpha_policy=fixed"] if _compose_unchanged(overrides).lora.alpha_policy is None else []
+
+
+def _compose_unchanged(overrides: Sequence[str]) -> DictConfig:
     ours = _ours(overrides)
     folders = search_folders(overrides)
     others, values = _split(ours)
@@ -216,12 +264,14 @@ def as_config(config: Any) -> Config:
         ConfigError: a value is missing, or an interpolation can't be resolved.
     """
     try:
-        return typed(_without_search(config))
+        result = typed(_without_search(config))
     except MissingMandatoryValue as error:
         key = str(getattr(error, "full_key", None) or "a key")
         raise ConfigError(f"{key} must be given", "command line", f"{key}=VALUE") from None
     except OmegaConfBaseException as error:
         raise unresolved_error(error, str(getattr(error, "full_key", None) or "the configuration")) from None
+    result.model = completed(result.model, result.output_root)
+    return result
 
 
 def _without_search(config: Any) -> Any:

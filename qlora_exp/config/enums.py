@@ -15,6 +15,8 @@ class Enum(enum.Enum):
 class Variant(Enum):
     base = "base"
     instruct = "instruct"
+    auto = "auto"
+    """By the model's name. A composed configuration has one of the other two."""
 
 
 class Quantization(Enum):

@@ -40,16 +40,20 @@ def recorded_overrides(record: RunRecord, changes: Sequence[str] = ()) -> list[s
             continue
         chosen.append(f"{group}={file.name}")
         # What a chosen file leaves to the user (???): without it nothing composes.
-        left_out = [key for key, value in file.keys.items() if value == "???" and f"{group}.{key}" not in changed]
+        left_out = [key for key, value in file.keys.items() if value == "???"]
         needed += [f"{group}.{key}={hydra_value(escape_interpolations(values.get(key)))}" for key in left_out]
     composed = to_plain(compose([*chosen, *needed]))
-    needed_keys = {text.partition("=")[0] for text in needed}
+    given = {text.partition("=")[0] for text in needed} | changed
+    derived = ("model.checkpoints",) if record.config["model"].get("family") == "hub" else ()  # from the model's ids
     differing = [
         f"{path}={hydra_value(escape_interpolations(value))}"
         for path, value in _different(record.config, composed)
-        if path not in needed_keys and path not in changed and path.partition(".")[0] not in changed
+        if path not in given
+        and path.partition(".")[0] not in changed
+        and not path.removeprefix("++").startswith(derived)
     ]
-    return [*chosen, *needed, *differing, *changes]
+    # Composed with the recorded values first: with a new one, what depends on it may not compose without the rest.
+    return [*chosen, *(text for text in needed if text.partition("=")[0] not in changed), *differing, *changes]
 
 
 def flat_overrides(settings: Mapping[str, Any]) -> list[str]:

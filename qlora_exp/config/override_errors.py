@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.types import Glob, Override
 from hydra.core.plugins import Plugins
@@ -18,28 +20,15 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qlora_exp.config.choices import groups
-from qlora_exp.config.overrides import glob_matches, is_hydra, parse, search_folders, values_of
+from qlora_exp.config.model_choice import model_choice_hint
+from qlora_exp.config.other_tools import counterpart, has_key, setting_text, suggestion
+from qlora_exp.config.other_values import value_here
+from qlora_exp.config.overrides import first_choice, glob_matches, is_hydra, parse, search_folders, values_of
 from qlora_exp.config.schema import Config
 from qlora_exp.errors import ConfigError, QloraExpError, nearest
+from qlora_exp.paths import CONF
 
 UNSAFE_KEYS = ("_target_", "trust_remote_code")
-
-KEY_ALIASES = {
-    "lr": "training.learning_rate",
-    "rank": "lora.r",
-    "lora_alpha": "lora.alpha",
-    "bs": "training.batch_size",
-    "steps": "training.max_steps",
-    "target_modules": "targets.modules",
-    "quant": "quantization",
-    "dataset": "task",
-    "data": "task",
-    "most_seeds": "sweep.ladder.max_seeds",
-}
-"""Other tools' names, and those of earlier versions → our keys."""
-
-VALUE_ALIASES = {"sweep.ladder.lr_policy=transfer": "carry"}
-"""Values of earlier versions → ours."""
 
 PLUGIN_GROUPS = ("hydra/launcher", "hydra/sweeper")
 LAUNCHER_PACKAGES = {
@@ -73,13 +62,14 @@ def problems_of(overrides: Sequence[str], multirun: bool) -> list[QloraExpError]
         folders = search_folders(overrides)
     except ConfigError as error:
         return [error]
+    others = _settings_of_other_tools(overrides)
     for text in overrides:
         try:
             override = parse(text)
             if is_hydra(override.key_or_group):
                 problems.extend(_problems_of_hydras_own(override, text))
             else:
-                problems.extend(_problems_of_ours(override, text, multirun, folders))
+                problems.extend(_problems_of_ours(override, text, multirun, folders, others))
         except ConfigError as error:
             problems.append(error)
         except HydraException as error:  # a sweep whose values can't be listed
@@ -88,8 +78,18 @@ def problems_of(overrides: Sequence[str], multirun: bool) -> list[QloraExpError]
     return problems
 
 
+def _settings_of_other_tools(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the settings whose keys only other tools have, by the last part of the key; a batch size needs two."""
+    settings = {}
+    for text in overrides:
+        key, sign, value = text.lstrip("+").partition("=")
+        if sign and counterpart(key) is not None and not has_key(Config, key):
+            settings[key.rpartition(".")[2]] = value
+    return settings
+
+
 def _problems_of_ours(
-    override: Override, text: str, multirun: bool, folders: Sequence[Path]
+    override: Override, text: str, multirun: bool, folders: Sequence[Path], others: Mapping[str, Any]
 ) -> Iterable[QloraExpError]:
     key = override.key_or_group
     if any(name in key.split(".") for name in UNSAFE_KEYS):
@@ -100,8 +100,7 @@ def _problems_of_ours(
             raise ConfigError(f"{text} matches no choice", "command line", hint)
         return
     if override.is_sweep_override() and not multirun:
-        hint = f"python -m qlora_exp -m {text} runs them all; in a list use brackets: {key}=[a,b]"
-        raise ConfigError(f"{key} has several values, but this is a single run", text, hint)
+        raise ConfigError(f"{key} has several values, but this is a single run", text, _hint_for_several(key, text))
     if not key:
         raise ConfigError("an override without a key", text, "write key=value")
     valid = groups(folders).get(key)
@@ -109,17 +108,19 @@ def _problems_of_ours(
         if override.is_delete():
             hint = f"choose one: {' '.join(f'{key}={choice}' for choice in valid)}"
             raise ConfigError(f"the group {key} can't be left out", text, hint)
-        for name in map(str, values_of(override)):
-            if name not in valid:
-                is_path = key == "model" and Path(name).expanduser().exists()
-                hint = f"model=local model.path={name}" if is_path else nearest(name, valid)
-                where = f"{text} ({'sweeps' if key == 'sweeps' else f'conf/{key}'}/)"
-                yield ConfigError(f"{key} has no choice {name!r}", where, hint)
+        wrong = [name for name in map(str, values_of(override)) if name not in valid]
+        if key == "targets" and len(wrong) > 1:
+            wrong = [",".join(wrong)]
+        for name in wrong:
+            hint = _choice_hint(key, name, valid)
+            where = f"{text} ({'sweeps' if key == 'sweeps' else f'conf/{key}'}/)"
+            yield ConfigError(f"{key} has no choice {name!r}", where, hint)
         return
     if override.is_delete():
         raise ConfigError(f"{key} can't be deleted", text, "set it to null where it may be unknown")
-    kind = _schema_type(key)
-    for value in values_of(override):
+    values = values_of(override)
+    kind = _schema_type(key, (text.partition("=")[2], next(iter(values), None), others))
+    for value in values:
         # Hydra resolves an interpolation later; any other value must have the right type now.
         if not (isinstance(value, str) and "${" in value):
             try:
@@ -191,10 +192,9 @@ def _typed_node(key: str, value: Any, kind: Any, text: str) -> Any:
         node = OmegaConf.structured(dataclasses.make_dataclass("Holder", [("value", kind)]))
         node.value = value
     except (OmegaConfBaseException, ValueError, TypeError):
-        is_choice = isinstance(kind, type) and issubclass(kind, Enum)
-        hint = nearest(str(value), kind.__members__) if is_choice else f"give it {_describe(kind)}"
-        if new := VALUE_ALIASES.get(f"{key}={value}"):
-            hint = f"{key}={new}, its new name"
+        hint = f"give it {_describe(kind)}{_example(key, value)}"
+        if isinstance(kind, type) and issubclass(kind, Enum):
+            hint = _choice_hint(key, str(value), list(kind.__members__))
         raise ConfigError(f"{key} must be {_describe(kind)}, not {value!r}", text, hint) from None
     return node
 
@@ -216,8 +216,11 @@ def _describe(kind: Any) -> str:
     return names.get(kind, str(kind))
 
 
-def _schema_type(key: str) -> Any:
-    """Return the type of ``a.b.c`` in the schema, or raise the error that names the nearest keys."""
+def _schema_type(key: str, written: tuple[str, Any, Mapping[str, Any]] | None = None) -> Any:
+    """Return the type of ``a.b.c`` in the schema, or raise the error that names the nearest keys.
+
+    ``written``: the value as text and as read, and the settings of other tools in the same command.
+    """
     current: Any = Config
     prefix: list[str] = []
     for part in key.split("."):
@@ -228,7 +231,7 @@ def _schema_type(key: str) -> Any:
         hints = _hints(current)
         if part not in hints:
             where = ".".join(prefix) or "the configuration"
-            raise ConfigError(f"there is no key {key!r}", where, _nearest_key(part, prefix, hints))
+            raise ConfigError(f"there is no key {key!r}", where, _key_hint(key, part, prefix, hints, written))
         prefix.append(part)
         current = hints[part]
     return current
@@ -242,17 +245,70 @@ def _hints(kind: Any) -> dict[str, Any]:
     }
 
 
-def _nearest_key(part: str, parents: list[str], hints: dict[str, Any]) -> str:
-    if part in KEY_ALIASES:
-        return f"did you mean {KEY_ALIASES[part]}?"
-    same_name = [path for path in _all_keys(Config) if path.rsplit(".", 1)[-1] == part]
+def _key_hint(
+    key: str,
+    part: str,
+    parents: list[str],
+    hints: Mapping[str, Any],
+    written: tuple[str, Any, Mapping[str, Any]] | None,
+) -> str:
+    """Return what to write instead of a key that doesn't exist: our name for another tool's, the same key in another
+    group, or the nearest ones."""
+    text, value, others = written or ("VALUE", None, {})
+    row = counterpart(key)
+    # A setting that this version lacks would be no help.
+    if row is not None and all(has_key(Config, name) for name in (row.key,) if name is not None):
+        return str(suggestion(key, text, value, others))
+    ending = f"={text}" if written else ""
+    name = key.rpartition(".")[2]
+    same_name = [path for path in _all_keys(Config) if path.rpartition(".")[2] == name]
     if same_name:
-        return f"did you mean {' or '.join(same_name[:3])}?"
-    suggestion = nearest(part, hints)
-    if suggestion.startswith("valid"):
-        return suggestion
-    prefix = "".join(f"{name}." for name in parents)
-    return nearest(f"{prefix}{part}", [f"{prefix}{name}" for name in hints])
+        return f"did you mean {' or '.join(f'{path}{ending}' for path in same_name[:3])}?"
+    prefix = "".join(f"{parent}." for parent in parents)
+    ending = ending.replace("{", "{{").replace("}", "}}") if key.endswith(part) else ""
+    return nearest(part, hints, template=f"{prefix}{{}}{ending}")
+
+
+def _choice_hint(key: str, name: str, valid: Sequence[str]) -> str:
+    """Return what to write instead of a choice that doesn't exist. Another tool's name for it comes first: by its
+    letters alone, ``4bit`` would be nearest to ``int8``."""
+    known = value_here(key, name)
+    if known is not None and known in valid:
+        return f"did you mean {key}={known}?"
+    if key == "sweeps" and Path(name).is_file():
+        return f"a sweep has a name in sweeps/ (qlora-exp ls sweeps); a file of settings goes behind --from {name}"
+    if key == "sweeps":
+        return nearest(name.removesuffix(".yaml"), valid, template="qlora-exp sweep {}")
+    if key == "targets":
+        modules = setting_text("targets.modules", re.findall(r"[\w.]+", name))
+        return f"{nearest(name, valid, template='targets={}')} If it is a module: {modules}"
+    if key == "model":
+        return model_choice_hint(name, list(valid))
+    if key == "tracking" and name in ("wandb", "tensorboard", "trackio"):
+        return f"did you mean tracking.also=[{name}]? MLflow records every run as well"
+    return nearest(name, valid, template=f"{key}={{}}")
+
+
+def _hint_for_several(key: str, text: str) -> str:
+    """Return how to run several values, or to write them as one list where the key has a list."""
+    kind = None if key in groups() else _schema_type(key, (text.partition("=")[2], None, {}))
+    options = (kind, *typing.get_args(kind))
+    if any(typing.get_origin(option) is list for option in options):
+        return f"as one list: {key}=[{text.partition('=')[2]}]"
+    return f"qlora-exp run -m {text} runs them all; for one run, e.g. {first_choice(text)}"
+
+
+def _example(key: str, wrong: Any) -> str:
+    """Return ``, e.g. lora.r=8``: the key with its default; empty: the default is null. A whole number that was written
+    as another one (``4e9``) is its own example."""
+    if isinstance(wrong, float) and wrong.is_integer():
+        return f", e.g. {key}={int(wrong)}"
+    group, _, rest = key.partition(".")
+    file = CONF / group / "default.yaml"
+    value = yaml.safe_load(file.read_text(encoding="utf-8")) if rest and file.is_file() else None
+    for part in rest.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return f", e.g. {setting_text(key, value)}" if isinstance(value, bool | int | float | str) else ""
 
 
 def _all_keys(kind: Any, prefix: str = "") -> list[str]:

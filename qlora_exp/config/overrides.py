@@ -144,6 +144,27 @@ def escape_interpolations(value: Any) -> Any:
     return [escape_interpolations(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
+def with_target_modules(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides of a single run with ``targets=q_proj,v_proj`` as ``targets.modules=[q_proj,v_proj]``.
+
+    Only a list without a target set is one of modules: ``targets=attention,mlp`` stays an axis, which a single run
+    refuses. In a sweep every comma separates the values of an axis, so nothing changes there.
+    """
+    return [_target_modules(text) or text for text in overrides]
+
+
+def _target_modules(text: str) -> str | None:
+    key, _, value = text.partition("=")
+    names = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+    is_list = "," in value or names != value
+    if key != "targets" or not is_list or not re.fullmatch(r"[\w.]+(,\s*[\w.]+)*", names):
+        return None
+    modules = re.findall(r"[\w.]+", names)
+    if set(modules) & set(groups()["targets"]):
+        return None
+    return f"targets.modules={hydra_value(modules)}"
+
+
 def search_folders(overrides: Sequence[str]) -> list[Path]:
     """Return the folders whose ``sweeps/`` is searched: the package's, those of ``hydra.searchpath``, and the current
     one.
@@ -154,7 +175,7 @@ def search_folders(overrides: Sequence[str]) -> list[Path]:
     Raises:
         ConfigError: two folders have a sweep of the same name.
     """
-    values = [parse(text).value() for text in overrides if override_key(text) == SEARCH_PATH]
+    values = [parse(text).value() for text in overrides if text.lstrip("+").partition("=")[0] == SEARCH_PATH]
     entries = [str(entry).removeprefix("file://") for value in values if isinstance(value, list) for entry in value]
     listed_folders = [Path(entry).resolve() for entry in entries]
     folders = [SWEEPS.parent]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -40,9 +40,17 @@ class ModelConfig:
     family: str
     variant: Variant
     checkpoints: dict[str, str]
-    """Hub id or ``embedded:NAME`` by variant; empty for ``model=local``."""
+    """Hub id or ``embedded:NAME`` by variant; empty for ``model=local``. Those of ``model=hub`` follow from its ids."""
+    id: str | None
+    """A Hub id, e.g. ``Qwen/Qwen2.5-0.5B``; only for ``model=hub``."""
+    instruct_id: str | None
+    """The Hub id of the pair's instruct model; ``None``: ``id`` is the only model, of either variant."""
     path: str | None
     """A directory (safetensors) or a GGUF file on disk; only for ``model=local``."""
+    instruct_path: str | None
+    """That of the pair's instruct model; ``None``: ``path`` is the only model, of either variant."""
+    adapter: str | None
+    """The folder of an adapter that is merged into the weights before training."""
     revision: str | None
     chat_template: str | None
     """A .jinja file that replaces the tokenizer's own template."""
@@ -51,6 +59,16 @@ class ModelConfig:
     attention: str
     """transformers' ``attn_implementation``: sdpa, eager, flash_attention_2 …; auto: sdpa if the architecture has
     it."""
+
+    @property
+    def checkpoint(self) -> str | None:
+        """The variant's Hub id or ``embedded:NAME``; ``None`` for a model on disk."""
+        return self.checkpoints.get(self.variant.value)
+
+    @property
+    def variant_path(self) -> str | None:
+        """The variant's directory or GGUF file; ``None`` for a model of the Hub or of the package."""
+        return self.instruct_path if self.variant is Variant.instruct and self.instruct_path else self.path
 
 
 @dataclass
@@ -61,17 +79,26 @@ class QuantizationConfig:
     int8_threshold: float
 
 
+def default_alpha_policy(alpha: Any) -> str:
+    """Return ``lora.alpha_policy`` where nothing sets it."""
+    return "2r" if alpha is None else "fixed"
+
+
 @dataclass
 class LoraConfig:
     r: int
-    alpha_policy: str
-    """``2r``, ``r`` or ``fixed`` (with lora.alpha)."""
+    alpha_policy: str | None
+    """``2r``, ``r`` or ``fixed`` (at lora.alpha). Null: ``fixed`` if lora.alpha is set, else ``2r``."""
     alpha: float | None
     dropout: float
     dtype: ComputeDtype
     rslora: bool
     dora: bool
     init: AdapterInit
+
+    def __post_init__(self) -> None:
+        if self.alpha_policy is None:
+            self.alpha_policy = default_alpha_policy(self.alpha)
 
 
 @dataclass
@@ -84,6 +111,8 @@ class TargetsConfig:
 
 @dataclass
 class ColumnsConfig:
+    """Columns of the data. Those that are null, and have no template, are recognised (docs/data.md)."""
+
     prompt: str | None
     completion: str | None
     messages: str | None
@@ -111,7 +140,8 @@ class TaskConfig:
     split_seed: int
     columns: ColumnsConfig
     prompt: str | None
-    """Template over the row's columns, e.g. ``"Definition: {definition}\\nCategory:"``; null: the prompt column."""
+    """Template over the row's columns, e.g. ``"Definition: {definition}\\nCategory:"``; null: the prompt column; empty:
+    no prompt, the whole text is learned (continued pretraining)."""
     completion: str | None
     separator: str | None
     """plain format: the text between prompt and completion; null: depends on the texts (docs/measures.md)."""
@@ -126,6 +156,8 @@ class TaskConfig:
     """Fields of messages to ignore; any other field that the chat template doesn't use is an error."""
     date: str
     """The date for chat templates that ask for today's date, e.g. ``2026-01-01``."""
+    answer_after: str | None
+    """Exact match compares what follows the last such mark, e.g. ``####`` (GSM8K); null: whole answers."""
     invalid_rows: InvalidRows
     goal: str | None
     """A business objective, e.g. ``accuracy >= 0.6``."""
@@ -140,6 +172,9 @@ class TrainingConfig:
     max_tokens: int | None
     """A budget in processed (unpadded) tokens, instead of max_steps, which must be null then. Training ends after the
     step that reaches it."""
+    epochs: float | None
+    """Passes over the training rows, also fractions, instead of max_steps or max_tokens. Its steps follow from the rows
+    of the training split and batch_size: ``plan.max_steps`` of the record."""
     batch_size: int
     micro_batch_size: int | None
     micro_batch_tokens: Any
@@ -192,6 +227,8 @@ class EvaluationConfig:
     baselines: bool
     metrics: list[str]
     """More metrics by their Hub name (online), computed on generated answers."""
+    keep_texts: bool
+    """False: neither prompts nor answers are written, to no file and not to MLflow; only whether they are right."""
     cache: bool
 
 
@@ -201,6 +238,20 @@ class TrackingConfig:
     uri: str | None
     """null: SQLite, mlflow.db next to output_root."""
     experiment: str
+    timeout_seconds: float
+    also: list[str] = field(default_factory=list)
+    """Where else a training's curve and scores go: tensorboard, wandb, trackio. (Records of earlier versions lack it.)
+    """
+
+
+@dataclass
+class NotifyConfig:
+    """What gets a JSON object when a run or a sweep has ended; null: nothing does. Trials of a sweep don't notify."""
+
+    command: str | None
+    """A shell command, which gets the object on standard input."""
+    webhook: str | None
+    """An http or https URL, which gets the object by POST. It may hold a secret: records leave it out."""
     timeout_seconds: float
 
 
@@ -331,6 +382,8 @@ class Config:
     training: TrainingConfig
     evaluation: EvaluationConfig
     tracking: TrackingConfig
+    notify: NotifyConfig | None
+    """``None``: a configuration from a record, which leaves it out."""
     budget: BudgetConfig
     sweep: SweepConfig | None
     workers: WorkersConfig | None
@@ -354,6 +407,7 @@ def typed(config: DictConfig) -> Config:
     assert isinstance(built, Config)
     built.task.path = absolute_path(built.task.path)
     built.model.path = absolute_path(built.model.path)
+    built.model.instruct_path = absolute_path(built.model.instruct_path)
     built.model.chat_template = absolute_path(built.model.chat_template)
     built.tracking.uri = absolute_store(built.tracking.uri)
     return built

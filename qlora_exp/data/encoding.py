@@ -25,9 +25,13 @@ from qlora_exp.data.plain_text import Texts, plain_texts
 from qlora_exp.data.rows import Example
 from qlora_exp.data.texts import comparable
 from qlora_exp.errors import DataError
+from qlora_exp.progress import report_progress
 
 Tokenizer = Any
 _NO_BOUNDARY = "no token boundary"
+
+CHUNK_ROWS = 1000
+"""Rows that are tokenized in one call: a large file takes minutes, and its progress can be shown in between."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,16 @@ class Encoding:
         return self.prompt_ids + self.completion_ids + self.end_ids
 
 
-def resolve_format(config: Config) -> str:
-    """Return ``chat`` or ``plain``; ``auto`` is chat for the instruct variant and plain for the base."""
+def resolve_format(config: Config, whole_texts: bool = False) -> str:
+    """Return ``chat`` or ``plain``; ``auto`` is chat for the instruct variant and plain for the base.
+
+    ``whole_texts``: the rows have no prompt, so ``auto`` is plain. Raises :class:`DataError` for ``chat`` then.
+    """
+    if whole_texts:
+        if config.task.format is Format.chat:
+            hint = "task.format=plain; or name a prompt: task.columns.prompt=COLUMN"
+            raise DataError("whole texts have no turns for a chat template", "task.format = chat", hint)
+        return "plain"
     if config.task.format is Format.auto:
         return "chat" if config.model.variant is Variant.instruct else "plain"
     return config.task.format.name
@@ -154,6 +166,9 @@ def _divide_all(texts: Sequence[Texts], tokenizer: Tokenizer, plain: bool) -> li
             try:
                 if literal:
                     _refuse_remaining_special_tokens(ids[1], tokenizer)
+                if not text.prompt and not ids[0]:  # a whole text, and a tokenizer that adds no BOS
+                    start = _start_ids(tokenizer)
+                    ids = (start, start + ids[1], start + ids[2])
                 results[number] = _divide(text, *ids)
             except InvalidRow as refusal:
                 results[number] = refusal
@@ -172,9 +187,16 @@ def _tokenize(
         return []
     before, after = _added_ids(tokenizer) if special_tokens else ((), ())
     settings = {"split_special_tokens": True} if literal else {}
+    if hasattr(tokenizer, "model_input_names"):  # transformers' own; the mask is built in Python, one list a row
+        settings["return_attention_mask"] = False
 
     def ids(batch: list[str]) -> list[list[int]]:
-        rows = list(tokenizer(batch, add_special_tokens=special_tokens, **settings)["input_ids"])
+        rows: list[list[int]] = []
+        for start in range(0, len(batch), CHUNK_ROWS):
+            chunk = batch[start : start + CHUNK_ROWS]
+            rows += tokenizer(chunk, add_special_tokens=special_tokens, **settings)["input_ids"]
+            if len(batch) > CHUNK_ROWS:
+                report_progress(len(rows), len(batch), "rows tokenized")
         count = len(before)
         return [row[count:] if count and tuple(row[: 2 * count]) == before * 2 else row for row in rows]
 
@@ -182,9 +204,24 @@ def _tokenize(
     heads = [row[: len(row) - len(after)] for row in ids([text.prompt + text.completion for text in texts])]
     if literal:
         full = [[*row, *_end_ids(text.end, tokenizer), *after] for row, text in zip(heads, texts, strict=True)]
+    elif (end_id := _separate_end_id({text.end for text in texts}, tokenizer)) is not None:
+        full = [[*row, end_id, *after] for row in heads]
     else:
         full = ids([text.prompt + text.completion + text.end for text in texts])
     return list(zip(prompts, heads, full, strict=True))
+
+
+def _separate_end_id(ends: set[str], tokenizer: Tokenizer) -> int | None:
+    """Return the id of the end that all texts share if it is one added token that every tokenizer splits off first, so
+    that it can't change the tokens before it; else ``None``."""
+    if len(ends) != 1:
+        return None
+    end = next(iter(ends))
+    for number, token in tokenizer.added_tokens_decoder.items():
+        if str(token.content) == end:
+            plain = token.special and not (token.lstrip or token.rstrip or token.single_word or token.normalized)
+            return int(number) if plain else None
+    return None
 
 
 def _added_ids(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -210,6 +247,12 @@ def _refuse_remaining_special_tokens(ids: Sequence[int], tokenizer: Tokenizer) -
         if token is not None and token != tokenizer.unk_token:
             detail = f"this tokenizer has no other way to write {token!r}"
             raise InvalidRow("special token in the text", detail, "take it out of the row")
+
+
+def _start_ids(tokenizer: Tokenizer) -> list[int]:
+    """Return the token that stands before a whole text, so that its first token has a loss, too: BOS, or else EOS."""
+    names = tokenizer.special_tokens_map  # check_tokenizer refuses the plain format without EOS
+    return list(tokenizer(str(names.get("bos_token") or names["eos_token"]), add_special_tokens=False)["input_ids"][:1])
 
 
 def _divide(text: Texts, prompt_ids: list[int], head_ids: list[int], full_ids: list[int]) -> Encoding:

@@ -195,23 +195,53 @@ def _read_json(path: Path, name: str, content: bytes) -> DataFile:
         line = f", row {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         hint = "name it .jsonl if it holds one object per line" if "Extra data" in str(error) else "mend the JSON there"
         raise DataError(f"the file is not JSON: {error}", f"{path}{line}", hint) from None
+    if isinstance(value, dict) and (key := _rows_key(value)) is not None:
+        value = value[key]
     if not isinstance(value, list):
         hint = _list_hint(path, value) if isinstance(value, dict) else "write [{…}, {…}]"
         raise DataError(f"the file holds {_json_type(value)}, not a list of objects", str(path), hint)
+    return _rows_of_list(value, name)
+
+
+def _rows_of_list(value: Sequence[Any], name: str) -> DataFile:
     rows, problems = rows_and_problems(
         name, enumerate(value, start=1), lambda entry: _json_object(entry, "write [{…}, {…}]")
     )
     return DataFile(name, rows, _columns_of(rows), problems)
 
 
+def _rows_key(value: Mapping[str, Any]) -> str | None:
+    """Return the only key that holds a list of objects, e.g. ``data`` of ``{"version": 1, "data": [{…}, …]}``."""
+    keys = [key for key, rows in value.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
+    return keys[0] if len(keys) == 1 else None
+
+
+def read_splits(path: Path) -> dict[str, DataFile]:
+    """Return the splits of one file: ``train`` alone, or those of a JSON object ``{"train": [{…}, …], "test": […]}``.
+
+    Raises :class:`DataError` as :func:`read_file` does.
+    """
+    if ending_of(path) == ".json" and path.is_file():
+        content = read_content(path)
+        try:
+            value = parse_json(decode_utf8(path, content))
+        except (DuplicateKey, ValueError, RecursionError):
+            value = None  # read_file says why
+        lists = [split for split in SPLIT_NAMES if isinstance(value, dict) and isinstance(value.get(split), list)]
+        if "train" in lists and len(lists) > 1:
+            return {split: _rows_of_list(value[split], f"{path.name}[{split}]") for split in lists if value[split]}
+    return {"train": read_file(path)}
+
+
 def _list_hint(path: Path, value: dict[str, Any]) -> str:
-    """Return how to turn one object into a list of objects: take the list inside it, or write pandas' rows."""
-    if any(isinstance(value.get(split), list) for split in SPLIT_NAMES):
-        return f"write each of {', '.join(value)} to a separate file in one folder, and give the folder"
-    inner = next((k for k, v in value.items() if isinstance(v, list) and v and isinstance(v[0], dict)), None)
-    if inner is not None:
-        script = f"import json,sys; json.dump(json.load(sys.stdin)[{inner!r}], sys.stdout)"
-        return f"its rows seem to be under {inner!r}: python -c {shlex.quote(script)} < {path.name} > NEW.json"
+    """Return how to turn one object into a list of objects: choose a list inside it, or write pandas' rows."""
+    lists = [key for key, rows in value.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
+    if any(split in lists for split in SPLIT_NAMES):
+        return f"name the splits train, validation and test; or write each of {', '.join(lists)} to a file"
+    if lists:
+        script = f"import json,sys; json.dump(json.load(sys.stdin)[{lists[0]!r}], sys.stdout)"
+        rows = f"its rows may be under {' or '.join(map(repr, lists))}"
+        return f"{rows}: python -c {shlex.quote(script)} < {path.name} > NEW.json"
     if value and all(isinstance(entry, dict) for entry in value.values()):
         return f"written by pandas? df.to_json({path.name!r}, orient='records')"
     return "write [{…}, {…}]"
@@ -220,6 +250,8 @@ def _list_hint(path: Path, value: dict[str, Any]) -> str:
 _MAX_FIELD_CHARACTERS = 2**31 - 1  # Python's own limit, 128 KiB, is shorter than some documents
 INDEX_COLUMN = "Unnamed: 0"
 """The name that pandas gives its own nameless index column when it reads it back."""
+IGNORED_COLUMNS = frozenset((INDEX_COLUMN, "__index_level_0__"))
+"""pandas' index, as CSV and Parquet files hold it: never a text of the task."""
 _SPACE_BEFORE_QUOTES = re.compile(r'[ \t]+".*"[ \t]*', re.DOTALL)
 
 

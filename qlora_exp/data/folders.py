@@ -97,6 +97,10 @@ def files_by_split(folder: Path) -> dict[str, list[SplitFile]]:
         if split is not None and split not in (*split_files, *split_folders):
             hint = "finish the download or rename it, or move it out of the folder"
             errors.append(_unread_error(name, folder, hint))
+    if not split_files and not split_folders:
+        only = _only_data_file(folder)
+        if only is not None:
+            return {"train": [SplitFile(only, only.name)]}
     if "train" not in split_files and "train" not in split_folders:
         raise _no_train_error(folder, errors)
     for both in sorted(split_files.keys() & split_folders.keys()):
@@ -108,6 +112,20 @@ def files_by_split(folder: Path) -> dict[str, list[SplitFile]]:
     ordered = {split: _sort_split_files(split, files, folder) for split, files in split_files.items()}
     ordered |= {split: _sort_split_folder(path, files) for split, (path, files) in split_folders.items()}
     return {split: ordered[split] for split in SPLIT_NAMES if split in ordered}
+
+
+def _only_data_file(folder: Path) -> Path | None:
+    """Return the folder's data file if it has exactly one, and no folder with others; else ``None``.
+
+    Many data sets of the Hub are one file and a README, e.g. ``databricks-dolly-15k.jsonl``.
+    """
+    entries = [path for path, _ in _entries(folder)]
+    files = [path for path in entries if not path.is_dir() and ending_of(path) in ENDINGS and not _is_metadata(path)]
+    others = [path for path in entries if path not in files and ending_of(path) in (*_TABLE_ENDINGS, *ENDINGS)]
+    others = [path for path in others if not _is_metadata(path)]
+    if len(files) != 1 or others or _nested_data_sets(folder) or _is_unfinished(files[0]):
+        return None
+    return files[0] if parse_name(files[0]).split is None else None
 
 
 def check_not_a_shard(path: Path) -> None:

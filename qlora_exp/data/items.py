@@ -126,6 +126,12 @@ class Splits:
     """Rows whose answer or end ``training.max_length`` cuts."""
     notes: tuple[str, ...] = ()
     """Remarks on rows that are read as they are in the file but may hold a mistake."""
+    whole_texts: bool = False
+    """Whether rows have no prompt (continued pretraining): nothing is generated, and every token is scored."""
+    read_as: str | None = None
+    """Which layout was recognised, and how to change it; ``None``: the task's settings say how rows are read."""
+    answer_after: str | None = None
+    """Exact match compares what follows the last occurrence of this mark (``task.answer_after``)."""
     warnings: tuple[str, ...] = ()
     """What makes the answers less sure than they seem: rows that share a context without a group column."""
 

@@ -23,6 +23,7 @@ from qlora_exp.data.encoding import (
     template_tokens,
 )
 from qlora_exp.data.items import InvalidRow, Item, RowProblem, Splits
+from qlora_exp.data.layouts import Reading
 from qlora_exp.data.plain_text import Texts, plain_prompt, plain_text, unusual_space_notes
 from qlora_exp.data.rows import Example
 from qlora_exp.data.sources import read_general_chats, read_general_text
@@ -49,8 +50,10 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
     Raises :class:`DataError` or :class:`Problems` with file, row number, column and reason, as ``load_rows`` does.
     ``task.invalid_rows`` also covers rows that can't be tokenized, or whose completion would be cut away.
     """
-    format = resolve_format(config)
     rows = rows or load_rows(config.task)
+    reading = rows.reading or Reading(config.task)
+    format = resolve_format(config, reading.whole_texts)
+    config = replace(config, task=reading.task)
     check_tokenizer(tokenizer, format)
     if max_length < 2:
         raise DataError(f"max_length is {max_length}", "training.max_length", "at least 2: a prompt and an answer")
@@ -100,9 +103,10 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
     chat_date = config.task.date if reads_clock(template) else None
     read_as = [format, template, *_fingerprint_extras(chat_date, prefixes, learns_all)]
     notes = unusual_space_notes(used["train"]) if format == "plain" and config.task.separator is None else []
+    fingerprint, rows_fingerprint = _fingerprints((read_as, []), config, used, rows)
     record = Data(
         task=config.task.name,
-        fingerprint=_fingerprint(read_as, config, used, rows),
+        fingerprint=fingerprint,
         train_items=len(items["train"]),
         validation_items=len(items["validation"]),
         test_items=len(items["test"]),
@@ -117,10 +121,12 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
         if format == "chat"
         else None,
         truncated_items=len(truncated),
-        rows_fingerprint=_fingerprint([], config, used, rows),
+        rows_fingerprint=rows_fingerprint,
         answer_prefix=sample.prefix or None if sample is not None else None,
         answer_prefix_variables=dict(sample.variables) if sample is not None and sample.variables else None,
         chat_date=chat_date,
+        layout=reading.layout,
+        layout_settings=dict(reading.settings) or None,
     )
     return Splits(
         items["train"],
@@ -136,6 +142,9 @@ def load_data(config: Config, tokenizer: Tokenizer, max_length: int, rows: RawSp
         left_out=left_out,
         truncated=tuple(truncated),
         notes=(*rows.notes, *notes),
+        whole_texts=reading.whole_texts,
+        answer_after=reading.task.answer_after,
+        read_as=reading.line,
         warnings=rows.warnings,
     )
 
@@ -278,19 +287,27 @@ def _fingerprint_extras(date_read: str | None, prefixes: set[str], learns_all: b
     return [*date, *written, *(["learn: all"] if learns_all else [])]
 
 
-def _fingerprint(read_as: list[str | None], config: Config, used: dict[str, list[Example]], rows: RawSplits) -> str:
-    """Return the SHA-256 of all used rows in order, the task's templates and ``read_as`` (format and chat template).
+def _fingerprints(
+    read_as: Sequence[list[str | None]], config: Config, used: dict[str, list[Example]], rows: RawSplits
+) -> list[str]:
+    """Return, for each of ``read_as`` (format and chat template; an empty list leaves them out), the SHA-256 of all
+    used rows in order, the task's templates and ``read_as``.
 
     File names and row numbers make no difference."""
     task = config.task
-    digest = hashlib.sha256()
+    digests = [(hashlib.sha256(), ways[:1] != ["chat"]) for ways in read_as]
 
-    def add(value: object) -> None:
-        digest.update(json.dumps(value, ensure_ascii=False, sort_keys=True).encode("utf-8") + b"\n")
+    def add(value: object, plain_only: bool = False) -> None:
+        line = json.dumps(value, ensure_ascii=False, sort_keys=True).encode("utf-8") + b"\n"
+        for digest, plain in digests:
+            if plain or not plain_only:
+                digest.update(line)
 
-    add([*read_as, task.prompt, task.completion, task.system, list(rows.options.items())])
-    if read_as[:1] != ["chat"] and task.special_tokens is not SpecialTokens.refuse:
-        add(["special_tokens", task.special_tokens.value])
+    for (digest, _), ways in zip(digests, read_as, strict=True):
+        head = [*ways, task.prompt, task.completion, task.system, list(rows.options.items())]
+        digest.update(json.dumps(head, ensure_ascii=False, sort_keys=True).encode("utf-8") + b"\n")
+    if task.special_tokens is not SpecialTokens.refuse:
+        add(["special_tokens", task.special_tokens.value], plain_only=True)
     for split, examples in used.items():
         for example in examples:
             messages = [
@@ -300,9 +317,9 @@ def _fingerprint(read_as: list[str | None], config: Config, used: dict[str, list
             answer = [example.answer.more] if example.answer is not None else []
             around = [part for part in (example.tools, example.variables) if part]
             add([split, messages, example.completion, example.label, *answer, *around])
-            if read_as[:1] != ["chat"] and plain_text(example) != _text_with_one_space(example):
-                add(["text", plain_text(example)])
-    return digest.hexdigest()
+            if plain_text(example) != _text_with_one_space(example):
+                add(["text", plain_text(example)], plain_only=True)
+    return [digest.hexdigest() for digest, _ in digests]
 
 
 def _text_with_one_space(example: Example) -> str:

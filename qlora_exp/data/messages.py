@@ -13,7 +13,12 @@ from qlora_exp.data.items import InvalidRow
 from qlora_exp.errors import nearest
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-_SHAREGPT = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "function": "tool"}
+_SHAREGPT = {
+    "human": "user",
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "bot", "model"), "assistant"),
+    **dict.fromkeys(("function", "observation"), "tool"),
+}
+"""ShareGPT's roles, and ours."""
 _STANDARD_FIELDS = ("role", "content", "weight")
 TOOL_CALLS = "tool_calls"
 
@@ -165,10 +170,12 @@ def _is_missing(value: object) -> bool:
 def _read_message(
     entry: object, number: int, where: str, ignored: Sequence[str], checked_text: Callable[[object, str], str]
 ) -> Message:
+    if isinstance(entry, dict) and entry.get("role") is None and {"from", "value"} <= set(entry):
+        sender = entry["from"]
+        others = {key: value for key, value in entry.items() if key not in ("from", "value", "role", "content")}
+        entry = {"role": _SHAREGPT.get(str(sender), sender), "content": entry["value"], **others}
     if not isinstance(entry, dict) or "role" not in entry:
         hint = 'each message is {"role": "…", "content": "…"}'
-        if isinstance(entry, dict) and {"from", "value"} <= set(entry):
-            hint = "rename from to role and value to content, human to user and gpt to assistant"
         raise InvalidRow("invalid messages", f"message {number} has no role and content", hint, where)
     role = entry["role"]
     if not isinstance(role, str) or role not in ROLES:

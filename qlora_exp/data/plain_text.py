@@ -69,7 +69,7 @@ def plain_texts(example: Example, tokenizer: Any, special_tokens: Sequence[str])
 def plain_text(example: Example) -> str:
     """Return prompt and completion as the plain format writes them, with what stands between them."""
     prompt, completion = plain_prompt(example), example.plain.space_before + example.completion
-    separator = example.plain.separator
+    separator = "" if example.is_whole_text else example.plain.separator
     if separator is None:
         separator = separator_between(prompt, completion)
     return prompt + separator + completion + example.plain.space_after

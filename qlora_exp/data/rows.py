@@ -20,7 +20,7 @@ from qlora_exp.config.schema import TaskConfig
 from qlora_exp.data.files import DataFile, RawRow, Unlabelled
 from qlora_exp.data.items import InvalidRow, RowProblem
 from qlora_exp.data.messages import Message, describe_value, read_messages, read_tools, read_variables, without_nulls
-from qlora_exp.data.templates import RowTemplate, columns_hint, parse_template, with_line_breaks
+from qlora_exp.data.templates import RowTemplate, parse_template, with_line_breaks
 from qlora_exp.data.texts import StrippedText, collapse_white_space, is_blank, strip_text
 from qlora_exp.errors import DataError, nearest
 
@@ -42,7 +42,7 @@ class PlainText:
 
 @dataclass(frozen=True)
 class Example:
-    """One valid row: the prompt (a single user message, or a conversation) and the learned text."""
+    """One valid row: the prompt (a user message, a conversation, or nothing) and the learned text."""
 
     file: str
     row: int
@@ -73,6 +73,11 @@ class Example:
         return (*self.messages, self.answer or Message("assistant", self.completion))
 
     @property
+    def is_whole_text(self) -> bool:
+        """Return whether the row has no prompt at all: every token of its text is learned (continued pretraining)."""
+        return not self.messages
+
+    @property
     def has_structured_answer(self) -> bool:
         """Return whether the answer is more than text: tool calls, or reasoning in a field."""
         return self.answer is not None and bool(self.answer.fields)
@@ -81,7 +86,10 @@ class Example:
     def prompt_key(self) -> str:
         """Return a key that is equal for rows with the same prompt. Indentation counts, other white space doesn't.
 
-        Whether earlier answers are learned, and whether a content is a text or a list of parts, makes no difference."""
+        Whether earlier answers are learned, and whether a content is a text or a list of parts, makes no difference.
+        A whole text is its own key: the same text must not be in two splits."""
+        if self.is_whole_text:
+            return f"text\x1f{collapse_white_space(self.completion)}"
         texts = [f"{message.role}\x1f{collapse_white_space(message.content)}" for message in self.messages]
         fields = [message.fields for message in self.messages]
         if any(fields) or self.tools or self.variables:
@@ -102,7 +110,8 @@ class _Sources:
 
     prompt: str | RowTemplate | None
     completion: str | RowTemplate | None
-    messages: str | None
+    messages: tuple[str, ...]
+    """The columns whose messages form the conversation, in this order; empty: the rows hold no conversation."""
     label: str | None
     used: frozenset[str]
     """The columns that an example is made of; all others are extra."""
@@ -117,7 +126,7 @@ def read_examples(task: TaskConfig, raw: DataFile) -> tuple[list[Example], list[
     if not raw.rows:
         return [], problems
     sources = _find_sources(task, raw)
-    _check_column(task.columns.group, "task.columns.group", raw)
+    check_column(task.columns.group, "task.columns.group", raw)
     for column in sorted(sources.used & set(raw.mixed_classes)):
         hint = (
             f"write all files with the same features, or write class names as text into column {column!r} of each file"
@@ -145,20 +154,29 @@ def _find_sources(task: TaskConfig, raw: DataFile) -> _Sources:
                 "task.columns.messages, task.prompt, task.completion",
                 "give one of them: task.columns.messages=null, or task.prompt=null task.completion=null",
             )
-        _check_column(messages, "task.columns.messages", raw)
-        _check_column(label, "task.columns.label", raw)
+        columns = message_columns(messages, raw.columns)
+        for column in columns:
+            check_column(column, "task.columns.messages", raw)
+        check_column(label, "task.columns.label", raw)
         optional = {column for column in raw.columns if column in (task.columns.tools, VARIABLES_COLUMN)}
-        used = {messages, *optional, *([label] if label else [])}
-        return _Sources(None, None, messages, label, frozenset(used))
+        used = {*columns, *optional, *([label] if label else [])}
+        return _Sources(None, None, columns, label, frozenset(used))
     completion_column = task.columns.completion
     if label and not task.completion and completion_column not in raw.columns:
         completion_column = label  # the label is the answer
-    prompt = _text_source("prompt", task.prompt, task.columns.prompt, raw)
+    no_prompt = task.prompt == "" and task.columns.prompt is None
+    prompt = None if no_prompt else _text_source("prompt", task.prompt, task.columns.prompt, raw)
     completion = _text_source("completion", task.completion, completion_column, raw)
-    _check_column(label, "task.columns.label", raw)
-    columns = [source.columns if isinstance(source, RowTemplate) else (source,) for source in (prompt, completion)]
-    used = {*columns[0], *columns[1], *([label] if label else [])}
-    return _Sources(prompt, completion, None, label, frozenset(used))
+    check_column(label, "task.columns.label", raw)
+    used = {label} if label else set()
+    for source in (prompt, completion):
+        used |= set(source.columns) if isinstance(source, RowTemplate) else {source} if source else set()
+    return _Sources(prompt, completion, (), label, frozenset(used))
+
+
+def message_columns(name: str, columns: Sequence[str]) -> tuple[str, ...]:
+    """Return the columns that ``task.columns.messages`` names; ``prompt+chosen`` joins two."""
+    return (name,) if name in columns or "+" not in name else tuple(name.split("+"))
 
 
 def _text_source(name: str, template: str | None, column: str | None, raw: DataFile) -> str | RowTemplate:
@@ -173,19 +191,19 @@ def _text_source(name: str, template: str | None, column: str | None, raw: DataF
             f"task.{name}, task.columns.{name}",
             f"task.columns.{name}=COLUMN, or 'task.{name}=\"{{COLUMN}}\"'; columns: {', '.join(raw.columns)}",
         )
-    _check_column(column, f"task.columns.{name}", raw)
+    check_column(column, f"task.columns.{name}", raw)
     return column
 
 
-def _check_column(column: str | None, key: str, raw: DataFile) -> None:
+def check_column(column: str | None, key: str, raw: DataFile) -> None:
+    """Raise :class:`DataError` with the nearest columns if no row has ``column``, which the setting ``key`` names."""
     if column is None or column in raw.columns:
         return
     written = next((name for name in raw.columns if name.strip(" \t\ufeff'\"`") == column), None)
     if written is not None:  # only quotes or invisible characters are added to the name
-        hint: str | None = f"the file names it {written!r}: write {column!r} there"
+        hint = f"the file names it {written!r}: write {column!r} there"
     else:
-        hint = columns_hint(raw.columns) if not key.endswith("messages") else None
-    hint = hint or f"{nearest(column, raw.columns)}; set {key}=COLUMN"
+        hint = f"{nearest(column, raw.columns)}; set {key}=COLUMN"
     raise DataError(f"missing column: no row has a column {column!r}", f"{raw.name} ({key})", hint)
 
 
@@ -203,7 +221,9 @@ def _read_example(row: RawRow, sources: _Sources, task: TaskConfig) -> Example:
     answer = strip_text(text)
     if classifies:  # a label is a name: it has no indentation, and white space after it means nothing
         answer = StrippedText(text[: len(text) - len(text.lstrip())], text.strip(), "")
-    messages = _with_system((Message("user", _text(row, sources.prompt)),), task)
+    messages: tuple[Message, ...] = ()
+    if sources.prompt is not None:
+        messages = _with_system((Message("user", _text(row, sources.prompt)),), task)
     plain = PlainText(answer.before, answer.after, task.separator, task.special_tokens)
     label = answer.text if classifies and label is None else label
     return Example(row.file, row.number, messages, False, answer.text, label, extra, plain, group=group)
@@ -232,6 +252,8 @@ def _column_text(row: RawRow, column: str, whole_numbers: bool, empty: bool = Fa
     """Return the column's text. ``empty``: it may be empty, as another column may fill the template."""
     empty_hint = f'write "{column}": "" where it is empty (pandas: df.fillna(""))' if empty else None
     value = _value(row, column, f"; or {empty_hint}" if empty_hint else "")
+    if isinstance(value, Mapping) and "answer_start" in value and isinstance(value.get("text"), list | tuple):
+        value = _first_answer(value["text"], column)
     if isinstance(value, Unlabelled):
         raise InvalidRow("no label", f"the class is {value:d}, which marks a row without a label", column=column)
     if whole_numbers and isinstance(value, int) and not isinstance(value, bool):
@@ -239,6 +261,14 @@ def _column_text(row: RawRow, column: str, whole_numbers: bool, empty: bool = Fa
     if value is None and empty_hint:
         raise InvalidRow("not text", "found null", empty_hint, column)
     return value if empty and isinstance(value, str) and not value.strip() else _checked_text(value, column)
+
+
+def _first_answer(texts: Sequence[object], column: str) -> object:
+    """Return the first text of SQuAD's ``answers``: ``{"text": ["Ulm", …], "answer_start": [17, …]}``."""
+    if not texts:
+        detail = "the question has no answer in its context (SQuAD 2)"
+        raise InvalidRow("no answer", detail, column=column)
+    return texts[0]
 
 
 def _value(row: RawRow, column: str, more_hint: str = "") -> object:
@@ -290,9 +320,10 @@ def _text_hint(value: object, column: str) -> str | None:
     return None if value is None else f'write it as text, e.g. "{value}"'
 
 
-def _read_conversation(row: RawRow, column: str, task: TaskConfig) -> Example:
-    every_turn = task.learn is Learn.all
-    *messages, last = read_messages(_value(row, column), column, task.ignore_fields, _checked_text, every_turn)
+def _read_conversation(row: RawRow, columns: Sequence[str], task: TaskConfig) -> Example:
+    every_turn, column = task.learn is Learn.all, columns[-1]
+    value = _value(row, column) if len(columns) == 1 else _joined_messages(row, columns)
+    *messages, last = read_messages(value, column, task.ignore_fields, _checked_text, every_turn)
     fields = [name for name, value in last.fields.items() if value != ""]
     if task.kind is TaskKind.classification and fields:
         detail = f"the last message has {', '.join(fields)}, and a label is text alone"
@@ -314,3 +345,19 @@ def _read_conversation(row: RawRow, column: str, task: TaskConfig) -> Example:
         tools=tools,
         variables=variables,
     )
+
+
+def _joined_messages(row: RawRow, columns: Sequence[str]) -> list[object]:
+    """Return the messages of all ``columns``. A text is the user's message, in the last column the assistant's."""
+    joined: list[object] = []
+    for column in columns:
+        value = _value(row, column)
+        if isinstance(value, str):
+            role = "assistant" if column == columns[-1] else "user"
+            joined.append({"role": role, "content": value})
+        elif isinstance(value, list):
+            joined += value
+        else:
+            detail = f"expected messages or a text, found {describe_value(value)}"
+            raise InvalidRow("invalid messages", detail, column=column)
+    return joined

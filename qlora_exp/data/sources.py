@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,15 @@ from pathlib import Path
 from qlora_exp.config.enums import TaskSource
 from qlora_exp.config.schema import TaskConfig
 from qlora_exp.data.contents import ARCHIVES, COMPRESSED, ENDINGS, ending_of
-from qlora_exp.data.files import DataFile, read_file
+from qlora_exp.data.files import DataFile, read_file, read_splits
 from qlora_exp.data.folders import check_not_a_shard, files_by_split, parse_name
 from qlora_exp.data.messages import Message
 from qlora_exp.data.rows import Example
-from qlora_exp.errors import DataError, QloraExpError, nearest
+from qlora_exp.errors import DataError, QloraExpError
 from qlora_exp.paths import EMBEDDED
+
+MAX_NEARBY = 5
+"""Data files that an error names if ``task.path`` doesn't exist."""
 
 
 def read_sources(task: TaskConfig) -> dict[str, DataFile]:
@@ -36,8 +40,9 @@ def read_sources(task: TaskConfig) -> dict[str, DataFile]:
     if not path.exists():
         raise DataError(f"there is no {path.name!r}", f"task.path={task.path}", _missing_path_hint(path))
     check_not_a_shard(path)
-    file = read_file(path)
-    return {"train": replace(file, notes=(*file.notes, *_unread_splits_note(path)))}
+    splits = read_splits(path)
+    train = splits["train"]
+    return {**splits, "train": replace(train, notes=(*train.notes, *_unread_splits_note(path)))}
 
 
 def _unread_splits_note(path: Path) -> list[str]:
@@ -85,8 +90,24 @@ def _missing_path_hint(path: Path) -> str:
     if any(mark in path.name for mark in "*?["):
         return f"patterns aren't supported; a folder is read with all of its shards: task.path={folder}"
     known = (*ENDINGS, *COMPRESSED, *ARCHIVES)
-    names = [entry.name for entry in folder.iterdir() if entry.is_dir() or ending_of(entry) in known]
-    return nearest(path.name, names)
+    here = sorted(entry for entry in folder.iterdir() if entry.is_dir() or ending_of(entry) in known)
+    if close := difflib.get_close_matches(path.name, [entry.name for entry in here], n=1, cutoff=0.6):
+        return f"did you mean {close[0]}? task.path={folder / close[0]}"
+    files = [entry for entry in here if not entry.is_dir()]
+    inside = [entry for entry in here if entry.is_dir() and not entry.name.startswith((".", "_"))]
+    files += [file for entry in inside for file in _data_files(entry)]
+    if not files:
+        return f"there is no data file in {folder.resolve()}; data files end in {', '.join(ENDINGS)}"
+    named = [file for file in files if file.name == path.name] or files
+    shown = " or ".join(f"task.path={file}" for file in named[:MAX_NEARBY])
+    return f"nearby: {shown}{f' … ({len(named)} files)' if len(named) > MAX_NEARBY else ''}"
+
+
+def _data_files(folder: Path) -> list[Path]:
+    try:
+        return sorted(file for file in folder.iterdir() if ending_of(file) in ENDINGS and file.is_file())
+    except OSError:  # no permission to read it
+        return []
 
 
 def _read_folder(folder: Path) -> dict[str, DataFile]:

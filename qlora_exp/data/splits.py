@@ -14,6 +14,7 @@ from qlora_exp.config.schema import TaskConfig
 from qlora_exp.data.contents import ending_of
 from qlora_exp.data.files import DataFile, Unlabelled
 from qlora_exp.data.items import DROP_HINT, SPLIT_NAMES, Item, RowProblem
+from qlora_exp.data.layouts import Reading, label_note, recognise
 from qlora_exp.data.rows import Example, read_examples
 from qlora_exp.data.shared_context import check_groups, shared_context_warning
 from qlora_exp.data.sources import read_sources
@@ -22,6 +23,8 @@ from qlora_exp.errors import DataError, Problems, nearest
 
 _DUPLICATE = "exact duplicate"
 _MAX_SHOWN = 10
+_REPORTED_ONCE = ("unknown label", "no answer")
+"""Reasons that are reported once for each label or file, with the number of rows."""
 _MISSING_WORDS = {"NA", "N/A", "#N/A", "NaN", "nan", "null", "NULL", "None"}
 _MIN_ROWS_FOR_LABEL_CHECK = 20
 _NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")
@@ -40,6 +43,8 @@ class RawSplits:
     """The other rows: invalid ones (``task.invalid_rows=drop``) and exact duplicates."""
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    reading: Reading | None = None
+    """The task with its columns or templates, and what was recognised; ``None``: the rows were made by hand."""
 
     @property
     def examples(self) -> dict[str, tuple[Example, ...]]:
@@ -63,6 +68,8 @@ def load_rows(task: TaskConfig) -> RawSplits:
     problems: list[RowProblem] = []
     notes: list[str] = []
     sources = read_sources(task)
+    reading = recognise(task, sources["train"])
+    task = reading.task
     for split, raw in sources.items():
         splits[split], row_problems = read_examples(task, raw)
         problems += row_problems
@@ -85,12 +92,21 @@ def load_rows(task: TaskConfig) -> RawSplits:
         require_rows(split, splits[split], problems)
     limited = _limit_items(splits, task)
     notes += _missing_value_notes(example for split in SPLIT_NAMES for example in limited[split])
+    note = label_note([example.completion for split in limited.values() for example in split], task)
+    notes += [note] if note is not None else []
+    if "task.columns.group" in reading.settings and _one_group(limited["test"] or limited["validation"]):
+        limited = {split: [replace(example, group=None) for example in rows] for split, rows in limited.items()}
     train, validation, test = (tuple(limited[split]) for split in SPLIT_NAMES)
     scored = (test, "test") if test else (validation, "validation")
     check_groups(*scored)
     warning = shared_context_warning(*scored)
     warnings = (warning,) if warning is not None else ()
-    return RawSplits(train, validation, test, options, (*problems, *duplicates), tuple(notes), warnings)
+    left_out = (*problems, *duplicates)
+    return RawSplits(train, validation, test, options, left_out, tuple(notes), warnings, reading)
+
+
+def _one_group(scored: Sequence[Example]) -> bool:
+    return len({example.group for example in scored}) == 1
 
 
 def _check_numbers(task: TaskConfig) -> None:
@@ -298,7 +314,7 @@ def _split_by_label(examples: Sequence[Example], options: Mapping[str, str]) -> 
             problems.append(RowProblem(example.file, example.row, None, "unknown label", detail, hint))
         elif normal_form(example.completion) != normal_form(options[label]):
             detail = f"{label!r} is answered by {example.completion!r} here and by {options[label]!r} elsewhere"
-            hint = "give each label one completion, or none: task.completion=null task.columns.completion=null"
+            hint = "give each label one completion, or learn the label: task.columns.completion=LABEL_COLUMN"
             problems.append(RowProblem(example.file, example.row, None, "ambiguous label", detail, hint))
         else:
             same = (example.label, example.completion) == (label, options[label])  # a copy of each row takes seconds
@@ -328,7 +344,8 @@ def raise_problems(problems: Sequence[RowProblem]) -> None:
         return
     reported: dict[tuple[object, ...], list[RowProblem]] = {}
     for number, problem in enumerate(problems):
-        key = (problem.reason, problem.detail, problem.hint) if problem.of_template else (number,)
+        once = problem.of_template or problem.reason in _REPORTED_ONCE
+        key = (problem.reason, problem.detail, problem.hint) if once else (number,)
         reported.setdefault(key, []).append(problem)
     errors = [equal[0].error(others=len(equal) - 1) for equal in list(reported.values())[:_MAX_SHOWN]]
     if len(reported) == 1:

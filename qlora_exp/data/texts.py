@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from typing import NamedTuple
@@ -34,6 +35,7 @@ class StrippedText(NamedTuple):
     after: str
 
 
+@functools.lru_cache(maxsize=4096)
 def writes_no_spaces(character: str) -> bool:
     """Return whether the character's script writes no spaces between words: Chinese, Japanese, Thai, Khmer …"""
     return any(first <= ord(character) < end for first, end in _SCRIPTS_WITHOUT_SPACES)
@@ -122,3 +124,19 @@ def is_blank(text: str) -> bool:
 
 def _invisible(character: str) -> bool:
     return unicodedata.category(character) == "Cf" or "\ufe00" <= character <= "\ufe0f"
+
+
+_NUMBER = re.compile(r"[$€£]?\s*([-+]?\d[\d,]*(?:\.\d+)?)\s*\.?")
+
+
+def final_answer(text: str, mark: str | None) -> str:
+    """Return what follows the last ``mark`` in ``text``; all of it without a mark, or if it has none.
+
+    A number loses its thousands separators, currency sign and full stop. Example with the mark ``####``: ``"3 * 500 =
+    1500\\n#### 1,500"`` gives ``"1500"``.
+    """
+    if mark is None:
+        return text
+    final = text.rpartition(mark)[2].strip()
+    number = _NUMBER.fullmatch(final)
+    return number[1].replace(",", "") if number else final

@@ -36,7 +36,8 @@ INDENTATION_FACTOR = 2.5
 RECORD_BYTES = 500_000
 """Upper estimate for a run's record, curve and per-item results, and the header of its adapter's file."""
 SIZE_AXES = (
-    *("model", "model.variant", "model.path", "targets", "targets.set", "targets.modules"),
+    *("model", "model.variant", "model.id", "model.instruct_id", "model.path", "model.instruct_path"),
+    *("targets", "targets.set", "targets.modules"),
     *("lora.dora", "lora.dtype", "training.optimizer", "training.save_every_steps", "training.keep_best"),
 )
 """Axes besides lora.r that change the size of an adapter or a checkpoint."""
@@ -100,9 +101,9 @@ def _bytes(config: Config, shapes: Sequence[WeightShape]) -> int:
 
 def _tokenizer_bytes(model: ModelConfig) -> int:
     """Return the size of a saved tokenizer: from its file if that is in the package or in ``model.path``."""
-    checkpoint = model.checkpoints.get(model.variant.value) or ""
+    checkpoint = model.checkpoint or ""
     embedded = EMBEDDED / checkpoint.removeprefix("embedded:") if checkpoint.startswith("embedded:") else None
-    folder = Path(model.path).expanduser() if model.path else embedded
+    folder = Path(model.variant_path).expanduser() if model.variant_path else embedded
     file = folder / "tokenizer.json" if folder is not None else None
     return int(INDENTATION_FACTOR * file.stat().st_size) if file is not None and file.is_file() else TOKENIZER_BYTES
 

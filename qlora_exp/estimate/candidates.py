@@ -13,7 +13,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from qlora_exp.config.checks import check
 from qlora_exp.config.choices import groups
-from qlora_exp.config.compose import Composer, as_config, compose_raw, default_choices, read_choice
+from qlora_exp.config.compose import (
+    Composer,
+    as_config,
+    compose_raw,
+    default_choices,
+    policy_of_searched_alpha,
+    read_choice,
+)
 from qlora_exp.config.enums import EvaluationSplit, Sampler
 from qlora_exp.config.interpolations import resolve_outside, unresolved_texts
 from qlora_exp.config.override_errors import problems_of, typed_value
@@ -24,6 +31,8 @@ from qlora_exp.paths import CONF
 from qlora_exp.study.space import grid, is_grid, parse_axes, point_overrides
 from qlora_exp.study.types import Axis, AxisKind
 
+IMPLYING = ("model.", "lora.alpha", "training.epochs")
+"""Beginnings of keys from which a composition concludes others: variant and checkpoints, alpha's policy, max_steps."""
 MAX_POINTS = 100_000
 """More would take minutes, and nobody could read them."""
 
@@ -65,10 +74,14 @@ def search_space(overrides: Sequence[str]) -> SearchSpace:
     assert isinstance(settings, SweepConfig)
     settings = replace(settings, params=unresolved_texts(raw.sweep, "params"))
     axis_texts = {**settings.params, **swept}
+    _check_can_vary(axis_texts)
     # A plain value on the command line fixes an axis of the sweep's file.
     axis_texts |= {
         override_key(text): text.partition("=")[2] for text in fixed if override_key(text) in settings.params
     }
+    if of_alpha := policy_of_searched_alpha(fixed, axis_texts):
+        fixed = [*fixed, *of_alpha]
+        raw = compose_raw(fixed)
     searched = [text for text in fixed if override_key(text) in axis_texts]
     fixed = [text for text in fixed if text not in searched]
     fixed_axes = tuple(text for text in searched if text.partition("=")[2] != settings.params[override_key(text)])
@@ -100,6 +113,28 @@ def search_space(overrides: Sequence[str]) -> SearchSpace:
     )
 
 
+def _check_can_vary(axis_texts: Mapping[str, str]) -> None:
+    """Refuse axes that a sweep would refuse. A plan may vary budgets: it says what each is enough for."""
+    hint = "an axis must be a setting of the run, not of the sweep or its workers; plan one value at a time"
+    errors = [
+        ConfigError(f"{key} can't be an axis", f"{key}={text}", hint)
+        for key, text in axis_texts.items()
+        if key.partition(".")[0] in ("sweep", "sweeps", "workers", "output_root", "tracking")
+    ]
+    raise_all(errors)
+
+
+def listed_space(overrides: Sequence[str], points: Sequence[Mapping[str, Any]]) -> SearchSpace:
+    """Return the candidates at ``points`` (axis → value), which are all trials that there will be, as enqueued ones
+    are.
+
+    Args:
+        overrides: what they share, without axes.
+    """
+    factory = ConfigFactory(resolve_outside(overrides))
+    return SearchSpace(tuple(map(factory.point, points)), len(points), sampled=False)
+
+
 class ConfigFactory:
     """Makes configurations that differ only in the axes' values.
 
@@ -109,7 +144,7 @@ class ConfigFactory:
 
     def __init__(self, fixed: Sequence[str], raw: DictConfig | None = None, follows: bool = False) -> None:
         self._fixed = tuple(fixed)
-        self._composer = Composer() if follows else None
+        self._follows, self._composer = follows, Composer()
         self._groups = frozenset(groups())
         self._bases: dict[tuple[tuple[str, str], ...], Config | QloraExpError] = {}
         self._nodes: dict[tuple[str, str], Any] = {}
@@ -135,7 +170,7 @@ class ConfigFactory:
     def _config(self, params: Mapping[str, Any]) -> Config:
         """Return the configuration at ``params``: a copy of the base with the same group choices, with the values
         set."""
-        if self._composer is not None:
+        if self._follows or any(key.startswith(IMPLYING) for key in params):
             return as_config(self._composer.raw([*self._fixed, *point_overrides(params)]))
         chosen = {key: str(value) for key, value in params.items() if key in self._groups}
         base = self._base(chosen)

@@ -24,6 +24,7 @@ BYTES_PER_MIB = 2**20
 SAME_MEMORY = 0.05
 """Relative difference: cards with one name that differ by more are different cards of the table."""
 DEVICE_UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+SEVERAL = re.compile(r"\s*(\d+)\s*[x×*]\s*(\S+)\s*")
 SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -76,8 +77,7 @@ def device_of(config: Config) -> PlanDevice:
     chosen = config.training.device
     if chosen is not DeviceChoice.auto:
         return device_by_name(chosen.value)
-    checkpoint = config.model.checkpoints.get(config.model.variant.value, "embedded:")
-    local = config.model.path is not None or checkpoint.startswith("embedded:")
+    local = config.model.path is not None or (config.model.checkpoint or "embedded:").startswith("embedded:")
     if not local:
         return CUDA
     return gpu_here() or device_by_name("cpu")
@@ -124,6 +124,12 @@ def size_bytes(text: str) -> int:
     """
     if text in CARDS:
         return CARDS[text][0] * BYTES_PER_MIB
+    several = SEVERAL.fullmatch(text)
+    if several:
+        count, one = several.groups()
+        what = "a run uses the memory of one GPU: several can't be added up"
+        hint = f"--fit {one}; {count} GPUs train {count} trials of a sweep at once: workers.count={count}"
+        raise ConfigError(what, f"--fit {text}", hint)
     match = SIZE.fullmatch(text)
     if not match:
         what = "a memory size is a number above 0 with a unit, or a card's name"

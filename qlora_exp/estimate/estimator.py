@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -216,11 +217,12 @@ def estimator_of_run(
         measured = from_finished_runs(ended, environment, redact(to_plain(config)), steps, warm, padding_free)
         return measured, calibrated_rate(environment, config.quantization.mode)
 
+    lengths = functools.cache(lambda max_length: lengths_of(splits, max_length))
     return Estimator(
         architecture,
         tuple(modules),
         environment.device,
-        rows=lambda config: lengths_of(splits, config.training.max_length),
+        rows=lambda config: lengths(config.training.max_length),
         rates=rates,
         joined_heap=heap.merges_free_chunks(environment.glibc_tunables),
         memory_bytes=memory_bytes,

@@ -142,7 +142,8 @@ def correction_key(config: Mapping[str, Any], device: Device, padding_free: bool
     """Return the key that similar runs share, from a recorded configuration, its device and whether its batches have no
     padding: predictions with and without padding err differently."""
     model, rows = config["model"], "without padding" if padding_free else None
-    parts = (model["family"], model["variant"], model.get("path"), config["quantization"]["mode"], rows)
+    chosen = (model.get("id"), model.get("instruct_id"), model.get("path"), model.get("instruct_path"))
+    parts = (model["family"], model["variant"], *chosen, config["quantization"]["mode"], rows)
     return " ".join(str(part) for part in (*parts, device.kind, device.name) if part is not None)
 
 

@@ -14,6 +14,7 @@ from qlora_exp.architecture.targets import rank_warning, resolve_targets
 from qlora_exp.config.checks_lora import int8_dora
 from qlora_exp.config.enums import DeviceChoice, Isolation, PaddingFree
 from qlora_exp.config.schema import Config, ModelConfig, TargetsConfig, to_plain
+from qlora_exp.data.splits import load_rows
 from qlora_exp.errors import ConfigError, QloraExpError
 from qlora_exp.estimate.budget import Affordable, BudgetTooSmall, affordable_steps, check_covers_a_step, check_energy
 from qlora_exp.estimate.calibration import calibrated_card_rate, calibrated_rate
@@ -24,6 +25,8 @@ from qlora_exp.estimate.memory_fit import planned_fit
 from qlora_exp.estimate.micro_batch_tokens import micro_batch_note
 from qlora_exp.estimate.throughput import Interval, MeasuredThroughput, from_finished_runs
 from qlora_exp.estimate.tokens import PlannedRows, RowCounter
+from qlora_exp.estimate.workload import steps_of_epochs
+from qlora_exp.records.model_name import model_name
 from qlora_exp.records.redaction import redact
 from qlora_exp.records.types import Environment, RunRecord
 from qlora_exp.system import heap
@@ -121,6 +124,20 @@ class Planner:
         self._cheapest_over_budget: BudgetTooSmall | None = None
         self._some_can_start = False
 
+    def with_rows(self, counter: RowCounter | None, records: Sequence[RunRecord]) -> Planner:
+        """Return a planner of single runs for the same device and memory, with the tasks' rows and other ended runs."""
+        other = Planner(self._device, self._fit_bytes, records, counter)
+        other._results = {key: result for key, result in self._results.items() if key[0] != "rates"}
+        return other
+
+    def checkpointing(self, config: Config) -> bool:
+        """Return whether training ``config`` uses gradient checkpointing.
+
+        Raises:
+            ModelError: the model is unknown, or ``targets`` match nothing in it.
+        """
+        return self.estimate(config, self._counter.of(config) if self._counter is not None else None).checkpointing
+
     def plan(self, point: Candidate) -> PlannedRun:
         """Return the plan of one candidate. One that can't run gets a plan with its reason, too."""
         config = point.config
@@ -200,7 +217,7 @@ class Planner:
         if device.kind == "cpu" and (problem := int8_dora(config)):
             raise problem
         rows = self._counter.of(config) if self._counter is not None else None
-        estimate = self.estimate(config, rows)
+        estimate = self.estimate(config if rows is not None else self._with_steps(config), rows)
         architecture, modules = estimate.estimator.architecture, estimate.estimator.modules
         rank_note = rank_warning(architecture, modules, config.lora)
         peak, base, adapters = estimate.memory, estimate.memory.base, estimate.memory.adapters
@@ -247,6 +264,19 @@ class Planner:
                 *([micro_batch_note(config, estimate.micro_batch_tokens)] if estimate.micro_batch_tokens else []),
             ),
         )
+
+    def _with_steps(self, config: Config) -> Config:
+        """Return ``config`` with the steps of ``training.epochs``, if its rows can't be counted in tokens.
+
+        Raises:
+            DataError: the rows can't be read, so that nobody knows the steps.
+        """
+        training = config.training
+        if training.epochs is None:
+            return config
+        rows = self._once(("training rows", repr(config.task)), lambda: len(load_rows(config.task).train))
+        steps = steps_of_epochs(training.epochs, rows, training.batch_size)
+        return replace(config, training=replace(training, epochs=None, max_steps=steps))
 
     def _budget_problem(self, config: Config, device: PlanDevice, estimate: RunEstimate) -> QloraExpError | None:
         try:
@@ -317,7 +347,7 @@ def _describe(model: ModelConfig) -> Architecture:
     from qlora_exp.models.inspect import describe, describe_file
     from qlora_exp.models.weight_files import holds_weights
 
-    path = Path(model.path).expanduser() if model.path else None
+    path = Path(model.variant_path).expanduser() if model.variant_path else None
     if path is not None and (path / "config.json").is_file() and not holds_weights(path):
         path = path / "config.json"
     if path is not None and path.suffix == ".json":
@@ -333,7 +363,7 @@ def _settings(config: Config) -> dict[str, Any]:
     """Return what the plan is of, with every key of ``training`` by its name."""
     training = config.training
     return {
-        "model": config.model.family,
+        "model": model_name(vars(config.model)),
         "variant": config.model.variant.value,
         "quantization": config.quantization.mode.value,
         "r": config.lora.r,
@@ -344,4 +374,4 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _model_key(model: ModelConfig) -> tuple[Any, ...]:
-    return model.path, model.family, model.checkpoints.get(model.variant.value), model.revision
+    return model.variant_path, model.family, model.checkpoint, model.revision

@@ -22,6 +22,7 @@ from qlora_exp.estimate.throughput import Interval
 from qlora_exp.estimate.tokens import PlannedRows
 from qlora_exp.estimate.weights_and_optimizer import BITS_PER_WEIGHT, adapter_bytes, base_bytes, in_mode
 from qlora_exp.formatting import UNKNOWN_CELL, bytes_text, number, print_table, simple_table
+from qlora_exp.records.model_name import model_name
 from qlora_exp.records.schema import to_dict
 
 MEMORY_PARTS = {
@@ -334,7 +335,7 @@ def sizes_of(config: Config, planner: Planner) -> Sizes:
         parts = (base.base_weight_bytes, base.quantization_state_bytes, base.total_bytes)
         modes.append(Size(mode.value, bits, dtype, *parts))
     return Sizes(
-        model=config.model.family,
+        model=model_name(vars(config.model)),
         device=device.name,
         total_parameters=architecture.total_parameters,
         modes=tuple(modes),

@@ -110,7 +110,8 @@ def _other_seconds(records: Iterable[RunRecord], config: Mapping[str, Any]) -> t
         seconds_of_run
         for record in records
         if record.status is Status.COMPLETED
-        and all(record.config.get(section) == config.get(section) for section in ("task", "evaluation"))
+        and record.config.get("task") == config.get("task")
+        and _scored_alike(record.config.get("evaluation"), config.get("evaluation"))
         and (seconds_of_run := _before_and_after(record)) is not None
     ]
     if not parts:
@@ -119,6 +120,12 @@ def _other_seconds(records: Iterable[RunRecord], config: Mapping[str, Any]) -> t
     basis = f"{len(seconds)} similar run{'s' if len(seconds) > 1 else ''} on this machine"
     interval = prediction_interval(seconds, statistics.fmean(seconds), basis)
     return interval, statistics.fmean(before for before, _ in parts)
+
+
+def _scored_alike(first: Mapping[str, Any] | None, second: Mapping[str, Any] | None) -> bool:
+    """Return whether two ``evaluation`` groups score alike: whether texts are kept takes no time."""
+    groups = [{key: value for key, value in (group or {}).items() if key != "keep_texts"} for group in (first, second)]
+    return groups[0] == groups[1]
 
 
 def _before_and_after(record: RunRecord) -> tuple[float, float] | None:
@@ -205,7 +212,8 @@ def machine_of(environment: Environment) -> str:
 
 def _base_key(config: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return the base model (both variants) and the quantization."""
-    model = tuple(_setting(config, "model", key) for key in ("family", "path", "checkpoints", "revision"))
+    keys = ("family", "path", "instruct_path", "checkpoints", "revision")
+    model = tuple(_setting(config, "model", key) for key in keys)
     return (*model, _setting(config, "quantization", "mode"))
 
 

@@ -65,9 +65,9 @@ def tokenizer_of(model: ModelConfig) -> FileTokenizer | None:
     """Return the tokenizer of ``model``'s checkpoint if its file is on this machine: in the package, in ``model.path``,
     or in the Hub's cache. ``None``: it isn't, or can't be read."""
     try:
-        folder = _cached(model.checkpoints.get(model.variant.value), model.revision)
+        folder = _cached(model.checkpoint, model.revision)
         if model.path or model.family == "local":
-            folder = Path(model.path or "").expanduser()
+            folder = Path(model.variant_path or "").expanduser()
         if folder is None or not (folder / "tokenizer.json").is_file():
             return None
         chat_template = (
@@ -75,7 +75,9 @@ def tokenizer_of(model: ModelConfig) -> FileTokenizer | None:
         )
         tokenizer = FileTokenizer(folder, chat_template)
         if not tokenizer.chat_template and model.variant.value == "base":
-            sibling = _cached(model.checkpoints.get("instruct"), None)
+            sibling = (
+                Path(model.instruct_path) if model.instruct_path else _cached(model.checkpoints.get("instruct"), None)
+            )
             tokenizer.chat_template = _template(sibling, _settings(sibling)) if sibling is not None else None
         return tokenizer
     except (OSError, ValueError, RuntimeError):  # RuntimeError: the user has no home folder

@@ -136,7 +136,7 @@ def _cut_lengths(row: _Row, max_length: int, options: bool) -> tuple[int, int] |
 
 def _tokenize_rows(config: Config) -> _TokenizedRows | None:
     tokenizer: Any
-    if config.model.path is not None and Path(config.model.path).suffix == ".gguf":
+    if Path(config.model.variant_path or "").suffix == ".gguf":
         from qlora_exp.models.tokenizers import load_tokenizer
 
         tokenizer = load_tokenizer(config.model)  # transformers makes it, and has read the file's layers by then
@@ -144,9 +144,9 @@ def _tokenize_rows(config: Config) -> _TokenizedRows | None:
         tokenizer = tokenizer_of(config.model)
     if tokenizer is None:
         return None
-    format = resolve_format(config)
-    check_tokenizer(tokenizer, format)
     splits = load_rows(config.task)
+    format = resolve_format(config, splits.reading is not None and splits.reading.whole_texts)
+    check_tokenizer(tokenizer, format)
     rows = splits.train
     drawn: Sequence[Example] = rows
     longest: Sequence[Example] = ()
@@ -157,6 +157,7 @@ def _tokenize_rows(config: Config) -> _TokenizedRows | None:
     if len(validated) > SAMPLED_ROWS + LONGEST_ROWS:
         validated = _longest_by_characters(validated)
     tokens = _tokens(drawn, tokenizer, format, config)
+    read_as = splits.reading.line if splits.reading is not None else None
     return _TokenizedRows(
         rows=len(rows),
         refused=len(drawn) - len(tokens),
@@ -165,7 +166,7 @@ def _tokenize_rows(config: Config) -> _TokenizedRows | None:
         validated=_tokens(validated, tokenizer, format, config),
         options=config.task.kind is TaskKind.classification,
         drop=config.task.invalid_rows is InvalidRows.drop,
-        warnings=splits.warnings,
+        warnings=(*([read_as] if read_as is not None else []), *splits.warnings),
     )
 
 

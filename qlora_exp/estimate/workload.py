@@ -104,6 +104,7 @@ class RowLengths:
         micro-batches of at most ``limit`` tokens without padding; from simulated steps that hold the longest row."""
         if not self.sorted_tokens:
             return rows * self.longest_tokens
+        rows = min(rows, self.rows)  # a step has no more
         draw, largest = random.Random(0), 0
         for _ in range(max(1, SIMULATED_ROWS // rows)):
             lengths = [*draw.choices(self.sorted_tokens, k=rows - 1), self.longest_tokens]
@@ -209,6 +210,15 @@ def train_flops_per_token(
     return (row.padded * in_layers + row.attended * in_attention + row.scored * in_head) / row.tokens
 
 
+def steps_of_epochs(epochs: float, rows: int, batch_size: int) -> int:
+    """Return the optimizer steps of ``epochs`` passes over ``rows``, as transformers counts them.
+
+    The last batch of a pass may be smaller. Example: 3 epochs of 60 rows in batches of 16 are 3 × 4 = 12 steps, and
+    half an epoch is 2.
+    """
+    return max(1, math.ceil(epochs * math.ceil(rows / batch_size)))
+
+
 @dataclass(frozen=True)
 class Workload:
     """How much a training processes. ``step_rows``: the mean rows per step of an epoch, whose last batch may be
@@ -238,6 +248,8 @@ class Workload:
             steps = math.ceil(training.max_tokens / (step_rows * row.tokens))
             return Workload(steps, step_rows, row, training.max_tokens)
         steps = training.max_steps or 0
+        if training.epochs is not None and lengths is not None:
+            steps = steps_of_epochs(training.epochs, lengths.rows, training.batch_size)
         return Workload(steps, step_rows, row, round(steps * step_rows * row.tokens))
 
     @property

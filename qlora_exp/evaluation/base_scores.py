@@ -17,7 +17,8 @@ from qlora_exp.config.schema import Config
 from qlora_exp.data.items import Splits
 from qlora_exp.evaluation.baselines import baselines
 from qlora_exp.evaluation.forgetting import DocumentLoss, answer_losses, forgetting, text_losses
-from qlora_exp.evaluation.per_item import ITEM_COLUMNS
+from qlora_exp.evaluation.item_texts import write_parquet
+from qlora_exp.evaluation.per_item import ITEM_COLUMNS, without_texts
 from qlora_exp.evaluation.scoring import Evaluation, evaluate_splits, limit_items
 from qlora_exp.evaluation.shared_scores import Wait, cached
 from qlora_exp.paths import RunPaths
@@ -52,9 +53,9 @@ class BaseScores:
     """Per-item results by split."""
     cached: bool
 
-    def write_items(self, paths: RunPaths) -> None:
+    def write_items(self, paths: RunPaths, keep_texts: bool) -> None:
         for split, table in self.items.items():
-            write_items(table, paths.items("before", split))
+            write_items(table, paths.items("before", split), keep_texts)
 
 
 def score_base_model(
@@ -78,6 +79,7 @@ def score_base_model(
         *(plan.base_fingerprint, model_fingerprint, splits.record.fingerprint, plan.compute_dtype, plan.device),
         *(general, item_names(splits)),
         *([plan.kernels] if plan.kernels != "none" else []),
+        *texts_key(config),
     )
 
     def compute() -> BaseScores:
@@ -86,7 +88,13 @@ def score_base_model(
         items = {"validation": before.items} | ({"test": test.items} if test else {})
         return BaseScores(before.scores, test.scores if test else None, general_losses, items, cached=False)
 
-    return cached(cache / "base_scores" if config.evaluation.cache else None, key, _load, compute, _save, wait)
+    def save(path: Path, scores: BaseScores) -> None:
+        for split, table in scores.items.items():
+            write_items(table, table_path(path, split), config.evaluation.keep_texts)
+        values = {name: getattr(scores, name) for name in ("scores", "test_scores", "general")}
+        write_json(path, {**values, "splits": list(scores.items)})
+
+    return cached(cache / "base_scores" if config.evaluation.cache else None, key, _load, compute, save, wait)
 
 
 def _load(path: Path) -> BaseScores:
@@ -99,13 +107,6 @@ def _load(path: Path) -> BaseScores:
         items={split: pq.read_table(table_path(path, split)) for split in raw["splits"]},
         cached=True,
     )
-
-
-def _save(path: Path, scores: BaseScores) -> None:
-    for split, table in scores.items.items():
-        write_items(table, table_path(path, split))
-    values = {name: getattr(scores, name) for name in ("scores", "test_scores", "general")}
-    write_json(path, {**values, "splits": list(scores.items)})
 
 
 def _evaluate(
@@ -173,12 +174,14 @@ def table_path(path: Path, name: str | int) -> Path:
     return path.with_name(f"{path.stem}.{name}.parquet")
 
 
-def write_items(items: pa.Table, path: Path) -> None:
-    """Write a per-item table; another process sees all of it or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    pq.write_table(items, temporary)
-    temporary.replace(path)
+def write_items(items: pa.Table, path: Path, keep_texts: bool) -> None:
+    """Write a per-item table, without answers unless ``keep_texts``; another process sees all of it or none."""
+    write_parquet(items if keep_texts else without_texts(items), path)
+
+
+def texts_key(config: Config) -> tuple[str, ...]:
+    """Return what tells the cached results without texts from those with texts."""
+    return () if config.evaluation.keep_texts else ("without texts",)
 
 
 def item_names(splits: Splits) -> str:

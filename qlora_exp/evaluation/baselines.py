@@ -11,6 +11,7 @@ import numpy as np
 
 from qlora_exp.data.texts import normal_form
 from qlora_exp.evaluation.metrics import score_completions
+from qlora_exp.progress import report_progress
 from qlora_exp.records.types import Baselines
 
 if TYPE_CHECKING:
@@ -100,12 +101,15 @@ def _choose_c(texts: np.ndarray, labels: np.ndarray) -> float:
     else:  # a label too rare to be in every fold
         folds = KFold(min(FOLDS, len(texts)), shuffle=True, random_state=0)
     correct = dict.fromkeys(CANDIDATES_OF_C, 0)
+    fitted, total = 0, folds.get_n_splits() * len(CANDIDATES_OF_C)
     for inside, outside in folds.split(texts, labels):
         if len(set(labels[inside].tolist())) < 2:
             continue
         for c in CANDIDATES_OF_C:
             guesses = _fit(texts[inside], labels[inside], c).predict(texts[outside])
             correct[c] += int((guesses == labels[outside]).sum())
+            fitted += 1
+            report_progress(fitted, total, "fits of the word-based baseline done")
     return max(CANDIDATES_OF_C, key=lambda c: (correct[c], -c))
 
 

@@ -15,7 +15,7 @@ from qlora_exp.config.enums import EvaluationSplit
 from qlora_exp.config.schema import Config
 from qlora_exp.data.few_shot import few_shot_draws
 from qlora_exp.data.items import Splits
-from qlora_exp.evaluation.base_scores import cache_key, item_names, table_path, write_items
+from qlora_exp.evaluation.base_scores import cache_key, item_names, table_path, texts_key, write_items
 from qlora_exp.evaluation.kv_cache import CausalModel
 from qlora_exp.evaluation.scoring import evaluate_splits, limit_items
 from qlora_exp.evaluation.shared_scores import Wait, cached
@@ -33,9 +33,9 @@ class FewShotScores:
     items: tuple[pa.Table, ...]
     split: str
 
-    def write_items(self, paths: RunPaths) -> None:
+    def write_items(self, paths: RunPaths, keep_texts: bool) -> None:
         for draw, table in zip(self.draws, self.items, strict=True):
-            write_items(table, paths.items(f"few_shot_{draw.draw}", self.split))
+            write_items(table, paths.items(f"few_shot_{draw.draw}", self.split), keep_texts)
 
     def warning(self) -> str | None:
         """Return a warning if prompts had fewer examples than ``evaluation.few_shots``; else ``None``."""
@@ -72,6 +72,7 @@ def few_shot_scores(
         *(plan.base_fingerprint, model_fingerprint, splits.record.fingerprint, plan.compute_dtype, plan.device),
         *(f"{shots} × {evaluation.few_shot_draws}", item_names(splits)),
         *([plan.kernels] if plan.kernels != "none" else []),
+        *texts_key(config),
     )
 
     def compute() -> FewShotScores:
@@ -93,7 +94,7 @@ def few_shot_scores(
 
     def save(path: Path, scores: FewShotScores) -> None:
         for draw, table in zip(scores.draws, scores.items, strict=True):
-            write_items(table, table_path(path, draw.draw))
+            write_items(table, table_path(path, draw.draw), evaluation.keep_texts)
         write_json(path, {"draws": scores.draws})
 
     return cached(cache / "few_shot" if evaluation.cache else None, key, load, compute, save, wait)

@@ -21,6 +21,7 @@ from qlora_exp.evaluation.kv_cache import (
     start_token,
 )
 from qlora_exp.evaluation.scoring import score_items
+from qlora_exp.progress import report_progress
 from qlora_exp.records.types import Forgetting
 
 if TYPE_CHECKING:
@@ -60,10 +61,13 @@ def text_losses(model: Any, tokenizer: Any, documents: Sequence[str], config: Co
         ]
         nats = [0.0] * len(chosen)
         max_tokens = min(TOKENS_PER_PASS, max(longest, LOGITS_PER_PASS // causal.vocabulary_size))
+        scored = 0
         for batch in batches([len(window) for _, window in windows], config.evaluation.batch_size, max_tokens):
             values = _window_nats(causal, [windows[index][1] for index in batch], start)
             for index, value in zip(batch, values, strict=True):
                 nats[windows[index][0]] += value
+            scored += len(batch)
+            report_progress(scored, len(windows), "passages of general text scored")
     return [
         DocumentLoss(value, len(document.encode()), len(tokens))
         for value, document, tokens in zip(nats, chosen, ids, strict=True)
@@ -81,7 +85,8 @@ def answer_losses(model: Any, tokenizer: Any, chats: Sequence[Item], config: Con
     with scoring_mode(model):
         causal = CausalModel(model)
         fitting = [chat for chat in chosen if causal.max_positions is None or len(chat.ids) <= causal.max_positions]
-        results = score_items(causal, tokenizer, fitting, None, None, config.evaluation.batch_size)
+        unit = "general chats scored"
+        results = score_items(causal, tokenizer, fitting, None, None, config.evaluation.batch_size, unit)
     return [
         DocumentLoss(result.completion.completion_nats, chat.completion_bytes, len(chat.completion_ids))
         for chat, result in zip(fitting, results, strict=True)

@@ -47,14 +47,40 @@ def completion_scores(
 
 
 def _teacher_forced(next_logits: Tensor, context: PrefilledBatch, targets: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
-    """Return nats (float64) and argmax hits of target tokens, both (rows, longest); undefined after a row's end."""
+    """Return nats (float64) and argmax hits of target tokens, both (rows, longest); undefined after a row's end.
+
+    A completion of thousands of tokens with a large vocabulary has gigabytes of logits: it is read in pieces.
+    """
     ids, mask = padded(targets, "right", context.model.device)
+    width = max(1, LOGITS_PER_PASS // (len(targets) * context.model.vocabulary_size))
+    if ids.shape[1] > width and context.cache is not None:  # without a cache, each piece would read the text again
+        return _in_pieces(next_logits, context, ids, mask, width)
     logits = next_logits[:, None]
     if ids.shape[1] > 1:
         logits = torch.cat([logits, context.extend(ids[:, :-1], mask[:, :-1])[0]], dim=1)
     logits = logits[:, : ids.shape[1]]
     nats = cross_entropy(logits.transpose(1, 2), ids, reduction="none").double()
     return nats, logits.argmax(dim=-1) == ids
+
+
+def _in_pieces(
+    next_logits: Tensor, context: PrefilledBatch, ids: Tensor, mask: Tensor, width: int
+) -> tuple[Tensor, Tensor]:
+    """Return the same as :func:`_teacher_forced`, with the logits of at most ``width`` tokens a row at a time."""
+    logits = next_logits[:, None]
+    nats, hits = [], []
+    for start in range(0, ids.shape[1], width):
+        if start:
+            read = slice(start - 1, min(start - 1 + width, ids.shape[1] - 1))
+            logits, context = context.extend(ids[:, read], mask[:, read])
+        elif width > 1:
+            read = slice(0, min(width, ids.shape[1]) - 1)
+            following, context = context.extend(ids[:, read], mask[:, read])
+            logits = torch.cat([logits, following], dim=1)
+        piece = ids[:, start : start + width]
+        nats.append(cross_entropy(logits.transpose(1, 2), piece, reduction="none").double())
+        hits.append(logits.argmax(dim=-1) == piece)
+    return torch.cat(nats, dim=1), torch.cat(hits, dim=1)
 
 
 @dataclass(frozen=True)

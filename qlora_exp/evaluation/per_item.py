@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from qlora_exp.analysis.item_groups import GROUP_COLUMN
-from qlora_exp.data.texts import comparable, same_text
+from qlora_exp.data.texts import comparable, final_answer, same_text
 from qlora_exp.evaluation.likelihood import CompletionScore
 from qlora_exp.evaluation.metrics import rouge_l_f, score_completions, token_f1
 from qlora_exp.records.types import Scores
@@ -47,6 +47,10 @@ ITEM_COLUMNS = pa.schema(
 )
 GROUP_FIELD = pa.field(GROUP_COLUMN, pa.string())
 """Last column of the table if the data have groups, see :mod:`qlora_exp.analysis.item_groups`."""
+
+TEXT_COLUMNS = ("label", "answer", "predicted", "predicted_calibrated", "predicted_normalized", "predicted_pmi",
+                "generated")  # fmt: skip
+"""Columns with right or given answers; null with ``evaluation.keep_texts=false``."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,8 @@ def item_table(
             row[f"correct{suffix}"] = predicted[number] == item.label
         if result.generated is not None:
             row["generated"] = result.generated
-            row["exact"] = same_text(result.generated, item.answer, fold_case)
+            generated, answer = (final_answer(text, splits.answer_after) for text in (result.generated, item.answer))
+            row["exact"] = same_text(generated, answer, fold_case)
             row["rouge_l"] = rouge_l_f(result.generated, item.answer)
             row["token_f1"] = token_f1(result.generated, item.answer)
             if valid:
@@ -111,6 +116,14 @@ def item_table(
     table = pa.Table.from_pylist(rows, schema=ITEM_COLUMNS)
     groups = [item.group for item in items]
     return table if not groups or None in groups else table.append_column(GROUP_FIELD, pa.array(groups, pa.string()))
+
+
+def without_texts(table: pa.Table) -> pa.Table:
+    """Return the per-item table with nulls in :data:`TEXT_COLUMNS`; whether an answer is right stays."""
+    for name in TEXT_COLUMNS:
+        place = table.schema.get_field_index(name)
+        table = table.set_column(place, table.schema.field(place), pa.nulls(table.num_rows, pa.string()))
+    return table
 
 
 def _predictions(

@@ -24,6 +24,7 @@ from qlora_exp.evaluation.likelihood import (
 )
 from qlora_exp.evaluation.metrics import hub_metric
 from qlora_exp.evaluation.per_item import ItemResult, item_table, option_matrix, scores_of
+from qlora_exp.progress import report_progress
 from qlora_exp.records.types import Scores
 
 if TYPE_CHECKING:
@@ -68,8 +69,10 @@ def evaluate_model(
     trie = OptionTrie.of([splits.option_ids[label] for label in splits.labels]) if splits.labels else None
     with scoring_mode(model):
         causal = CausalModel(model)
-        rule = stop_rule(splits, tokenizer, config, causal.base) if config.evaluation.generate else None
-        results = score_items(causal, tokenizer, items, trie, rule, config.evaluation.batch_size)
+        generates = config.evaluation.generate and not splits.whole_texts
+        rule = stop_rule(splits, tokenizer, config, causal.base) if generates else None
+        unit = f"{split} items scored"
+        results = score_items(causal, tokenizer, items, trie, rule, config.evaluation.batch_size, unit)
         if trie is not None and label_marginal is None and items:
             reference = results
             if split != "validation":
@@ -140,9 +143,15 @@ def score_items(
     trie: OptionTrie | None,
     rule: StopRule | None,
     batch_size: int,
+    unit: str = "items scored",
 ) -> list[ItemResult]:
-    """Return results in the items' order. Each prompt is prefilled once, for completion, options and generation."""
+    """Return results in the items' order. Each prompt is prefilled once, for completion, options and generation.
+
+    ``unit``: what the progress is counted in. A batch takes about as long as it has tokens; the longest come first.
+    """
     results: dict[int, ItemResult] = {}
+    read, total = 0, sum(len(item.ids) for item in items)
+    report_progress(0, len(items), unit)
     for batch in batches([len(item.ids) for item in items], batch_size):
         chosen = [items[index] for index in batch]
         next_logits, context = prefill(model, [item.prompt_ids or (start_token(tokenizer),) for item in chosen])
@@ -159,6 +168,8 @@ def score_items(
             results[index] = ItemResult(
                 completions[row], None if options is None else options[row], texts[row] if texts else None
             )
+        read += sum(len(item.ids) for item in chosen)
+        report_progress(len(results), len(items), unit, read / max(total, 1))
     return [results[index] for index in range(len(items))]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from qlora_exp.export.results import Artefact, Export
 from qlora_exp.records.model_card import model_card
@@ -14,12 +14,20 @@ FOUR_BIT_NOTE = (
 )
 
 
-def export_card(record: RunRecord, export: Export, library: str = "peft") -> str:
-    """Return Markdown: the model card of the run, with a chapter on the export. ``library`` loads the model."""
-    return model_card(record, library, "\n".join(_export_chapter(export)))
+def export_card(
+    record: RunRecord, export: Export, library: str = "peft", usage: Iterable[str] = (), criteria: bool = False
+) -> str:
+    """Return Markdown: the model card of the run, with chapters on its use and on the export.
+
+    Args:
+        library: the library that loads the model.
+        usage: the lines of :func:`~qlora_exp.export.usage.usage_chapter`.
+        criteria: list every criterion of the phone case.
+    """
+    return model_card(record, library, "\n".join([*usage, *_export_chapter(export, criteria)]))
 
 
-def _export_chapter(export: Export) -> Iterator[str]:
+def _export_chapter(export: Export, criteria: bool) -> Iterator[str]:
     yield "## What was exported"
     yield ""
     yield f"Run `{export.run_id}`. The adapter was added to the weights of `{export.base}` in fp32, unquantized, then"
@@ -48,10 +56,11 @@ def _export_chapter(export: Export) -> Iterator[str]:
     yield ""
     phone = export.phone
     file_name = f" (`{phone.artefact}`)" if phone.artefact else ""
-    yield f"**{phone.question[0].upper()}{phone.question[1:]}: {phone.answer}**{file_name}."
-    yield ""
-    for criterion in phone.criteria:
-        yield f"* {criterion.name}: {criterion.answer} – {criterion.detail}"
+    yield f"{phone.question[0].upper()}{phone.question[1:]}: {phone.answer}{file_name}."
+    if criteria:
+        yield ""
+        for criterion in phone.criteria:
+            yield f"* {criterion.name}: {criterion.answer} – {criterion.detail}"
 
 
 def _row(artefact: Artefact) -> str:

@@ -6,10 +6,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +20,29 @@ from safetensors import SafetensorError
 
 from qlora_exp.architecture.targets import resolve_targets
 from qlora_exp.config.enums import ComputeDtype
-from qlora_exp.config.schema import Config
-from qlora_exp.errors import ConfigError, ExportError, ModelError, QloraExpError, nearest
+from qlora_exp.errors import ConfigError, ExportError, QloraExpError, nearest
 from qlora_exp.export.card import export_card
-from qlora_exp.export.compatibility import add_end_token, end_of_answers, write_for_version_4
+from qlora_exp.export.compatibility import add_end_token, write_for_version_4
 from qlora_exp.export.export_config import ExportConfig
-from qlora_exp.export.gguf import check_convertible, write_gguf
+from qlora_exp.export.finished_run import FinishedRun, check_run
+from qlora_exp.export.gguf import write_gguf
 from qlora_exp.export.llama_cpp import measure_runtime
+from qlora_exp.export.modelfile import modelfile
 from qlora_exp.export.phone import answer_phone
+from qlora_exp.export.push import Push, portable_texts, push_files, without_folders
 from qlora_exp.export.results import RESULTS_SCHEMA_VERSION, Artefact, Export
 from qlora_exp.export.task_check import CheckItems, check_exported_gguf, check_merged, items_to_check, not_checked
+from qlora_exp.export.usage import usage_chapter, usage_of
 from qlora_exp.models import sources
 from qlora_exp.models.adapters import write_portable
 from qlora_exp.models.base import load_base
+from qlora_exp.models.combined_adapters import write_combined
 from qlora_exp.models.inspect import describe
 from qlora_exp.models.merging import merged_model
 from qlora_exp.models.portable_adapters import is_portable
-from qlora_exp.models.sources import ModelSource, model_config, resolve_source
-from qlora_exp.models.tokenizers import load_tokenizer
 from qlora_exp.paths import CONF, EMBEDDED, RunPaths
-from qlora_exp.records.files import read_record, write_json, write_text
-from qlora_exp.records.types import RunRecord, Status
-from qlora_exp.runs.entry_points import config_from_plain
+from qlora_exp.records.files import read_or_none, read_record, write_json, write_text
+from qlora_exp.records.types import RunRecord
 from qlora_exp.system.cards import Price, price_of
 
 BYTES_PER_WEIGHT = {"adapter": 0.0, "merged": 2.0, "q8_0": 1.07, "q5_1": 0.76, "q5_0": 0.7, "q4_1": 0.64, "q4_0": 0.57}
@@ -84,19 +85,6 @@ def load_settings(changes: Mapping[str, Any]) -> ExportConfig:
     return settings
 
 
-@dataclass(frozen=True)
-class _Source:
-    """A run that passed the checks, with what an export needs of it."""
-
-    config: Config
-    record: RunRecord
-    paths: RunPaths
-    model: ModelSource
-    tokenizer: Any
-    end_token: int | None
-    """The token with which the run's answers end."""
-
-
 def export_run(
     paths: RunPaths, to: Path | None, settings: ExportConfig, on_step: Callable[[str], None] = lambda _: None
 ) -> tuple[Export, Path]:
@@ -108,35 +96,12 @@ def export_run(
         ExportError: the run has nothing to export, or the folder can't be written.
         ModelError: the base is missing or has changed, the adapter doesn't fit, or no GGUF file can be written of it.
     """
-    source = _check_run(paths, settings)
-    target = (to or paths.export).expanduser().absolute()
+    source = check_run(paths, _to_gguf(settings))
+    target = export_folder(paths, to)
     _check_target(target, source.record, settings)
     with _staging_folder(target) as folder:
         export = _export(source, folder, settings, on_step)
     return export, target
-
-
-def _check_run(paths: RunPaths, settings: ExportConfig) -> _Source:
-    """Check everything that can be wrong with a run before a weight is read, and return its parts."""
-    record = read_record(paths.record)
-    if record.status is not Status.COMPLETED:
-        hint = f"qlora-exp show {record.run_id} says why; export a completed run"
-        raise ExportError(f"the run is {record.status}: its training is not complete", record.run_id, hint)
-    if record.synthetic:
-        raise ExportError("the run trained no model (training.engine=sleep)", record.run_id, "export a trained run")
-    if not (paths.adapter / "adapter_model.safetensors").is_file():
-        what = "the run has no adapter: adapter_model.safetensors is missing"
-        raise ExportError(what, str(paths.adapter), f"restore it, or qlora-exp rerun {record.run_id}")
-    config = config_from_plain(record.config)
-    model = resolve_source(config.model)
-    if record.model_fingerprint not in (None, sources.fingerprint(model)):
-        what = "the base's files have changed since the run: the adapter would be added to other weights"
-        raise ModelError(what, model.where, "restore them")
-    tokenizer = load_tokenizer(config.model)
-    if any(name in BLOCK_TYPES for name in settings.formats):
-        check_convertible(model_config(model), tokenizer, model.where)
-    end_token = end_of_answers(tokenizer, record.plan.format) if record.plan else None
-    return _Source(config, record, paths, model, tokenizer, end_token)
 
 
 def _check_target(target: Path, record: RunRecord, settings: ExportConfig) -> None:
@@ -172,7 +137,7 @@ def _staging_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _export(source: _Source, folder: Path, settings: ExportConfig, on_step: Callable[[str], None]) -> Export:
+def _export(source: FinishedRun, folder: Path, settings: ExportConfig, on_step: Callable[[str], None]) -> Export:
     # Everything is made from the merged model. If it isn't one of the formats, it goes to a folder that is deleted.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".work-") as work:
         merged_folder = folder / "merged" if "merged" in settings.formats else Path(work)
@@ -213,19 +178,88 @@ def _export(source: _Source, folder: Path, settings: ExportConfig, on_step: Call
                 artefacts.append(Artefact("merged", "merged/", _folder_bytes(merged_folder), check))
             artefacts += files
     export = _results(source, artefacts, fingerprint or sources.fingerprint(source.model), settings)
-    for place in (folder, folder / "adapter", folder / "merged"):  # each may be copied alone
-        if place.is_dir():
-            library = "transformers" if place.name == "merged" else "peft"
-            write_text(place / "README.md", export_card(source.record, export, library))
+    _write_cards(source, folder, export, settings)
     if source.model.name.startswith("embedded:"):
         shutil.copyfile(EMBEDDED / "LICENSE.wordnet", folder / "LICENSE.wordnet")
     write_json(folder / "export.json", export)
     return export
 
 
-def _export_adapter(source: _Source, target: Path) -> Artefact:
-    target.mkdir()
+def _write_cards(source: FinishedRun, folder: Path, export: Export, settings: ExportConfig) -> None:
+    """Write a model card for the export and for each of its folders, which may be copied alone; and the Modelfile."""
+    places = {artefact.format: artefact.path.rstrip("/") for artefact in export.artefacts}
+    cards: dict[str, dict[str, str]] = {
+        "": places,
+        **{name: {name: "."} for name in ("adapter", "merged") if name in places},
+    }
+    for name, found in cards.items():
+        write_text(folder / name / "README.md", _card(source, export, found, settings))
+    files = [file for name, file in places.items() if name in BLOCK_TYPES]
+    if files:
+        data, task = source.record.data, source.config.task
+        chat = source.record.plan is not None and source.record.plan.format == "chat"
+        prefix = data.answer_prefix if data is not None else None
+        text = modelfile(files[0], source.tokenizer, chat, source.end_token, prefix, task.system)
+        write_text(folder / "Modelfile", text)
+
+
+def _card(source: FinishedRun, export: Export, places: Mapping[str, str], settings: ExportConfig) -> str:
+    adapter = json.loads((source.paths.adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    usage = usage_of(source.record, source.model, source.end_token, adapter)
+    library = "transformers" if list(places) == ["merged"] else "peft"
+    return export_card(source.record, export, library, usage_chapter(usage, places), settings.phone)
+
+
+def push_export(paths: RunPaths, to: Path | None, settings: ExportConfig, push: Push) -> str:
+    """Push the first of the formats of a run's export to the Hub, with its card, and return the address.
+
+    Raises:
+        ExportError: the folder has no such export, or the push is refused (:func:`~qlora_exp.export.push.push_files`).
+    """
+    source, folder = check_run(paths, _to_gguf(settings)), export_folder(paths, to)
+    export, name = exported_before(paths, to), settings.formats[0]
+    artefact = next((one for one in export.artefacts if one.format == name), None) if export else None
+    if export is None or artefact is None:
+        hint = f"delete {folder} and repeat the command, or --to another folder"
+        raise ExportError(f"the export has no format {name}", str(folder), hint)
+    place = folder / artefact.path
+    files = {file.name: file for file in (place.iterdir() if place.is_dir() else [place, folder / "Modelfile"])}
+    if (licence := folder / "LICENSE.wordnet").is_file():
+        files[licence.name] = licence
+    base = source.model.where
+    there = {name: push.repository if place.is_dir() else place.name}
+    card = _card(source, export, there, settings)
+    model = source.config.model
+    for place_named in (base, model.adapter, model.path, model.instruct_path, source.model.path_or_id):
+        card = without_folders(card, place_named) if place_named else card
+    texts = {**dict(portable_texts(place)), "README.md": card}
+    if place.is_file():  # the export's Modelfile is of its first GGUF file
+        modelfile_text = (folder / "Modelfile").read_text(encoding="utf-8")
+        texts["Modelfile"] = re.sub(r"^FROM .*", f"FROM ./{place.name}", modelfile_text, count=1, flags=re.MULTILINE)
+    return push_files(files, texts, push, paths)
+
+
+def _to_gguf(settings: ExportConfig) -> bool:
+    return any(name in BLOCK_TYPES for name in settings.formats)
+
+
+def export_folder(paths: RunPaths, to: Path | None) -> Path:
+    """Return the folder of an export: ``to``, or ``export/`` in the run's own folder."""
+    return (to or paths.export).expanduser().absolute()
+
+
+def exported_before(paths: RunPaths, to: Path | None) -> Export | None:
+    """Return the results of this run's export in the folder; ``None``: there is none."""
+    export = read_or_none(Export, export_folder(paths, to) / "export.json")
+    return export if export is not None and export.run_id == read_record(paths.record).run_id else None
+
+
+def _export_adapter(source: FinishedRun, target: Path) -> Artefact:
     config, adapter = source.config, source.paths.adapter
+    if source.model.adapters:
+        write_combined([*map(Path, source.model.adapters), adapter], target)
+        return Artefact("adapter", "adapter/", _folder_bytes(target))
+    target.mkdir()
     settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     if is_portable(settings):
         for name in ("adapter_model.safetensors", "adapter_config.json"):
@@ -236,7 +270,7 @@ def _export_adapter(source: _Source, target: Path) -> Artefact:
     return Artefact("adapter", "adapter/", _folder_bytes(target))
 
 
-def _results(source: _Source, artefacts: list[Artefact], fingerprint: str, settings: ExportConfig) -> Export:
+def _results(source: FinishedRun, artefacts: list[Artefact], fingerprint: str, settings: ExportConfig) -> Export:
     """Return the export's results, with its cost and the answer to the phone case."""
     record = source.record
     seconds, price = record.speed.total_seconds, _price(record, settings)

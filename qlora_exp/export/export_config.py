@@ -22,6 +22,8 @@ class ExportConfig:
     generated_tokens: int
     usd_per_hour: float | None
     """null: the cost in the run's record."""
+    phone: bool
+    """List every criterion of the phone case in the card."""
     phone_file_bytes: int
     phone_memory_bytes: int
     phone_usd: float

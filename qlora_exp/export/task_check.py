@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from qlora_exp.analysis.paired_shares import paired_bounds
 from qlora_exp.config.enums import EvaluationSplit
 from qlora_exp.config.schema import Config
 from qlora_exp.data.items import Item, Splits
@@ -27,8 +28,6 @@ from qlora_exp.records.types import RunRecord
 
 METRICS = {"correct": "accuracy", "exact": "exact_match"}
 """Per-item column → metric. The first one that the run has is compared."""
-Z_ONE_SIDED_95 = 1.6449
-"""Quantile of the normal distribution for a one-sided 95 % bound."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,8 @@ def _longest(questions: CheckItems, like: PreTrainedModel) -> int:
     return min(longest, positions) if positions else longest
 
 
-def _compare(model: Any, questions: CheckItems, engine: str, batch_size: int) -> TaskCheck:
+def answer_items(model: Any, questions: CheckItems, batch_size: int) -> pa.Table:
+    """Return the per-item results of ``model`` on the items, in their order (``per_item.ITEM_COLUMNS``)."""
     config, splits = questions.config, questions.splits
     settings = replace(
         config.evaluation,
@@ -111,20 +111,23 @@ def _compare(model: Any, questions: CheckItems, engine: str, batch_size: int) ->
     )
     # A uniform marginal saves the pass that would estimate it.
     marginal = {label: 1 / len(splits.labels) for label in splits.labels}
-    split = config.evaluation.split.value
-    exported = evaluate_model(
+    return evaluate_model(
         model,
         questions.tokenizer,
         questions.items,
         splits,
         replace(config, evaluation=settings),
-        split=split,
+        split=config.evaluation.split.value,
         label_marginal=marginal or None,
     ).items
+
+
+def _compare(model: Any, questions: CheckItems, engine: str, batch_size: int) -> TaskCheck:
+    exported = answer_items(model, questions, batch_size)
     return replace(
         compare_answers(questions.answers, exported, questions.tolerance),
         engine=engine,
-        split=split,
+        split=questions.config.evaluation.split.value,
         items=len(questions.items),
         run_loss_per_item=_mean(questions.answers["loss_sum_nats"].to_pylist()),
         exported_loss_per_item=_mean(exported["loss_sum_nats"].to_pylist()),
@@ -156,16 +159,6 @@ def compare_answers(run: pa.Table, exported: pa.Table, tolerance: float) -> Task
             high=high,
         )
     return not_checked("the run measured neither accuracy nor exact match", tolerance)
-
-
-def paired_bounds(lost: int, won: int, items: int) -> tuple[float, float]:
-    """Return one-sided 95 % bounds (each) of (lost − won) / items, the difference of two paired shares. Wald's method
-    with half a pair added to each of the four cells (Agresti and Min 2005): without it, no change in 10 items would
-    count as proof."""
-    n = items + 2
-    difference = (lost - won) / n
-    error = math.sqrt(lost + won + 1 - (lost - won) ** 2 / n) / n
-    return difference - Z_ONE_SIDED_95 * error, difference + Z_ONE_SIDED_95 * error
 
 
 def _mean(values: Sequence[float]) -> float:

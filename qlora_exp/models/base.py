@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from qlora_exp.models.gguf_tensors import weights_of_parts
 from qlora_exp.models.inspect import build_meta, check_weights
 from qlora_exp.models.quiet_loading import quiet_loading
 from qlora_exp.models.sources import ModelSource, fingerprint, model_config, resolve_source
+from qlora_exp.models.starting_adapters import merge_adapter
 from qlora_exp.system.device_errors import is_device_error
 
 
@@ -81,7 +82,7 @@ def load_model(
     check_weights(source)
     with quiet_loading():
         try:
-            loaded = _from_gguf(source, arguments) if source.gguf_file else _from_folder(source, arguments)
+            loaded = _from_files(source, arguments)
         except Exception as error:  # transformers and safetensors raise every kind for weights that don't fit
             if isinstance(error, ModelError) or is_device_error(error):
                 raise
@@ -90,8 +91,8 @@ def load_model(
     _check_quantized(loaded, quantization.mode, source)
     if quantization.mode in QUANTIZED:
         _copy_out_of_mmap(loaded)
-    if source.gguf_file:  # loaded from memory: PEFT would write the base's name as "None"
-        loaded.name_or_path = source.where
+    if source.gguf_file or source.adapters:  # loaded from memory: PEFT would write the base's name as "None"
+        loaded.name_or_path = " + ".join([source.where, *source.adapters])
     return _warm_up(loaded, source)
 
 
@@ -147,6 +148,27 @@ def _shared_tensors(module: nn.Module) -> Iterator[Any]:
             yield value
     if isinstance(module, Linear8bitLt):
         yield from (value for value in vars(module.state).values() if isinstance(value, torch.Tensor))
+
+
+def _from_files(source: ModelSource, arguments: dict[str, Any]) -> PreTrainedModel:
+    if source.adapters:
+        return _with_merged_adapters(source, arguments)
+    return _from_gguf(source, arguments) if source.gguf_file else _from_folder(source, arguments)
+
+
+def _with_merged_adapters(source: ModelSource, arguments: dict[str, Any]) -> PreTrainedModel:
+    """Load the weights in fp32 on the CPU, merge the adapters there, and load the result from memory as ``arguments``
+    say. So quantization rounds the merged weights, as it does those of any other base."""
+    exact = {**arguments, "dtype": torch.float32, "device_map": {"": "cpu"}, "quantization_config": None}
+    model = _from_files(replace(source, adapters=()), exact)
+    generation = model.generation_config
+    for folder in source.adapters:
+        model = merge_adapter(model, Path(folder))
+    loaded, report = type(model).from_pretrained(
+        None, config=model.config, state_dict=model.state_dict(), output_loading_info=True, **arguments
+    )
+    loaded.generation_config = generation
+    return _check_no_missing_weights(loaded, report, source)
 
 
 def _from_folder(source: ModelSource, arguments: dict[str, Any]) -> PreTrainedModel:

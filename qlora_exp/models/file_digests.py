@@ -12,10 +12,13 @@ import time
 from pathlib import Path
 
 from qlora_exp.paths import user_cache
+from qlora_exp.progress import report_progress
 from qlora_exp.records.files import write_json
 
 MIN_CACHED_BYTES = 32 * 2**20
 """Smaller files are hashed in milliseconds."""
+HASHED_BYTES = 2**24
+BYTES_PER_MB = 10**6
 SETTLED_SECONDS = 2.0
 """A file that was written within this time isn't cached: a file system with coarse timestamps may show the same one
 after another write."""
@@ -47,8 +50,17 @@ def _known_digest(file: Path, identity: tuple[int, ...]) -> str:
 
 
 def _hash(file: Path) -> str:
+    size = file.stat().st_size
+    if size < MIN_CACHED_BYTES:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    digest, done = hashlib.sha256(), 0
     with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        while chunk := stream.read(HASHED_BYTES):
+            digest.update(chunk)
+            done += len(chunk)
+            report_progress(done // BYTES_PER_MB, size // BYTES_PER_MB, f"MB of {file.name} hashed")
+    return digest.hexdigest()
 
 
 def _cache_file(file: Path) -> Path:

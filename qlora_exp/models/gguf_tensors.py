@@ -23,6 +23,7 @@ from qlora_exp.errors import ModelError
 from qlora_exp.models.gguf_header import GgufHeader, GgufTensor, gguf_parts, read_header
 from qlora_exp.models.gguf_rope import ROPE_FACTORS_TENSOR, gives_factors, rope_factors
 from qlora_exp.models.tensors import LoadReport, dry_load, first_three, raise_misshapen, raise_missing
+from qlora_exp.progress import report_progress
 
 SAFETENSORS_HINT = (
     "give the model's safetensors, or a file that llama.cpp's convert_hf_to_gguf.py wrote of the whole model"
@@ -76,8 +77,10 @@ def weights_of_parts(model: PreTrainedModel, parts: list[Path]) -> dict[str, tor
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=settings)
     names = get_gguf_hf_weights_map(model, processor)
     parsed: dict[str, dict[str, torch.Tensor]] = {"tensors": {}}
+    total, done = sum(len(read_header(part).tensors) for part in parts), 0
     for part in parts:
         for tensor in GGUFReader(part).tensors:
+            report_progress(done := done + 1, total, "tensors of the GGUF unpacked")
             values = dequantize(tensor.data, tensor.tensor_type)
             result = processor.process(
                 weights=values, name=tensor.name, tensor_key_mapping=names, parsed_parameters=parsed

@@ -30,6 +30,7 @@ from qlora_exp.models.config_sizes import check_no_missing_sizes
 from qlora_exp.models.gguf_header import gguf_parts
 from qlora_exp.models.gguf_tensors import check_gguf
 from qlora_exp.models.sources import ModelSource, check_config, first_error_line, model_config, resolve_source
+from qlora_exp.models.starting_adapters import check_adapters
 from qlora_exp.models.tensors import check_tensors, stored_tensors
 from qlora_exp.models.weight_files import weight_files
 
@@ -60,6 +61,7 @@ def describe(model: ModelConfig, to_load: bool = True) -> Architecture:
     built = build_meta(model_config(source), source)
     _check_attention(built, model.attention)
     described = architecture_of(built)
+    check_adapters(source.adapters, built)
     check_weights(source, built)
     return described
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel
 
 from qlora_exp.config.enums import ComputeDtype, Quantization
@@ -13,10 +12,13 @@ from qlora_exp.config.schema import Config
 from qlora_exp.errors import ModelError
 from qlora_exp.models.adapters import load_adapter
 from qlora_exp.models.base import load_base
+from qlora_exp.models.starting_adapters import retie_embeddings
 
 
 def merged_model(config: Config, adapter: Path) -> tuple[PreTrainedModel, str]:
     """Return W + scale · B·A in fp32, on the CPU, from the *unquantized* base; and the fingerprint of that base.
+
+    W holds the adapters that the run started from.
 
     Raises:
         ModelError: the base can't be loaded, the adapter doesn't fit it, or the merged weights are not finite.
@@ -31,14 +33,5 @@ def merged_model(config: Config, adapter: Path) -> tuple[PreTrainedModel, str]:
         raise ModelError(f"the adapter can't be merged: {error}", str(adapter), "train it again") from None
     assert isinstance(merged, PreTrainedModel)
     if tied:
-        _retie_embeddings(merged)
+        retie_embeddings(merged)
     return merged, base.fingerprint
-
-
-def _retie_embeddings(model: PreTrainedModel) -> None:
-    """Tie head and embeddings again if they are equal: PiSSA works on separate copies of all weights. (An adapted head
-    is another matrix, and PEFT has recorded that in the configuration.)"""
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is not None and torch.equal(head.weight, embeddings.weight):
-        model.config.tie_word_embeddings = True
-        model.tie_weights()

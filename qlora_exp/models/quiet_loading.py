@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
 import transformers
-from transformers import core_model_loading
+from transformers import core_model_loading, modeling_gguf_pytorch_utils
 
+from qlora_exp.progress import report_progress
 from qlora_exp.system.device_errors import is_device_error
 
 
@@ -27,14 +28,36 @@ def quiet_loading() -> Iterator[None]:
     collect_errors = getattr(core_model_loading, "log_conversion_errors", None)  # private: not in every version
     if collect_errors is not None:
         core_model_loading.log_conversion_errors = _without_device_errors(collect_errors)
+    set_hook = getattr(log, "set_tqdm_hook", None)  # not in every version
+    earlier_hook = set_hook(_counted) if set_hook is not None else None
+    gguf_bars = modeling_gguf_pytorch_utils.tqdm
+    modeling_gguf_pytorch_utils.tqdm = lambda *args, **kwargs: _counted(log.EmptyTqdm, args, kwargs)
     try:
         yield
     finally:
+        modeling_gguf_pytorch_utils.tqdm = gguf_bars
+        if set_hook is not None:
+            set_hook(earlier_hook)
         if collect_errors is not None:
             core_model_loading.log_conversion_errors = collect_errors
         log.set_verbosity(verbosity)
         if bars:
             log.enable_progress_bar()
+
+
+def _counted(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return transformers' bar, if it goes through a sequence: with reports of the progress, and without drawing."""
+    if args and hasattr(args[0], "__len__"):
+        unit = "tensors of the GGUF unpacked" if "GGUF" in str(kwargs.get("desc")) else "weights loaded"
+        return factory(_reporting(args[0], unit), *args[1:], **kwargs)
+    return factory(*args, **kwargs)
+
+
+def _reporting(items: Collection[Any], unit: str) -> Iterator[Any]:
+    report_progress(0, len(items), unit)
+    for number, item in enumerate(items, start=1):
+        yield item
+        report_progress(number, len(items), unit)
 
 
 def _without_device_errors(

@@ -12,7 +12,7 @@ import hashlib
 import importlib.util
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from qlora_exp.models.gguf_header import gguf_parts, is_tied, read_header
 from qlora_exp.models.gguf_rope import with_llama3_rope
 from qlora_exp.models.prequantized import QUANTIZED_HINT as UNQUANTIZED
 from qlora_exp.models.prequantized import quantization_method
+from qlora_exp.models.starting_adapters import adapter_chain, adapter_digest, check_base_of_adapter
 from qlora_exp.models.weight_files import (
     WEIGHTS,
     WEIGHTS_INDEX,
@@ -63,6 +64,8 @@ class ModelSource:
     is_local: bool
     cached: bool = False
     """The Hub doesn't answer: only files in its local cache are used."""
+    adapters: tuple[str, ...] = ()
+    """Folders of adapters that are merged into the weights, in this order."""
 
     @property
     def where(self) -> str:
@@ -106,26 +109,51 @@ def resolve_source(model: ModelConfig) -> ModelSource:
 
     Raises:
         ModelError: nothing is there, config.json is missing or broken, the architecture is unknown or needs remote
-            code, the weights are pickled or damaged, the ``gguf`` package is missing, or the Hub can't be reached.
+            code, the weights are pickled or damaged, the ``gguf`` package is missing, the Hub can't be reached, or
+            ``model.adapter`` belongs to another model.
     """
     if model.family == "local" or model.path:
-        return _local_source(Path(model.path or "").expanduser())
-    checkpoint = model.checkpoints.get(model.variant.value)
-    if checkpoint is None:
-        known = nearest(model.variant.value, model.checkpoints)
-        raise ModelError(f"{model.family} has no {model.variant.value} checkpoint", "model.variant", known)
-    return _checkpoint_source(checkpoint, model.revision)
+        source = _local_source(Path(model.variant_path or "").expanduser())
+    else:
+        checkpoint = model.checkpoint
+        if checkpoint is None:
+            known = nearest(model.variant.value, model.checkpoints)
+            raise ModelError(f"{model.family} has no {model.variant.value} checkpoint", "model.variant", known)
+        source = _checkpoint_source(checkpoint, model.revision, _key_of_id(model))
+    return _with_adapters(source, Path(model.adapter)) if model.adapter else source
 
 
 def instruct_sibling(model: ModelConfig) -> ModelSource | None:
-    """Return the instruct checkpoint of a base's family, or ``None`` if there is none or it can't be reached."""
+    """Return the instruct model of a base's family or pair, or ``None`` if there is none or it can't be reached."""
     checkpoint = model.checkpoints.get("instruct")
-    if checkpoint is None or model.variant.value == "instruct":
+    if model.variant.value == "instruct":
         return None
     try:
-        return _checkpoint_source(checkpoint, None)
+        if model.instruct_path:
+            return _local_source(Path(model.instruct_path).expanduser())
+        return _checkpoint_source(checkpoint, None) if checkpoint is not None else None
     except ModelError:
         return None
+
+
+def _key_of_id(model: ModelConfig) -> str:
+    """Return the setting that names the variant's checkpoint, as messages show it."""
+    if model.family != "hub":
+        return "model.checkpoints"
+    key = "model.instruct_id" if model.instruct_id and model.variant.value == "instruct" else "model.id"
+    return f"{key} = {model.checkpoint}"
+
+
+def _with_adapters(source: ModelSource, folder: Path) -> ModelSource:
+    """Return ``source`` with the adapter in ``folder``, after those that the run of that adapter started from.
+
+    Raises:
+        ModelError: there is no adapter, or it was trained on another model.
+    """
+    for adapter in adapter_chain(folder):
+        check_base_of_adapter(adapter, source.path_or_id, source.is_local, fingerprint(source))
+        source = replace(source, adapters=(*source.adapters, str(adapter.folder)))
+    return source
 
 
 def model_config(source: ModelSource) -> PretrainedConfig:
@@ -171,7 +199,10 @@ def _read_gguf_config(source: ModelSource, size: int, modified: int) -> Pretrain
 
 
 def fingerprint(source: ModelSource) -> str:
-    """Return SHA-256 over names and contents of the files on disk; for the Hub, its id and commit."""
+    """Return SHA-256 over names and contents of the files on disk; for the Hub, its id and commit. The digests of
+    merged adapters follow."""
+    if source.adapters:
+        return "+".join([fingerprint(replace(source, adapters=())), *(adapter_digest(f) for f in source.adapters)])
     if not source.is_local:
         return f"hub:{source.path_or_id}@{source.revision}"
     folder = Path(source.path_or_id)
@@ -189,7 +220,7 @@ def _model_files(folder: Path) -> list[Path]:
     return [*files, *folder.glob("additional_chat_templates/*.jinja")]
 
 
-def _checkpoint_source(checkpoint: str, revision: str | None) -> ModelSource:
+def _checkpoint_source(checkpoint: str, revision: str | None, key: str = "model.checkpoints") -> ModelSource:
     if checkpoint.startswith("embedded:"):
         folder = EMBEDDED / checkpoint.removeprefix("embedded:")
         if not folder.is_dir():
@@ -197,7 +228,7 @@ def _checkpoint_source(checkpoint: str, revision: str | None) -> ModelSource:
             raise ModelError(f"the package ships no {checkpoint}", str(folder), nearest(folder.name, shipped))
         source = _local_source(folder)
         return ModelSource(checkpoint, source.path_or_id, None, None, True)
-    return _hub_source(checkpoint, revision)
+    return _hub_source(checkpoint, revision, key)
 
 
 def _local_source(path: Path) -> ModelSource:
@@ -264,17 +295,17 @@ def check_config(file: Path) -> None:
     check_positive_sizes(file, raw)
 
 
-def _hub_source(repository: str, revision: str | None) -> ModelSource:
-    commit, cached = _hub_commit(repository, revision)
+def _hub_source(repository: str, revision: str | None, key: str) -> ModelSource:
+    commit, cached = _hub_commit(repository, revision, key)
     source = ModelSource(repository, repository, commit, None, False, cached)
     model_config(source)
     return source
 
 
 @functools.lru_cache(maxsize=256)
-def _hub_commit(repository: str, revision: str | None) -> tuple[str, bool]:
+def _hub_commit(repository: str, revision: str | None, key: str) -> tuple[str, bool]:
     """Return the commit that ``revision`` (default: main) means, and whether it comes from the local cache. The Hub is
-    asked once."""
+    asked once. ``key``: the setting that names the repository, for messages."""
     try:
         info = huggingface_hub.HfApi().model_info(repository, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
         if info.sha is not None:
@@ -284,10 +315,10 @@ def _hub_commit(repository: str, revision: str | None) -> tuple[str, bool]:
             return str(info.sha), False
     except GatedRepoError:
         hint = f"accept its licence at https://huggingface.co/{repository} and run: hf auth login"
-        raise ModelError(f"{repository} is gated", "model.checkpoints", hint) from None
+        raise ModelError(f"{repository} is gated", key, hint) from None
     except RepositoryNotFoundError:
         hint = "check its spelling; a private one needs: hf auth login"
-        raise ModelError(f"the Hub has no model {repository}", "model.checkpoints", hint) from None
+        raise ModelError(f"the Hub has no model {repository}", key, hint) from None
     except HfHubHTTPError as error:
         if error.response is not None and error.response.status_code == 404:
             what = f"{repository} has no revision {revision}"

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from qlora_exp.errors import ModelError
 from qlora_exp.models.prequantized import QUANTIZATION_FILES
 from qlora_exp.models.prequantized import QUANTIZED_HINT as UNQUANTIZED
+from qlora_exp.records.model_name import OWNER_AND_NAME
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -112,10 +113,9 @@ def check_no_adapter(folder: Path) -> None:
         raise ModelError(what, str(file), hint)
     base = _base_of_adapter(file)
     named = f"; its base is {base}" if base else ""
-    hint = (
-        f"give the base itself, or the merged model: PeftModel.from_pretrained(BASE, {folder.name!r})"
-        ".merge_and_unload().save_pretrained(NEW_DIR); of a run of qlora-exp: qlora-exp export RUN --formats merged"
-    )
+    is_on_hub = base is not None and OWNER_AND_NAME.fullmatch(base) and not Path(base).exists()
+    model = f"model=hub model.id={base}" if is_on_hub else f"model=local model.path={base or 'BASE'}"
+    hint = f"give the base, and the adapter as the start: {model} model.adapter={folder}"
     raise ModelError(f"the directory holds an adapter and no model{named}", str(folder), hint)
 
 
@@ -124,9 +124,10 @@ def check_hub_files(names: set[str], place: str) -> None:
     loadable = names & {WEIGHTS, WEIGHTS_INDEX}
     if ADAPTER_CONFIG in names:
         what = "the repository holds an adapter and no model"
+        hint = "give its base as the model, and: hf download OWNER/NAME --local-dir DIR, then model.adapter=DIR"
         if "config.json" in names and loadable:
             what = f"{ADAPTER_CONFIG} lies next to a whole model: transformers would load the adapter on top of it"
-        hint = "give the base's repository, or download it without the adapter: model=local model.path=DIR"
+            hint = "give the base's repository, or download it without the adapter: model=local model.path=DIR"
         raise ModelError(what, place, hint)
     if not loadable:
         what = f"the repository has neither {WEIGHTS} nor {WEIGHTS_INDEX}"
@@ -143,9 +144,7 @@ def config_hint(folder: Path) -> str:
     if inside:
         return f"model.path={inside[0].parent}"
     if adapters := sorted(folder.glob(f"*/{ADAPTER_CONFIG}")):
-        return (
-            f"{adapters[0].parent.name}/ holds an adapter; of a run of qlora-exp: qlora-exp export RUN --formats merged"
-        )
+        return f"{adapters[0].parent.name}/ holds an adapter: give its base, and model.adapter={adapters[0].parent}"
     if (folder / "params.json").is_file():
         return "this is the publisher's own format (params.json): download the one for transformers"
     return "a model directory holds config.json and *.safetensors"

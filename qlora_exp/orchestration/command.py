@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import datetime
 import hashlib
@@ -18,8 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qlora_exp.config.choices import groups
-from qlora_exp.config.compose import GRID_CHECK_LIMIT, check_candidates, compose_raw
-from qlora_exp.config.enums import Engine, Pruner, Sampler
+from qlora_exp.config.compose import GRID_CHECK_LIMIT, check_candidates, compose_raw, policy_of_searched_alpha
+from qlora_exp.config.enums import Engine, Pruner, Sampler, Variant
 from qlora_exp.config.interpolations import (
     depends_on,
     resolve_outside,
@@ -27,6 +28,7 @@ from qlora_exp.config.interpolations import (
     settings_from_outside,
     unresolved_texts,
 )
+from qlora_exp.config.model_choice import adapter_folder, variant_by_name
 from qlora_exp.config.override_errors import problems_of
 from qlora_exp.config.overrides import (
     SEARCH_PATH,
@@ -37,10 +39,18 @@ from qlora_exp.config.overrides import (
     override_key,
     override_value,
 )
-from qlora_exp.config.schema import SweepConfig, TrackingConfig, WorkersConfig, absolute_path, absolute_store
-from qlora_exp.errors import ConfigError, RecordError, raise_all
+from qlora_exp.config.schema import (
+    ModelConfig,
+    SweepConfig,
+    TrackingConfig,
+    WorkersConfig,
+    absolute_path,
+    absolute_store,
+)
+from qlora_exp.errors import ConfigError, QloraExpError, RecordError, raise_all
 from qlora_exp.estimate import budget
 from qlora_exp.formatting import flatten
+from qlora_exp.orchestration.exchanged import without_options_of_another
 from qlora_exp.paths import OutputPaths, StudyPaths, study_name
 from qlora_exp.rank_doubling.settings import EDITION, continued, ladder_axes, ladder_of, max_trials
 from qlora_exp.records.find import LAST
@@ -53,18 +63,31 @@ from qlora_exp.study.types import Axis, AxisKind, LadderSpec, StudySpec
 
 STUDY_KEYS = tuple(f"budget.{name}" for name in budget.STUDY_LIMITS)
 """Budget limits that apply to the whole study; no trial has them as its own."""
-NOT_SWEPT = ("sweep", "sweeps", "workers", "output_root", "tracking", *STUDY_KEYS)
+NOT_SWEPT = ("sweep", "sweeps", "workers", "output_root", "tracking", "notify", *STUDY_KEYS)
 IGNORED_IN_NAME = (
-    *("workers", "tracking", "output_root", "sweeps", "sweep.name", "sweep.join", "sweep.storage"),
+    *("workers", "tracking", "notify", "output_root", "sweeps", "sweep.name", "sweep.join", "sweep.storage"),
     *("sweep.n_trials", "sweep.max_failures", "sweep.max_attempts"),
     *STUDY_KEYS,
     "budget.force",
 )
 """Settings that may change while a study continues: the command still means the same study."""
-UNRESOLVED = ("tracking.uri", "sweep.name", "sweep.storage", "sweep.params", "sweep.enqueue", "sweep.conditions")
+UNRESOLVED = (
+    "tracking.uri",
+    "notify",
+    "sweep.name",
+    "sweep.storage",
+    "sweep.params",
+    "sweep.enqueue",
+    "sweep.conditions",
+)
 """Interpolations in these settings stay unresolved: they may hold a password, or are resolved elsewhere."""
-FILES, STORES = ("task.path", "model.path", "model.chat_template"), ("tracking.uri", "sweep.storage")
+FILES, STORES = (
+    ("task.path", "model.path", "model.instruct_path", "model.chat_template"),
+    ("tracking.uri", "sweep.storage"),
+)
 """Settings that may name a place relative to the command's working directory."""
+STARTING_ADAPTER = "model.adapter"
+"""The setting that may name a run."""
 MAX_NAME_CHARACTERS = 200
 """Optuna's databases store at most 512 bytes or characters, depending on their kind; a folder name has at most 255
 bytes."""
@@ -86,6 +109,8 @@ class SweepCommand:
     """Composed without the axes."""
     fixed_axes: tuple[str, ...] = ()
     """Overrides that set one value for an axis that the sweep's file searches."""
+    left_out: tuple[str, ...] = ()
+    """Which options of the sweep's file don't count, and why: one line for a sampler, one for a pruner."""
 
 
 def study_spec(overrides: Sequence[str], params: Mapping[str, str] | None = None) -> SweepCommand:
@@ -101,13 +126,16 @@ def study_spec(overrides: Sequence[str], params: Mapping[str, str] | None = None
     swept = {override_key(text): text.partition("=")[2] for text in overrides if is_swept(text)}
     fixed = [text for text in overrides if override_key(text) not in swept]
     raw = compose_raw(fixed)
-    settings = _settings(raw)
+    settings, left_out = without_options_of_another(_settings(raw), fixed)
     declared = {key: f"{key}={text}" for key, text in {**(params or {}), **settings.params}.items()}
     declared = {key: resolve_outside([text])[0].partition("=")[2] for key, text in declared.items()}
     texts = {**declared, **swept}
     # A fixed key that the sweep searches becomes an axis with one value, so that conditions can still refer to it.
     texts |= {override_key(text): text.partition("=")[2] for text in fixed if override_key(text) in texts}
     single_valued = [text for text in fixed if override_key(text) in texts]
+    of_alpha = policy_of_searched_alpha(fixed, texts)
+    if of_alpha:
+        raw = compose_raw([*fixed, *of_alpha])
     fixed_axes = [
         text for text in fixed if text.partition("=")[2] != declared.get(override_key(text), text.partition("=")[2])
     ]
@@ -117,10 +145,11 @@ def study_spec(overrides: Sequence[str], params: Mapping[str, str] | None = None
     texts_now_fixed = _texts_replaced(as_written, raw, from_files)
     if from_files:
         fixed += point_overrides(from_files)
-        raw = compose_raw([*fixed, *single_valued])
+        raw = compose_raw([*fixed, *single_valued, *of_alpha])
     fixed = _with_absolute_paths(fixed, raw)
     narrowed = [key for key, text in declared.items() if texts[key] != text]
     axes = _axes(texts, settings, narrowed)
+    raise_all(_one_model_for_two_variants(axes, raw))
     ladder = ladder_of(settings, fixed, axes) if settings.sampler is Sampler.ladder else None
     points = grid(axes) if is_grid(axes) and ladder is None else None
     own_axes = axes
@@ -143,7 +172,8 @@ def study_spec(overrides: Sequence[str], params: Mapping[str, str] | None = None
             if ladder.edition < EDITION:
                 axes = (*own_axes, *(axis for axis in earlier.axes if "ladder" in axis.tags))
     study_keys = ("sweep.name", "output_root", "sweep.join", "sweep.storage")
-    trial_overrides = [text for text in fixed if override_key(text) not in study_keys]
+    of_trials = [text for text in fixed if override_key(text).partition(".")[0] != "notify"]  # it may hold a secret
+    trial_overrides = [text for text in of_trials if override_key(text) not in study_keys]
     storage = settings.storage or os.environ.get(STORAGE_VARIABLE) or f"sqlite:///{output_root.optuna_database}"
     shared_settings, interpolated = _shared_settings(raw, axes)
     spec = StudySpec(
@@ -178,7 +208,9 @@ def study_spec(overrides: Sequence[str], params: Mapping[str, str] | None = None
         ladder=ladder,
         id=earlier.id if earlier else None,
     )
-    check_candidates([*spec.overrides, *point] for point in _points_to_check(axes))
+    only_enqueued = 0 < spec.n_trials <= len(spec.enqueue)  # then no other point of the space is run
+    points_to_check = map(point_overrides, spec.enqueue) if only_enqueued else _points_to_check(axes)
+    check_candidates([*spec.overrides, *point] for point in points_to_check)
     if settings.pruner is not Pruner.none and raw.training.evaluate_every_steps is None:
         raise ConfigError(
             "pruning needs a validation loss during training, and none is measured",
@@ -189,7 +221,7 @@ def study_spec(overrides: Sequence[str], params: Mapping[str, str] | None = None
     if not paths.created.exists():
         check_warm_start(spec)
     workers, tracking = typed_settings(raw.workers, WorkersConfig), typed_settings(raw.tracking, TrackingConfig)
-    return SweepCommand(spec, paths, settings, workers, tracking, raw, tuple(fixed_axes))
+    return SweepCommand(spec, paths, settings, workers, tracking, raw, tuple(fixed_axes), tuple(left_out))
 
 
 def _resolve_environment(overrides: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -234,7 +266,7 @@ def run_overrides(spec: StudySpec, params: Mapping[str, Any]) -> list[str]:
 
 
 def _run_settings(overrides: Sequence[str]) -> list[str]:
-    others = ("sweep", "workers", "output_root", *STUDY_KEYS)
+    others = ("sweep", "workers", "output_root", "notify", *STUDY_KEYS)
     return [text for text in overrides if not _is_under(override_key(text), others)]
 
 
@@ -253,12 +285,33 @@ def _axes(texts: Mapping[str, str], settings: SweepConfig, narrowed: Sequence[st
     wrong = {key: text for key, text in texts.items() if _is_under(key, NOT_SWEPT)}
     raise_all([ConfigError(f"{key} can't be an axis", f"{key}={text}", hint) for key, text in wrong.items()])
     raise_all(problems_of([f"{key}={text}" for key, text in texts.items()], multirun=True))
+    raise_all(_last_as_an_axis(texts))
     axes: list[Axis] = []
     for axis in parse_axes(texts, settings.conditions, lambda group: groups()[group], narrowed):
         values = tuple(_absolute_value(axis.key, value) for value in axis.values)
         same = values == axis.values
         axes.append(axis if same else replace(axis, values=values, text=",".join(map(hydra_value, values))))
     return tuple(axes)
+
+
+def _last_as_an_axis(texts: Mapping[str, str]) -> list[ConfigError]:
+    """Return the error for ``model.adapter=null,last``: it would be another run in each trial."""
+    text = texts.get(STARTING_ADAPTER, "")
+    if LAST not in text.split(","):
+        return []
+    hint = f"the run's id: {STARTING_ADAPTER}={text.replace(LAST, 'RUN')}"
+    return [ConfigError("last would mean another run in each trial", f"{STARTING_ADAPTER}={text}", hint)]
+
+
+def _one_model_for_two_variants(axes: Sequence[Axis], raw: DictConfig) -> list[ConfigError]:
+    """Return the error for an axis of both variants of a single model: its weights are the same in both."""
+    variants = next((axis for axis in axes if axis.key == "model.variant" and len(axis.values) > 1), None)
+    second = {"hub": "instruct_id", "local": "instruct_path"}.get(str(raw.model.family))
+    if variants is None or second is None or raw.model[second] or any(axis.key == f"model.{second}" for axis in axes):
+        return []
+    example = "OWNER/NAME" if second == "instruct_id" else "PATH"
+    hint = f"model.{second}={example} for a pair, or a single model.variant (task.format=plain,chat compares formats)"
+    return [ConfigError("base and instruct would be the same model", f"model.variant={variants.text}", hint)]
 
 
 def _is_under(key: str, names: Sequence[str]) -> bool:
@@ -282,6 +335,10 @@ def _shared_settings(raw: DictConfig, axes: Sequence[Axis]) -> tuple[dict[str, A
             interpolated[key] = str(value)
             value = value if depends_on(raw, value, names) else redact(_resolved(raw, key))
         shared[key] = _absolute_value(key, value)
+    if shared.get("model.variant") == Variant.auto.name and not any(_is_under(key, ("model",)) for key in searched):
+        # What auto means now: earlier versions had a default here, and the meaning of auto may change.
+        with contextlib.suppress(QloraExpError, OmegaConfBaseException):
+            shared["model.variant"] = variant_by_name(typed_settings(raw.model, ModelConfig)).name
     return shared, interpolated
 
 
@@ -376,8 +433,12 @@ def _check_name(name: str) -> None:
 def _with_absolute_paths(fixed: Sequence[str], raw: DictConfig) -> list[str]:
     """Return ``fixed`` with absolute paths, including those that a file of sweeps/ sets, so that they mean the same
     place from every folder."""
-    places = {key: _text_as_written(raw, key) for key in (*FILES, *STORES)}
+    places = {key: _text_as_written(raw, key) for key in (*FILES, *STORES, STARTING_ADAPTER)}
     absolute = {key: _absolute_value(key, value) for key, value in places.items()}
+    if (adapter := places[STARTING_ADAPTER]) and not has_interpolation(
+        adapter
+    ):  # last is the run that is the last one now
+        absolute[STARTING_ADAPTER] = adapter_folder(adapter, str(raw.output_root))
     changed = {key: value for key, value in absolute.items() if value != places[key]}
     return [*(text for text in fixed if override_key(text) not in changed), *point_overrides(changed)]
 

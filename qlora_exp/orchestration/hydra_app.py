@@ -17,10 +17,26 @@ from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qlora_exp.config.compose import as_checked_config, check_hydra, check_multirun, compose, compose_raw
+from qlora_exp.config.compose import (
+    as_checked_config,
+    check_hydra,
+    check_multirun,
+    compose,
+    compose_raw,
+    with_alpha_policy,
+    with_one_length,
+)
 from qlora_exp.config.interpolations import unresolved_error, unresolved_texts
 from qlora_exp.config.override_errors import problems_of
-from qlora_exp.config.overrides import SEARCH_PATH, first_choice, is_swept, search_folders, search_path, without_globs
+from qlora_exp.config.overrides import (
+    SEARCH_PATH,
+    first_choice,
+    is_swept,
+    search_folders,
+    search_path,
+    with_target_modules,
+    without_globs,
+)
 from qlora_exp.config.schema import Config, register, to_plain
 from qlora_exp.errors import ConfigError, QloraExpError, raise_all
 from qlora_exp.paths import CONF
@@ -78,6 +94,8 @@ def _main(arguments: list[str], flags: argparse.Namespace, only_shows: bool) -> 
     try:
         if not only_shows:
             check_single_rank()
+        if not flags.multirun:
+            arguments, flags.overrides = with_target_modules(arguments), with_target_modules(flags.overrides)
         _check_flags(flags)
         if only_shows:
             _check_displayed_config(flags)
@@ -168,8 +186,8 @@ def run_job(raw: Any) -> Any:
         return work(raw, unresolved_texts(HydraConfig.get().overrides, "task"))
     multirun = HydraConfig.get().mode is RunMode.MULTIRUN
     try:
-        OmegaConf.resolve(raw)
-        config = as_checked_config(raw)
+        OmegaConf.resolve(with_alpha_policy(raw))
+        config = as_checked_config(with_one_length(raw, HydraConfig.get().overrides.task))
         code = _run_in_subprocess(config) if multirun else run_with_progress(config)
     except QloraExpError as error:
         print_error(error)

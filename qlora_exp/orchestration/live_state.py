@@ -39,6 +39,8 @@ class SlotState:
     total: int | None = None
     loss: float | None = None
     started_at: str | None = None
+    progress: str | None = None
+    """How far the phase is, e.g. ``120/1,000 validation items scored``; ``None``: it isn't counted."""
 
 
 def worker_name() -> str:

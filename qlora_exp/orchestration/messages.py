@@ -68,6 +68,16 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """From the trial process: ``done`` of ``total`` ``unit`` (e.g. "items scored") in the current phase. It is a sign
+    of life, too: scoring can take longer than ``workers.hang_seconds``."""
+
+    done: int
+    total: int
+    unit: str
+
+
+@dataclass(frozen=True)
 class Note:
     """From the trial process: a note on the run."""
 
@@ -115,7 +125,9 @@ class DiskFull:
 
 
 Command = RunTrial | PruneReply | EndProcess
-Message = Ready | PhaseChanged | Step | Note | PruneRequest | TrialEnded | UserError | TrialRefused | DiskFull
+Message = (
+    Ready | PhaseChanged | Step | Progress | Note | PruneRequest | TrialEnded | UserError | TrialRefused | DiskFull
+)
 _KINDS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
@@ -125,6 +137,7 @@ _KINDS: dict[str, type] = {
         Ready,
         PhaseChanged,
         Step,
+        Progress,
         Note,
         PruneRequest,
         TrialEnded,

@@ -24,6 +24,7 @@ from qlora_exp.orchestration.live_state import SlotState, utc_now
 from qlora_exp.orchestration.messages import (
     DiskFull,
     PhaseChanged,
+    Progress,
     PruneReply,
     PruneRequest,
     RunTrial,
@@ -212,7 +213,9 @@ class Slot(threading.Thread):
                     stop = value is not None and self.worker.report(claim, step, value, items)
                     host.send(PruneReply(stop))
                 case PhaseChanged(name):
-                    self.state.phase = name
+                    self.state.phase, self.state.progress = name, None
+                case Progress(done, total, unit):
+                    self.state.progress = f"{done:,}/{total:,} {unit}"
                 case Step(step, total, metrics):
                     self.state.step, self.state.total = step, total
                     self.state.loss = metrics.get("loss", self.state.loss)

@@ -8,15 +8,16 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from qlora_exp.formatting import UNKNOWN_CELL, bytes_text, number, simple_table
+from qlora_exp.formatting import TableColumn, bytes_text, clock_text, fitted_table, number, table_width
 from qlora_exp.orchestration.live_state import SlotState, running_slots
 from qlora_exp.orchestration.memory_predictions import MemoryFeedback, MemoryPredictionSummary
 from qlora_exp.paths import StudyPaths
+from qlora_exp.records.labels import label, labels, short_id
 from qlora_exp.study.types import Counts, StudySpec, TrialRow
 from qlora_exp.system.environment import process_identity
 from qlora_exp.system.orchestrator_lease import Lease, held_lease
@@ -32,9 +33,11 @@ REFRESH_SECONDS = 1.0
 SHOWN_BEST = 5
 
 
-def study_status(spec: StudySpec, opened: Any, paths: StudyPaths, holder: Lease | None) -> RenderableType:
+def study_status(
+    spec: StudySpec, opened: Any, paths: StudyPaths, holder: Lease | None, width: int | None = None
+) -> RenderableType:
     """Return everything as one renderable: progress, time left, running trials, the best so far, and the machine's
-    load."""
+    load. ``width``: of the terminal in characters; ``None``: that of standard output."""
     from rich.console import Group
     from rich.text import Text
 
@@ -45,21 +48,40 @@ def study_status(spec: StudySpec, opened: Any, paths: StudyPaths, holder: Lease 
     text = f"{'SYNTHETIC ' if spec.synthetic else ''}study {spec.name}: {progress_text(counts)}"
     if not counts.is_complete:
         seconds = seconds_left(rows, counts, len(slots))
-        text += f", {_duration(seconds)} left" if seconds is not None and slots else ""
+        text += f", {clock_text(seconds)} left" if seconds is not None and slots else ""
         resume_hint = f"no process works on it: qlora-exp resume {shlex.quote(spec.name)}"
         text += f"\nworked on by {holder.owner}" if holder else f"\n{resume_hint}"
     predicted = memory_predictions(rows, paths)
     text += f"\n{predicted.sentence}" if predicted is not None else ""
     parts: list[RenderableType] = [Text(text)]
     if slots:
-        parts.append(_running_table(slots))
+        parts.append(_running_table(slots, width))
     best = opened.best()
     if best:
-        parts.append(best_table(best[:SHOWN_BEST], spec))
+        parts.append(best_table(best[:SHOWN_BEST], spec, width))
     if len(best) > SHOWN_BEST:
         parts.append(Text(f"and {len(best) - SHOWN_BEST} more: qlora-exp best {shlex.quote(spec.name)}"))
     parts.append(Text(_machine_use(), style="dim"))
     return Group(*parts)
+
+
+def status_fields(spec: StudySpec, opened: Any, paths: StudyPaths, holder: Lease | None) -> dict[str, Any]:
+    """Return the study's state for ``status --json``: numbers of trials, the running ones, the best so far."""
+    counts, rows = opened.counts(), opened.trials()
+    running_numbers = {row.number for row in rows if row.state == "RUNNING"}
+    slots = [slot for slot in running_slots(paths) if slot.trial in running_numbers]
+    names = ("total", "completed", "pruned", "failed", "skipped", "running", "waiting", "to_ask", "finished")
+    keys = ("trial", "run_id", "phase", "step", "total", "loss", "started_at")
+    return {
+        "study": spec.name,
+        "synthetic": spec.synthetic,
+        "is_complete": counts.is_complete,
+        **{name: getattr(counts, name) for name in names},
+        "seconds_left": seconds_left(rows, counts, len(slots)) if slots and not counts.is_complete else None,
+        "worked_on_by": holder.owner if holder is not None else None,
+        "running_trials": [{key: getattr(slot, key) for key in keys} | {"name": label(slot.params)} for slot in slots],
+        "best": trial_rows(opened.best(), spec),
+    }
 
 
 def progress_text(counts: Counts) -> str:
@@ -85,18 +107,28 @@ def memory_predictions(rows: Sequence[TrialRow], paths: StudyPaths) -> MemoryPre
     return MemoryFeedback(paths.outputs).predicted(rows)
 
 
-def _running_table(slots: Sequence[SlotState]) -> Table:
-    table = simple_table("running", "phase", "step", "loss", "for", "configuration")
+def _running_table(slots: Sequence[SlotState], width: int | None) -> Table:
+    rows = []
     for slot in slots:
-        step = f"{slot.step}/{slot.total}" if slot.step is not None else UNKNOWN_CELL
-        configuration = " ".join(f"{key}={_text(value)}" for key, value in slot.params.items())
-        duration = UNKNOWN_CELL
+        seconds = None
         with contextlib.suppress(ValueError, TypeError):
-            duration = _duration((datetime.now(UTC) - datetime.fromisoformat(str(slot.started_at))).total_seconds())
-        table.add_row(
-            f"trial {slot.trial}", slot.phase or UNKNOWN_CELL, step, number(slot.loss), duration, configuration
-        )
-    return table
+            seconds = (datetime.now(UTC) - datetime.fromisoformat(str(slot.started_at))).total_seconds()
+        step = f"{slot.step}/{slot.total}" if slot.step is not None else None
+        row: dict[str, Any] = {
+            "trial": f"trial {slot.trial}",
+            "label": label(slot.params),
+            "phase": slot.progress or slot.phase,
+        }
+        rows.append(row | {"step": step, "loss": slot.loss, "seconds": seconds})
+    columns = [
+        TableColumn("trial", "running"),
+        TableColumn("label", "settings", cut=True),
+        TableColumn("phase"),
+        TableColumn("step"),
+        TableColumn("loss", text=number, priority=1),
+        TableColumn("seconds", "for", clock_text, priority=2),
+    ]
+    return fitted_table(rows, columns, width or table_width())[0]
 
 
 def _machine_use() -> str:
@@ -122,22 +154,66 @@ def _machine_use() -> str:
 # Tables of trials.
 
 
-def best_table(rows: Sequence[TrialRow], spec: StudySpec) -> Table:
+def best_table(rows: Sequence[TrialRow], spec: StudySpec, width: int | None = None) -> Table:
     """Return a table of the best trial, the Pareto front, or a ladder's runs at its recommended rank."""
-    table = simple_table("best", *_objective_fields(spec), *(axis.key for axis in spec.axes), "run")
-    for row in rows:
-        table.add_row(f"trial {row.number}", *_value_cells(row), *_param_cells(row, spec), row.run_id or UNKNOWN_CELL)
-    return table
+    shown = [row | {"best": f"trial {row['number']}"} for row in trial_rows(rows, spec)]
+    columns = [
+        TableColumn("best"),
+        TableColumn("name", "settings", cut=True),
+        *value_columns(spec),
+        TableColumn("short_id", "run"),
+    ]
+    return fitted_table(shown, columns, width or table_width())[0]
 
 
-def trials_table(rows: Sequence[TrialRow], spec: StudySpec) -> Table:
-    """Return a table of all trials, one row each."""
-    axes = [axis.key for axis in spec.axes]
-    table = simple_table("trial", "status", *_objective_fields(spec), "seconds", *axes, "run")
-    for row in rows:
-        start = (str(row.number), status_text(row), *_value_cells(row), number(row.seconds, 1))
-        table.add_row(*start, *_param_cells(row, spec), row.run_id or UNKNOWN_CELL)
-    return table
+def trial_rows(rows: Sequence[TrialRow], spec: StudySpec, everybody: Iterable[str] = ()) -> list[dict[str, Any]]:
+    """Return the trials as flat rows with the columns of :func:`write_csv` and: ``label`` (what varies among these
+    trials), ``name`` (all axes' values), ``short_id`` (unique among these runs and ``everybody``), ``attempt``,
+    ``failure``."""
+    ids = [*everybody, *(row.run_id for row in rows if row.run_id is not None)]
+    return [
+        {
+            "number": row.number,
+            "label": text,
+            "status": status_text(row),
+            **dict(zip(value_keys(spec), row.values, strict=False)),
+            "run_id": row.run_id,
+            "short_id": short_id(row.run_id, ids) if row.run_id is not None else None,
+            "seconds": row.seconds,
+            **{axis.key: row.params.get(axis.key) for axis in spec.axes},
+            "name": label(row.params),
+            "attempt": row.attempt,
+            "failure": row.failure,
+        }
+        for row, text in zip(rows, labels([row.params for row in rows]), strict=True)
+    ]
+
+
+def trial_columns(spec: StudySpec) -> list[TableColumn]:
+    """Return the columns of ``trials``: what varies, the objectives, time, status and run."""
+    return [
+        TableColumn("number", "trial"),
+        TableColumn("label", "settings", cut=True),
+        *value_columns(spec),
+        TableColumn("seconds", "time", clock_text, priority=1),
+        TableColumn("status"),
+        TableColumn("short_id", "run"),
+    ]
+
+
+def value_keys(spec: StudySpec) -> list[str]:
+    """Return the keys of the objectives in tables: ``value``, or ``value_FIELD`` for each of several."""
+    fields = _objective_fields(spec)
+    return ["value"] if len(fields) == 1 else [f"value_{field}" for field in fields]
+
+
+def value_columns(spec: StudySpec) -> list[TableColumn]:
+    """Return a column per objective, headed by the end of its name and its direction: ``loss_per_item ↓``."""
+    arrows = ["↑" if objective.startswith("maximize") else "↓" for objective in spec.objectives]
+    names = [field.rsplit(".", 1)[-1] for field in _objective_fields(spec)]
+    headings = [f"{name} {arrow}" for name, arrow in zip(names, arrows, strict=True)]
+    texts = [bytes_text if name.endswith("_bytes") else _value for name in names]
+    return [TableColumn(*fields) for fields in zip(value_keys(spec), headings, texts, strict=True)]
 
 
 def write_csv(rows: Sequence[TrialRow], spec: StudySpec, stream: TextIO) -> None:
@@ -146,10 +222,9 @@ def write_csv(rows: Sequence[TrialRow], spec: StudySpec, stream: TextIO) -> None
 
     Values of axes have all digits. ``null`` is a value; an axis that the trial doesn't have is empty.
     """
-    fields, axes = _objective_fields(spec), [axis.key for axis in spec.axes]
-    columns = ["value"] if len(fields) == 1 else [f"value_{field}" for field in fields]
+    axes = [axis.key for axis in spec.axes]
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["number", "status", *columns, "run_id", "seconds", *axes])
+    writer.writerow(["number", "status", *value_keys(spec), "run_id", "seconds", *axes])
     for row in rows:
         params = [exact_text(row.params[key]) if key in row.params else None for key in axes]
         writer.writerow([row.number, status_text(row), *row.values, row.run_id, row.seconds, *params])
@@ -164,14 +239,6 @@ def status_text(row: TrialRow) -> str:
 
 def _objective_fields(spec: StudySpec) -> list[str]:
     return [objective.split(maxsplit=1)[-1] for objective in spec.objectives]
-
-
-def _value_cells(row: TrialRow) -> list[str]:
-    return [UNKNOWN_CELL if value is None else _value(value) for value in row.values]
-
-
-def _param_cells(row: TrialRow, spec: StudySpec) -> list[str]:
-    return [_text(row.params[axis.key]) if axis.key in row.params else UNKNOWN_CELL for axis in spec.axes]
 
 
 def _value(value: float) -> str:
@@ -194,12 +261,6 @@ def exact_text(value: Any) -> str:
     return repr(value) if isinstance(value, float) else str(value)
 
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
 # While the study runs.
 
 
@@ -218,6 +279,7 @@ class LiveStatus:
         self._printed: set[int] = set()
         """Numbers of the ended trials that have their line, or had ended before."""
         self._counts: Counts | None = None
+        self._width: int | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._poll, name="qlora-exp-watch", daemon=True)
 
@@ -247,12 +309,14 @@ class LiveStatus:
         from rich.console import Console
         from rich.live import Live
 
-        return Live(console=Console(file=self._stream), auto_refresh=False, transient=True)
+        console = Console(file=self._stream)
+        self._width = console.width
+        return Live(console=console, auto_refresh=False, transient=True)
 
     def _refresh(self, live: Any) -> None:
         counts = self._opened.counts()
         if live is not None:
-            live.update(study_status(self._spec, self._opened, self._paths, self._me), refresh=True)
+            live.update(study_status(self._spec, self._opened, self._paths, self._me, self._width), refresh=True)
         if counts == self._counts:
             return
         self._counts = counts
@@ -266,13 +330,12 @@ class LiveStatus:
 
 
 def trial_line(row: TrialRow, done: int, total: int) -> str:
-    """Return, for example, ``[4/20] trial 3 COMPLETED 0.8123  lora.r=8 quantization=nf4  (12.1 s)``."""
+    """Return, for example, ``[4/20] trial 3 COMPLETED 0.8123  nf4 r8  (12.1 s)``."""
     values = " ".join(_value(value) for value in row.values if value is not None)
-    params = " ".join(f"{key}={_text(value)}" for key, value in row.params.items())
     failure = f"  {row.failure.splitlines()[0]}" if row.failure else ""
     seconds = f"  ({row.seconds:.1f} s)" if row.seconds is not None else ""
     result = f"{status_text(row)} {values}".strip()
-    return f"[{done}/{total}] trial {row.number} {result}  {params}{seconds}{failure}"
+    return f"[{done}/{total}] trial {row.number} {result}  {label(row.params)}{seconds}{failure}"
 
 
 def watch_status(spec: StudySpec, opened: Any, paths: StudyPaths) -> None:

@@ -191,10 +191,12 @@ def _candidates(spec: StudySpec) -> Sequence[Candidate] | None:
     if spec.synthetic:
         return None
     from qlora_exp.architecture.families import known_architecture
-    from qlora_exp.estimate.candidates import search_space
+    from qlora_exp.estimate.candidates import listed_space, search_space
 
     fixed = [text for text in spec.overrides if not is_hydra(override_key(text))]
     try:
+        if len(spec.enqueue) >= spec.n_trials:  # no other point is run
+            return listed_space(fixed, spec.enqueue[: spec.n_trials]).points
         space = search_space([*fixed, *(f"{axis.key}={axis.text}" for axis in spec.axes if "ladder" not in axis.tags)])
     except QloraExpError:  # too many points to plan
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,11 +22,12 @@ from qlora_exp.config.overrides import (
     search_folders,
     search_path,
 )
-from qlora_exp.config.schema import WorkersConfig
+from qlora_exp.config.schema import NotifyConfig, WorkersConfig
 from qlora_exp.errors import QloraExpError, StudyError, raise_all, unwritable_error
 from qlora_exp.estimate.budget import budget_of, check_energy
 from qlora_exp.formatting import bytes_text, print_table
 from qlora_exp.orchestration.command import SweepCommand, study_spec, typed_settings
+from qlora_exp.orchestration.finalists import read_plan
 from qlora_exp.orchestration.launcher_processes import launcher_job
 from qlora_exp.orchestration.memory_predictions import MAX_CONSECUTIVE_SKIPS
 from qlora_exp.orchestration.orchestrator import (
@@ -38,12 +40,14 @@ from qlora_exp.orchestration.orchestrator import (
 from qlora_exp.orchestration.prestart import prestarted
 from qlora_exp.orchestration.status import LiveStatus, best_table, memory_predictions, progress_text
 from qlora_exp.orchestration.study_budget import StudyBudget, affordable_trials_message, check_memory
+from qlora_exp.orchestration.study_end import best_row, how_sure, output_option, print_confirmation, write_best
 from qlora_exp.paths import OutputPaths
 from qlora_exp.rank_doubling.answers import announce, print_answers, says_what_to_use
 from qlora_exp.rank_doubling.ladder import proposer_of
 from qlora_exp.records.files import write_json
 from qlora_exp.records.schema import from_dict, to_dict
 from qlora_exp.records.types import Status
+from qlora_exp.runs.notify import notify, sweep_notification
 from qlora_exp.runs.process import (
     EXIT_COMPLETED,
     EXIT_INTERRUPTED,
@@ -56,9 +60,10 @@ from qlora_exp.study.space import point_overrides
 from qlora_exp.study.spec import read_spec, storage_of, without_secrets, write_spec
 from qlora_exp.study.storage import is_unreachable, unreachable_error
 from qlora_exp.study.study import Study
-from qlora_exp.study.types import Counts, StudySpec
+from qlora_exp.study.types import Counts, StudySpec, TrialRow
 from qlora_exp.system import signals, streams
 from qlora_exp.system.distributed import check_single_rank
+from qlora_exp.training.reporters import check_reporters
 
 Launch = Callable[[list[list[str]]], Sequence[Any]]
 """Takes the overrides of each job and returns when all have ended; the results have Hydra's ``return_value``."""
@@ -115,6 +120,7 @@ def run_sweep(command: SweepCommand, launch: Launch, here: bool = False) -> int:
     spec, paths = command.spec, command.paths
     budget = budget_of(command.config)
     check_energy(budget, command.config.training.device)
+    check_reporters(command.tracking)
     if budget.memory_bytes is not None:
         check_memory(command)
     study_budget = StudyBudget(budget, OutputPaths.of(spec.output_root))
@@ -131,6 +137,10 @@ def run_sweep(command: SweepCommand, launch: Launch, here: bool = False) -> int:
             print(f"study {spec.name} is complete; sweep.n_trials=… continues it, sweep.name=… starts another")
             with sweep.finish_for_lost_holder(EXIT_COMPLETED):
                 return sweep.conclude()
+        ending = _Ending(time.monotonic())
+        # Read now: a variable of the environment that isn't set is a mistake to hear of before the first trial.
+        notify_config: NotifyConfig = typed_settings(command.config.notify, NotifyConfig)
+        resources.callback(sweep.notify_of, ending, notify_config)
         budget_lines = [f"\n  {text}" for text in affordable_trials_message(sweep.command, opened, study_budget)]
         print(_announcement(sweep.command, opened.counts()), *budget_lines, sep="", file=sys.stderr, flush=True)
         if spec.ladder is not None:
@@ -139,13 +149,14 @@ def run_sweep(command: SweepCommand, launch: Launch, here: bool = False) -> int:
             shares = not orchestration.held
             log = trackers.enter_context(sweep.parent_run())
             with LiveStatus(spec, opened, paths, log):
-                code = sweep.launch(launch)
+                ending.exit_code = code = sweep.launch(launch)
             if shares:
                 trackers.enter_context(sweep.finish_for_lost_holder(code))
             if code not in (EXIT_COMPLETED, EXIT_INTERRUPTED):
                 return code
             conclusion = sweep.conclude()
-            return conclusion if opened.counts().is_complete else code or conclusion
+            ending.exit_code = conclusion if opened.counts().is_complete else code or conclusion
+            return ending.exit_code
 
 
 def work(raw: Any, overrides: Sequence[str]) -> Any:
@@ -195,10 +206,20 @@ def _announcement(command: SweepCommand, counts: Counts) -> str:
     done = f", {counts.finished} of them done" if counts.finished else ""
     axes = " × ".join(f"{axis.key}={axis.text}" for axis in spec.axes) or "no axes"
     axes += "".join(f"\n  {text} on the command line fixes an axis of the sweep" for text in command.fixed_axes)
+    axes += "".join(f"\n  {line}" for line in command.left_out)
     stops_pilots = spec.ladder is not None and spec.ladder.stop_pilots
-    search = f"{spec.sampler}, " + ("stops pilots that are behind" if stops_pilots else f"pruner {spec.pruner}")
+    source = spec.sampler if spec.n_trials > len(spec.enqueue) else "all enqueued"
+    search = f"{source}, " + ("stops pilots that are behind" if stops_pilots else f"pruner {spec.pruner}")
     at_most = "at most " if spec.ladder is not None else ""
     return f"{synthetic}study {spec.name}: {at_most}{spec.n_trials} trials{done} ({search})\n  {axes}"
+
+
+@dataclass
+class _Ending:
+    """When this process began to work on the study, and with which exit code it ends; ``None``: with an exception."""
+
+    began: float
+    exit_code: int | None = None
 
 
 @dataclass(frozen=True)
@@ -217,6 +238,28 @@ class _Sweep:
     @property
     def outputs(self) -> OutputPaths:
         return self.command.paths.outputs
+
+    def notify_of(self, ending: _Ending, config: NotifyConfig) -> None:
+        """Send the notification of the sweep's end, if this process holds the study."""
+        if not self.orchestration.held or (config.command is None and config.webhook is None):
+            return
+        with signals.delay_interrupt("the notification is being sent; Ctrl-C again leaves it out"):
+            counts, best = self.opened.counts(), next(iter(self.opened.best()), None)
+            values = dict(zip(self.spec.objectives, best.values or (), strict=False)) if best is not None else {}
+            names = ("total", "completed", "pruned", "failed", "skipped")
+            action = "report" if counts.is_complete else "resume"
+            notification = sweep_notification(
+                self.spec.name,
+                self.status().value,
+                ending.exit_code,
+                time.monotonic() - ending.began,
+                {name: getattr(counts, name) for name in names},
+                {"run_id": best.run_id, "params": best.params, "values": values} if best is not None else None,
+                self.command.paths.folder,
+                next((file for file in [self.command.paths.folder / "report.html"] if file.is_file()), None),
+                f"qlora-exp {action} {shlex.quote(self.spec.name)}",
+            )
+            notify(config, notification)
 
     def run_ids(self) -> list[str]:
         return [row.run_id for row in self.opened.trials() if row.run_id is not None]
@@ -335,7 +378,8 @@ class _Sweep:
     def conclude(self) -> int:
         """Print how the study ended and what to do next; return the exit code."""
         spec, paths, opened = self.spec, self.command.paths, self.opened
-        counts, best = opened.counts(), opened.best()
+        counts, best, rows = opened.counts(), opened.best(), opened.trials()
+        to_run_again, confirms = best_row(best, spec), read_plan(paths)
         exhausted = None if counts.is_complete else self.budget.first_exhausted(opened.trials())
         larger_limit = exhausted.larger if exhausted is not None else None
         answers = None
@@ -343,15 +387,20 @@ class _Sweep:
             answers = print_answers(spec, paths, opened.trials(), larger_limit)
             write_json(paths.ladder, answers)
             print(f"  {paths.ladder}")
+        elif confirms is not None:
+            to_run_again = print_confirmation(spec, paths, confirms, rows)
         elif best:
             print_table(best_table(best, spec))
+        run_again = write_best(spec, paths, to_run_again)
         print(("SYNTHETIC " if spec.synthetic else "") + progress_text(counts))
         predicted = memory_predictions(opened.trials(), paths)
         if predicted is not None:
             print(predicted.sentence)
-        is_default = self.outputs == OutputPaths.of("outputs")
-        option = "" if is_default else f" --output-root {shlex.quote(str(self.outputs.root))}"
-        name = shlex.quote(spec.name)
+        for line in self._how_sure(rows) if confirms is None else ():
+            print(line)
+        if run_again is not None:
+            print(f"  to run it again: {run_again}")
+        option, name = output_option(self.outputs), shlex.quote(spec.name)
         if counts.skipped and (error := self._nothing_fits_error(counts, option)):
             print_error(error)
             return EXIT_COMPLETED if counts.completed else EXIT_WRONG_INPUT
@@ -373,6 +422,10 @@ class _Sweep:
         if counts.failed:
             print(f"  qlora-exp resume {name} --retry failed{option}")
         return EXIT_COMPLETED if counts.completed and not failed else EXIT_RUN_FAILED
+
+    def _how_sure(self, rows: Sequence[TrialRow]) -> list[str]:
+        workers = self.command.workers
+        return how_sure(self.spec, self.command.paths, rows, (workers.count or 1) * workers.jobs)
 
     def _nothing_fits_error(self, counts: Counts, option: str) -> QloraExpError | None:
         """Return what would fit, if no point of a grid fits, or the sampler no longer finds a configuration that

@@ -16,6 +16,7 @@ import queue
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -31,6 +32,7 @@ from qlora_exp.orchestration.messages import (
     Message,
     Note,
     PhaseChanged,
+    Progress,
     PruneReply,
     PruneRequest,
     Ready,
@@ -79,6 +81,10 @@ def _base_cache() -> BaseModels:
     return BaseCache()
 
 
+PROGRESS_SECONDS = 1.0
+"""A worker writes its state once a second."""
+
+
 class Channel:
     """The two pipes to the worker, moved so that no library can print to or read from them."""
 
@@ -116,8 +122,21 @@ class _TrialRunner:
 
         self.line, self.deliveries, self.bases = line, deliveries, bases
         self.composer = Composer()
+        self.last_report = -PROGRESS_SECONDS
+        """When the worker last heard how far a phase is."""
 
     def run(self, command: RunTrial) -> None:
+        from qlora_exp.progress import Amount, shown_by
+
+        def forward(amount: Amount) -> None:
+            if time.monotonic() - self.last_report >= PROGRESS_SECONDS:
+                self.last_report = time.monotonic()
+                self.line.tell(Progress(amount.done, amount.total, amount.unit))
+
+        with shown_by(forward):
+            self._execute(command)
+
+    def _execute(self, command: RunTrial) -> None:
         from qlora_exp.runs.execute import execute
 
         try:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from qlora_exp.formatting import figure
+from qlora_exp.records.model_name import model_place
 from qlora_exp.records.redaction import redact, redact_text
 from qlora_exp.records.types import Data, RunRecord, Scores
 
@@ -37,12 +38,19 @@ def model_card(record: RunRecord, library: str = "peft", chapter: str = "") -> s
 
     config = redact(record.config)
     model = config.get("model") or {}
-    base = model.get("path") or (model.get("checkpoints") or {}).get(model.get("variant"))
+    base = model_place(model)
     on_hub = base is not None and "/" in base and not base.startswith(("/", ".", "~"))
     header = ModelCardData(base_model=base if on_hub else None, library_name=library, tags=["lora", "qlora-exp"])
     lines = ["---", header.to_yaml(), "---", "", f"# {record.name}", ""]
     mode = (config.get("quantization") or {}).get("mode")
     lines.append(f"A LoRA adapter for `{base or model.get('family')}` ({model.get('variant')}, held in {mode}).")
+    if model.get("adapter"):
+        lines.append(f"Training started with the adapter in `{model['adapter']}` merged into the base's weights.")
+        lines.append(
+            "The files of this export contain both."
+            if chapter
+            else "This adapter belongs to the merged weights; qlora-exp export writes an adapter that contains both."
+        )
     lines += [*_origin(record), "", *_scores(record), "", *([chapter, ""] if chapter else [])]
     lines += ["## Settings", "", *_settings(record, config), "", "## Licence and limits", "", *_limits(config)]
     return redact_text("\n".join(lines)) + "\n"

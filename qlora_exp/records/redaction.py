@@ -18,7 +18,7 @@ REDACTED = "***"
 SECRET_WORDS = frozenset(
     {
         *("secret", "secrets", "password", "passwords", "passwd", "passphrase", "pwd"),
-        *("credential", "credentials", "apikey", "authorization", "bearer"),
+        *("credential", "credentials", "apikey", "authorization", "bearer", "webhook"),
     }
 )
 SECRET_PAIRS = frozenset(

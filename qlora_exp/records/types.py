@@ -231,6 +231,11 @@ class Data:
     ``None``: the template's defaults do, or no known variable does."""
     chat_date: str | None = None
     """The date in the chat template (``task.date``); ``None``: the template has none."""
+    layout: str | None = None
+    """The layout that was recognised by the file's columns, e.g. ``Alpaca rows``; ``None``: the task's settings say how
+    rows are read."""
+    layout_settings: dict[str, str] | None = None
+    """The settings that the layout filled in, e.g. ``{"task.columns.prompt": "question"}``."""
     label_end_tokens: int | None = None
     """End tokens that each label's likelihood includes; 0 unless one label's tokens are the beginning of another's.
     ``None``: no labels, or a record of a version that refused such labels."""

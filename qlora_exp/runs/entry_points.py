@@ -7,36 +7,73 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qlora_exp.architecture.run_plan import EARLIER_TASK_DEFAULTS, EARLIER_TRAINING_DEFAULTS
+from qlora_exp.architecture.run_plan import (
+    EARLIER_EVALUATION_DEFAULTS,
+    EARLIER_MODEL_DEFAULTS,
+    EARLIER_TASK_DEFAULTS,
+    EARLIER_TRAINING_DEFAULTS,
+)
 from qlora_exp.config.compose import as_checked_config
 from qlora_exp.config.overrides import escape_interpolations
 from qlora_exp.config.schema import Config
 from qlora_exp.errors import ConfigError, RecordError
 from qlora_exp.estimate.budget import STUDY_LIMITS
 from qlora_exp.paths import OutputPaths
-from qlora_exp.records.files import read_record, write_json
+from qlora_exp.records.files import read_curve, read_record, write_json
 from qlora_exp.records.types import Failure, RunRecord, Status
 from qlora_exp.runs.execute import execute
 from qlora_exp.runs.first_record import current_time
+from qlora_exp.runs.notify import notify, run_notification
 from qlora_exp.runs.process import exit_code_of
 from qlora_exp.system import environment
 from qlora_exp.system.out_of_memory import killed_for_memory
 
 
-def run_with_progress(config: Config, resume: str | None = None) -> int:
-    """Run with progress on stderr, print the summary on stdout, and return the exit code."""
+def run_with_progress(config: Config, resume: str | None = None, single: bool = True, curve: bool | None = None) -> int:
+    """Run with progress on stderr, print the summary on stdout, and return the exit code.
+
+    ``single``: the command makes this run only. On a terminal it then also shows answers, cost and the next command.
+    ``curve``: whether to print the learning curve; ``None``: on a terminal, if the command makes this run only.
+    """
     from qlora_exp.runs.console import ProgressReporter
 
     with ProgressReporter() as observer:
         record = execute(config, observer, resume, alone=True)
-    print(run_summary(record, config))
+    on_terminal = single and sys.stdout is not None and sys.stdout.isatty()
+    if on_terminal if curve is None else curve:
+        print_learning_curve(record, config)
+    _print_end(record, config, on_terminal)
     if config.tracking.enabled:
         from qlora_exp.tracking.state import not_delivered
 
         missing = not_delivered(OutputPaths.of(config.output_root), [record.run_id])
         if missing is not None:
             print(missing)
-    return exit_code_of(record.status)
+    code = exit_code_of(record.status)
+    notify(config.notify, run_notification(record, OutputPaths.of(config.output_root).run(record.run_id).folder, code))
+    return code
+
+
+def _print_end(record: RunRecord, config: Config, detailed: bool) -> None:
+    if not detailed:
+        print(run_summary(record, config))
+        return
+    from qlora_exp.formatting import table_width
+    from qlora_exp.runs.end_of_run import answers_at_the_end, cost_and_next
+
+    outputs = OutputPaths.of(config.output_root)
+    width = table_width()
+    answers, rest = answers_at_the_end(record, outputs, width), cost_and_next(record, outputs, width)
+    print("\n".join([*answers, run_summary(record, config), *rest]))
+
+
+def print_learning_curve(record: RunRecord, config: Config) -> None:
+    """Print the run's losses over its steps as a few lines of text, if there are enough of them."""
+    from qlora_exp.runs.text_curve import text_curve
+
+    lines = text_curve(read_curve(OutputPaths.of(config.output_root).run(record.run_id).curve), sys.stdout)
+    if lines:
+        print(*lines, "", sep="\n")
 
 
 def run_summary(record: RunRecord, config: Config) -> str:
@@ -68,10 +105,12 @@ def config_from_plain(plain: dict[str, Any]) -> Config:
 
     try:
         # Records don't hold the sweep's settings.
-        plain = {"sweep": None, "workers": None, **plain}
+        plain = {"sweep": None, "workers": None, "notify": None, **plain}
         plain["budget"] = {**dict.fromkeys(STUDY_LIMITS), "force": False, **plain.get("budget", {})}
-        plain["task"] = {**EARLIER_TASK_DEFAULTS, **plain.get("task", {})}  # older records lack some keys of both
+        plain["model"] = {**EARLIER_MODEL_DEFAULTS, **plain.get("model", {})}  # older records lack some keys of these
+        plain["task"] = {**EARLIER_TASK_DEFAULTS, **plain.get("task", {})}
         plain["task"]["columns"] = {"tools": None, **(plain["task"].get("columns") or {})}
+        plain["evaluation"] = {**EARLIER_EVALUATION_DEFAULTS, **plain.get("evaluation", {})}
         training = plain.get("training")
         if isinstance(training, dict):
             plain["training"] = training = {**EARLIER_TRAINING_DEFAULTS, **training}

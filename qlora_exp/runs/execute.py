@@ -35,6 +35,7 @@ from qlora_exp.system.c_exit import call_at_c_exit
 from qlora_exp.system.distributed import check_single_rank
 from qlora_exp.system.out_of_memory import SMALLER_HINTS, memory_warning
 from qlora_exp.training.outcome import Observer, PruneCheck, no_pruning
+from qlora_exp.training.reporters import check_reporters
 
 if TYPE_CHECKING:
     from qlora_exp.models.base_models import BaseModels
@@ -78,6 +79,7 @@ def execute(
     if trial is not None:
         config = without_limits(config)
     check_energy(config.budget, config.training.device)
+    check_reporters(config.tracking)
     if config.training.engine is not Engine.sleep:
         hide_other_gpus(config.training.device)
     set_threads(config.training.threads)
@@ -86,10 +88,12 @@ def execute(
     with contextlib.ExitStack() as locks:
         if resume is not None:
             locks.enter_context(_run_lock(outputs.run(resume)))
+        if alone and config.training.engine is not Engine.sleep:
+            if observer is not None:
+                observer.phase("import libraries")
+            import_and_freeze_gc(("qlora_exp.runs.pipeline",))
         if observer is not None:
             observer.phase("prepare")
-        if alone and config.training.engine is not Engine.sleep:
-            import_and_freeze_gc(("qlora_exp.runs.pipeline",))
         if resume is not None:  # its memory was checked when it first started
             earlier = read_record(outputs.run(resume).record)
             prepared = _prepare(_with_earlier_micro_batch(config, earlier), bases, memory)
@@ -102,11 +106,13 @@ def execute(
             record = record.replace(fit=fit, warnings=(*record.warnings, *warnings))
             write_json(paths.record, record)  # explains a killed run: see killed_for_memory
             if observer is not None:
-                for warning in warnings:
-                    observer.note(warning)
+                for note in (*prepared.data_notes, *warnings):
+                    observer.note(note)
         if resume is None:
             locks.enter_context(_run_lock(paths))
         if alone and config.tracking.enabled:
+            if observer is not None:
+                observer.phase("import and open MLflow")
             import_and_freeze_gc(("qlora_exp.tracking.run",))
         may_end = alone or deliver is not None  # never end a notebook's process
         return _run_and_deliver(config, prepared, record, paths, observer, resume is not None, report, deliver, may_end)
@@ -222,6 +228,8 @@ class _Prepared(Protocol):
     environment: Environment
     data_fingerprint: str | None
     data_warnings: tuple[str, ...]
+    data_notes: tuple[str, ...]
+    """How the rows are read, if no setting says it, and what may be a mistake; shown, not recorded as warnings."""
     plan: Plan | None
 
     def fit(self, memory: MemoryLimit) -> Fit | None: ...
@@ -240,6 +248,7 @@ def preflight(config: Config, prepared: Prepared, probed: Environment) -> str | 
     from qlora_exp.estimate.preflight import memory_fit
 
     check_energy(config.budget, config.training.device)
+    check_reporters(config.tracking)
     if config.training.engine is Engine.sleep:
         return memory_warning(sleep_engine.synthetic_fit(config, probed, _memory_limit(config)))
     return memory_warning(memory_fit(config, prepared.estimate, _memory_limit(config)))
@@ -317,7 +326,10 @@ class _TrainingRun:
         self.environment = environment.probe(config.training.device)
         self.prepared = prepare(config, self.environment, self.bases, memory)
         self.data_fingerprint: str | None = self.prepared.splits.record.fingerprint
-        self.data_warnings = self.prepared.splits.warnings
+        splits = self.prepared.splits
+        self.data_warnings = splits.warnings
+        read_as = [splits.read_as] if splits.read_as is not None else []
+        self.data_notes: tuple[str, ...] = (*read_as, *splits.notes)
         self.plan: Plan | None = self.prepared.plan
 
     def fit(self, memory: MemoryLimit) -> Fit | None:
@@ -338,6 +350,7 @@ class _SleepRun:
 
     data_fingerprint: str | None = None
     data_warnings: tuple[str, ...] = ()
+    data_notes: tuple[str, ...] = ()
     plan: Plan | None = None
 
     def __init__(self, config: Config) -> None:

@@ -12,9 +12,13 @@ from qlora_exp.config.schema import Config, to_plain
 from qlora_exp.paths import OutputPaths, RunPaths, make_folder, slug
 from qlora_exp.records import redaction
 from qlora_exp.records.files import read_record, write_json, write_text
+from qlora_exp.records.model_name import variant_name
 from qlora_exp.records.types import SCHEMA_VERSION, Environment, RunRecord, Status, Trial
 from qlora_exp.runs import sleep_engine
 from qlora_exp.system import environment
+
+NOT_RECORDED = ("sweep", "workers", "notify")
+"""Sections of the configuration that say nothing about a run. A command or URL to notify may hold a secret, too."""
 
 
 def create_record(
@@ -29,7 +33,7 @@ def create_record(
 
     ``run_id``: the new run's id; ``None``: one made of time, model and rank.
     """
-    plain = redaction.redact({key: value for key, value in to_plain(config).items() if key not in ("sweep", "workers")})
+    plain = redaction.redact({key: value for key, value in to_plain(config).items() if key not in NOT_RECORDED})
     if resume is not None:
         paths = outputs.run(resume)
         earlier = read_record(paths.record)
@@ -81,13 +85,13 @@ def _name(config: Config, trial: Trial | None) -> str:
 def display_name(config: Config) -> str:
     """Return model, quantization, rank, targets and seed in a few words, e.g. ``embedded-base nf4 r8 attention s1``."""
     targets = "+".join(config.targets.modules) if config.targets.modules else config.targets.set
-    model = f"{config.model.family}-{config.model.variant.value}"
+    model = variant_name(vars(config.model))
     return f"{model} {config.quantization.mode.value} r{config.lora.r} {targets} s{config.seed}"
 
 
 def _new_run_id(config: Config) -> str:
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
-    model = f"{config.model.family}-{config.model.variant.value}"
+    model = variant_name(vars(config.model))
     return slug(f"{stamp}-{model}-{config.quantization.mode.value}-r{config.lora.r}-{secrets.token_hex(2)}", 120)
 
 

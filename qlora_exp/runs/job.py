@@ -31,7 +31,9 @@ def main() -> int:
     try:
         with signals.signals_as_interrupts():
             check_single_rank()
-            return run_with_progress(config_from_plain(yaml.safe_load(sys.stdin.buffer.read().decode("utf-8"))))
+            return run_with_progress(
+                config_from_plain(yaml.safe_load(sys.stdin.buffer.read().decode("utf-8"))), single=False
+            )
     except QloraExpError as error:
         print_error(error)
         return EXIT_WRONG_INPUT

@@ -7,6 +7,7 @@ import json
 import math
 import shlex
 import traceback
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from qlora_exp.estimate.workload import train_flops_per_token
 from qlora_exp.evaluation.base_scores import baselines_of, score_base_model, score_splits, write_items
 from qlora_exp.evaluation.few_shot import few_shot_scores
 from qlora_exp.evaluation.goal import answer_goal
+from qlora_exp.evaluation.item_texts import ItemTexts, needs_samples
 from qlora_exp.evaluation.scoring import Evaluation, limit_items
 from qlora_exp.evaluation.shared_scores import Wait
 from qlora_exp.models.adapters import attach_adapters, load_adapter, save_adapter
@@ -38,6 +40,7 @@ from qlora_exp.system.device_errors import is_cuda_error
 from qlora_exp.training import meter as measurement
 from qlora_exp.training.checkpoints import newest_valid, step_of
 from qlora_exp.training.outcome import Diverged, NullObserver, Observer, PruneCheck, no_pruning, status_of
+from qlora_exp.training.reporters import Reporter, reporting
 from qlora_exp.training.trainer import Trained, train
 
 
@@ -62,14 +65,26 @@ def run_pipeline(
         useful_flops_per_token=_useful_flops_per_token(prepared),
     )
     try:
-        _run_pipeline(config, prepared, progress, observer or NullObserver(), report, bases or NoCache())
+        observer = observer or NullObserver()
+        with reporting(config, paths, observer) as reporters:
+            try:
+                _run_pipeline(config, prepared, progress, observer, report, bases or NoCache(), reporters)
+            finally:
+                for reporter in reporters:
+                    reporter.finish(progress.record)
         return progress.known().replace(status=Status.COMPLETED), None
     except (Exception, KeyboardInterrupt) as error:
         return _failed_record(progress, error), error if isinstance(error, QloraExpError) else None
 
 
 def _run_pipeline(
-    config: Config, prepared: Prepared, progress: RunFigures, observer: Observer, report: PruneCheck, bases: BaseModels
+    config: Config,
+    prepared: Prepared,
+    progress: RunFigures,
+    observer: Observer,
+    report: PruneCheck,
+    bases: BaseModels,
+    reporters: Sequence[Reporter],
 ) -> None:
     planned, tokenizer, splits = prepared.plan, prepared.tokenizer, prepared.splits
     paths, meter = progress.paths, progress.meter
@@ -96,8 +111,11 @@ def _run_pipeline(
         few_shot = few_shot_scores(model, tokenizer, splits, config, planned, base.fingerprint, cache, wait)
     progress.baseline_wait = _wait("baselines", observer)
     baselines = baselines_of(splits, config, cache, progress.baseline_wait)
-    base_scores.write_items(paths)
-    few_shot.write_items(paths)
+    keep_texts = config.evaluation.keep_texts
+    base_scores.write_items(paths, keep_texts)
+    few_shot.write_items(paths, keep_texts)
+    texts = ItemTexts.of(splits, config)
+    _write_texts(texts, "base_generated", model, prepared, config, progress, observer)
     progress.base_scores = base_scores
     before = ScoreTable(before=base_scores.scores, test_before=base_scores.test_scores, few_shot=few_shot.draws)
     progress.record = _with_warning(progress.record.replace(scores=before, baselines=baselines), few_shot.warning())
@@ -127,6 +145,7 @@ def _run_pipeline(
                 observer,
                 progress.watching,
                 lambda: progress.exhausted(config.budget),
+                reporters,
             )
         save_adapter(model, paths.adapter)
         write_json(paths.trained, progress.trained)
@@ -137,9 +156,9 @@ def _run_pipeline(
     with meter.phase("evaluate"):
         after, test, forgotten = score_splits(model, tokenizer, splits, config, base_scores)
     _check_finite(after, progress.trained)
-    write_items(after.items, paths.items("after", "validation"))
+    write_items(after.items, paths.items("after", "validation"), keep_texts)
     if test is not None:
-        write_items(test.items, paths.items("after", "test"))
+        write_items(test.items, paths.items("after", "test"), keep_texts)
     table = replace(
         before,
         after=after.scores,
@@ -148,6 +167,32 @@ def _run_pipeline(
         forgetting_chat=forgotten.chat,
     )
     progress.record = progress.record.replace(scores=table, goal=_goal(config, after, test))
+    _write_texts(texts, "generated", model, prepared, config, progress, observer)
+
+
+def _write_texts(
+    texts: ItemTexts,
+    column: str,
+    model: Any,
+    prepared: Prepared,
+    config: Config,
+    progress: RunFigures,
+    observer: Observer,
+) -> None:
+    """Write the items' prompts and, where a single run has no answers to show, a few of ``model``.
+
+    None of it counts in the run's seconds, and nothing of it can fail the run.
+    """
+    if not config.evaluation.keep_texts:
+        return
+    wanted = column == "generated" or config.evaluation.before
+    with progress.not_measured():
+        try:
+            if wanted and progress.record.trial is None and needs_samples(prepared.splits, config):
+                texts.add_samples(column, model, prepared.tokenizer, prepared.splits, config)
+            texts.write(progress.paths)
+        except (RuntimeError, OSError) as error:  # torch's lack of memory, a full disk
+            observer.note(f"the answers of a few items are not kept: {error}")
 
 
 def _wait(what: str, observer: Observer) -> Wait:

@@ -12,6 +12,7 @@ from qlora_exp.architecture.padding import needs_padding
 from qlora_exp.architecture.shapes import Architecture
 from qlora_exp.architecture.targets import rank_warning, resolve_targets
 from qlora_exp.config.checks_lora import int8_dora, scaled_16_bit_adapters
+from qlora_exp.config.checks_task import GENERATED_METRICS, parse_goal
 from qlora_exp.config.enums import EvaluationSplit, PaddingFree
 from qlora_exp.config.schema import Config
 from qlora_exp.data.items import Splits, check_positions, check_vocabulary
@@ -76,7 +77,7 @@ def prepare(
     splits = bases.memoize("splits", (task_key, model_id, length), lambda: load_data(config, tokenizer, length, rows))
     check_vocabulary(splits, tokenizer, architecture.vocabulary_size)
     check_positions(splits, architecture.positions)
-    if config.evaluation.generate:
+    if config.evaluation.generate and not splits.whole_texts:
         answers_key = (task_key, model_id, length, config.evaluation.max_new_tokens)
         bases.memoize("answers that can be right", answers_key, lambda: check_answers(splits, tokenizer, config))
     _check_evaluation(config, splits)
@@ -88,6 +89,8 @@ def prepare(
     planned = run_plan.make_plan(
         config, environment, architecture, modules, splits.format, estimate.checkpointing, estimate.padded_because
     )
+    if config.training.epochs is not None:
+        planned = replace(planned, max_steps=estimate.workload.steps)
     if config.training.max_tokens is not None:
         planned = replace(planned, max_steps=_steps_for_tokens(estimate, splits))
     planned = replace(with_predictions(planned, estimate), kernels=kernels)
@@ -115,6 +118,8 @@ def plan_for_model(prepared: Prepared, model: Any, config: Config) -> Plan:
 
 def _check_evaluation(config: Config, splits: Splits) -> None:
     """Check what evaluation needs before a training has cost time: metrics, test items, few-shot examples."""
+    if splits.whole_texts:
+        _check_whole_texts(config)
     for name in config.evaluation.metrics:
         hub_metric(name)
     if config.evaluation.split is EvaluationSplit.test and not splits.test:
@@ -123,6 +128,20 @@ def _check_evaluation(config: Config, splits: Splits) -> None:
     if shots is not None and shots > len(splits.train):
         what = f"{shots} worked examples can't be drawn from {len(splits.train)} training items"
         raise DataError(what, f"evaluation.few_shots={shots}", f"at most {len(splits.train)}")
+
+
+def _check_whole_texts(config: Config) -> None:
+    """Raise :class:`DataError` if a setting needs a prompt and an answer, and the rows are whole texts."""
+    generated = config.task.goal is not None and parse_goal(config.task.goal)[0] in GENERATED_METRICS
+    settings = (
+        (generated, f"task.goal={config.task.goal}", "'task.goal=\"loss <= 2.5\"'"),
+        (bool(config.evaluation.metrics), "evaluation.metrics", "evaluation.metrics=[]"),
+        (config.evaluation.few_shots is not None, "evaluation.few_shots", "evaluation.few_shots=null"),
+    )
+    for is_set, key, hint in settings:
+        if is_set:
+            what = "whole texts have no prompt, so nothing is generated: they are scored by loss and bits per byte"
+            raise DataError(what, key, f"{hint}; or name a prompt: task.columns.prompt=COLUMN")
 
 
 SHORT_ROWS_SIGMAS = 4.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -10,7 +11,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from qlora_exp.config.enums import DeviceChoice
 from qlora_exp.errors import QloraExpError
@@ -119,6 +120,24 @@ def exit_code_of(status: Status) -> int:
     return EXIT_INTERRUPTED if status is Status.INTERRUPTED else EXIT_RUN_FAILED
 
 
+_collected: list[QloraExpError] | None = None
+"""Errors that :func:`errors_collected` takes; ``None``: they are printed."""
+
+
+@contextlib.contextmanager
+def errors_collected() -> Iterator[list[QloraExpError]]:
+    """Collect what :func:`print_error` would print: a caller in Python gets exceptions."""
+    global _collected
+    _collected = []
+    try:
+        yield _collected
+    finally:
+        _collected = None
+
+
 def print_error(error: QloraExpError) -> None:
     """Print an error to stderr, without secrets."""
+    if _collected is not None:
+        _collected.append(error)
+        return
     print(f"error: {redaction.redact_text(str(error))}", file=sys.stderr)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from qlora_exp.config.schema import BudgetConfig
@@ -59,6 +59,18 @@ class RunFigures:
 
     def watching(self, watch: TrainingState) -> None:
         self.watch = watch
+
+    @contextlib.contextmanager
+    def not_measured(self) -> Iterator[None]:
+        """What happens inside costs the run no seconds and no energy in its record."""
+        clock, joules = time.perf_counter(), measurement.energy_joules(self.meter.device)
+        try:
+            yield
+        finally:
+            self.started += time.perf_counter() - clock
+            now = measurement.energy_joules(self.meter.device)
+            if self.started_joules is not None and joules is not None and now is not None:
+                self.started_joules += now - joules
 
     def exhausted(self, budget: BudgetConfig) -> str | None:
         """Return the limit of ``budget`` that is spent, e.g. ``seconds``; ``None``: none.

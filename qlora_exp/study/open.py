@@ -45,6 +45,10 @@ IDENTITY, OUTPUT_ROOT = "identity", "output_root"
 """User attributes of a study in Optuna's storage."""
 
 
+EARLIER_DEFAULTS = (("task.columns.prompt", "prompt", None), ("task.columns.completion", "completion", None))
+"""(key, its default in an earlier version, the present one) where both read the same rows."""
+
+
 def open_study(spec: StudySpec, paths: StudyPaths, url: str) -> tuple[optuna.Study, str]:
     """Return the study and its identity; see :meth:`~qlora_exp.study.study.Study.open`."""
     check_search(spec)
@@ -144,6 +148,9 @@ def _create_or_load(spec: StudySpec, storage: optuna.storages.BaseStorage, ident
         if spec.ladder is not None and _only_more_seeds(stored_ladder, spec.ladder):
             stored_settings["ladder"] = settings["ladder"]
             raised_settings = dict(stored_settings)
+    if stored_settings is not None and _only_more_enqueued(stored_settings, settings, study):
+        stored_settings["enqueue"] = settings["enqueue"]
+        raised_settings = dict(stored_settings)
     if stored_settings is None:
         study.set_user_attr("settings", settings)
     # A key that only one of them has was added or removed by another version of this package. Earlier versions stored
@@ -154,6 +161,7 @@ def _create_or_load(spec: StudySpec, storage: optuna.storages.BaseStorage, ident
         if stored_settings is not None
         and key in stored_settings
         and stored_settings[key] not in (value, spec.interpolated.get(key))
+        and (key, stored_settings[key], value) not in EARLIER_DEFAULTS
         for text in _changes(key, stored_settings[key], value)
     ]
     if changes:
@@ -174,6 +182,14 @@ def _only_more_seeds(stored: LadderSpec, now: LadderSpec) -> bool:
     """Return whether the two differ in nothing but a larger ``max_seeds`` now: more seeds settle what was undecided."""
     as_stored = replace(now, max_seeds=stored.max_seeds, raised_from=stored.raised_from)
     return as_stored == stored and now.max_seeds > stored.max_seeds and now.raised_from != stored.raised_from
+
+
+def _only_more_enqueued(stored: Mapping[str, Any], now: Mapping[str, Any], study: optuna.Study) -> bool:
+    """Return whether points are only added to the end of ``sweep.enqueue``, before any trial has another point: each
+    trial's point follows from its number, so that no trial is lost or repeated."""
+    earlier, later = stored.get("enqueue") or [], now["enqueue"]
+    grows = len(later) > len(earlier) and later[: len(earlier)] == earlier
+    return grows and len(study.get_trials(deepcopy=False)) <= len(earlier)
 
 
 def _changes(key: str, stored: Any, now: Any) -> list[str]:

@@ -43,7 +43,8 @@ class PlannedProposer:
     """Enqueued configurations, then the remaining points of a grid, then the sampler's suggestions."""
 
     def __init__(self, spec: StudySpec) -> None:
-        self.replaces_skipped = spec.sampler != "grid"
+        # If every trial is enqueued, the sampler has nothing to replace one with.
+        self.replaces_skipped = spec.sampler != "grid" and spec.n_trials > len(spec.enqueue)
         self._spec = spec
 
     @cached_property

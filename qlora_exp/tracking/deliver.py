@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -19,10 +19,12 @@ from mlflow.entities import LifecycleStage, Metric, Param, RunTag, ViewType
 
 from qlora_exp.paths import RunPaths
 from qlora_exp.records.files import read_curve
+from qlora_exp.records.labels import run_name
 from qlora_exp.records.model_card import model_card
 from qlora_exp.records.redaction import redact
 from qlora_exp.records.types import RunRecord
 from qlora_exp.tracking import fields
+from qlora_exp.tracking.answers_table import log_answers
 from qlora_exp.tracking.state import TrackingState, file_digest
 
 T = TypeVar("T")
@@ -88,31 +90,47 @@ def create(client: MlflowClient, experiment_id: str, record: RunRecord, parent: 
         experiment_id,
         start_time=fields.milliseconds(record.started_at),
         tags=fields.run_tags(record, parent),
-        run_name=record.name,
+        run_name=run_name(record),
     )
     return str(run.info.run_id)
 
 
-def present_runs(client: MlflowClient, experiment_id: str) -> dict[str, str | None]:
-    """Return MLflow run ids by our run id; ``None`` for a run that a person deleted in MLflow. One call per 200
-    runs."""
-    mlflow_ids: dict[str, str | None] = {}
+@dataclass(frozen=True)
+class PresentRun:
+    """A run that a store has: its MLflow id, ``None`` if a person deleted it, and its name there."""
+
+    mlflow_run_id: str | None
+    name: str | None
+
+
+def present_runs(client: MlflowClient, experiment_id: str) -> dict[str, PresentRun]:
+    """Return the experiment's runs by our run id. One call per 200 runs."""
+    present: dict[str, PresentRun] = {}
     page: str | None = None
     while True:
         runs = client.search_runs([experiment_id], "", ViewType.ALL, max_results=200, page_token=page)
         for run in runs:
             run_id = run.data.tags.get(fields.RUN_ID_TAG)
-            if run_id is not None:
-                active = run.info.lifecycle_stage == LifecycleStage.ACTIVE
-                mlflow_ids[run_id] = run.info.run_id if active else mlflow_ids.get(run_id)
+            if run_id is None:
+                continue
+            if run.info.lifecycle_stage == LifecycleStage.ACTIVE:
+                present[run_id] = PresentRun(run.info.run_id, run.info.run_name)
+            else:
+                present.setdefault(run_id, PresentRun(None, None))
         page = runs.token
         if not page:
-            return mlflow_ids
+            return present
+
+
+def rename_earlier(client: MlflowClient, present: PresentRun, record: RunRecord) -> None:
+    """Give a trial that an earlier version logged its name of today. A name that a person gave it stays."""
+    if present.mlflow_run_id is not None and present.name == record.name != run_name(record):
+        client.update_run(present.mlflow_run_id, name=run_name(record))
 
 
 def deliver_start(client: MlflowClient, run_id: str, record: RunRecord, parent: str | None) -> None:
     """Set a run that has not ended to RUNNING (also after an interruption), and log the params known so far."""
-    client.update_run(run_id, status="RUNNING", name=record.name)
+    client.update_run(run_id, status="RUNNING", name=run_name(record))
     log_missing_params(client, run_id, fields.run_params(record))
     _log_tags(client, run_id, record, parent)
 
@@ -172,7 +190,7 @@ def _log_metrics(client: MlflowClient, run_id: str, rows: list[Metric]) -> None:
 
 
 def _log_artifacts(client: MlflowClient, run_id: str, record: RunRecord, paths: RunPaths) -> None:
-    """Upload record, configuration and adapter. Texts are redacted again: a store is often shared more widely."""
+    """Upload record, configuration, adapter, answers. Texts are redacted again: a store is often shared more widely."""
     if paths.record.is_file():
         redacted = redact(json.loads(paths.record.read_text(encoding="utf-8")))
         client.log_text(run_id, json.dumps(redacted, indent=1, ensure_ascii=False) + "\n", "record.json")
@@ -184,3 +202,4 @@ def _log_artifacts(client: MlflowClient, run_id: str, record: RunRecord, paths: 
         client.log_artifact(run_id, str(file), "adapter")
     if files:
         client.log_text(run_id, model_card(record), "adapter/README.md")
+    log_answers(client, run_id, paths)

@@ -13,6 +13,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
 
 from qlora_exp.formatting import figure, flatten
 from qlora_exp.records.model_card import findings, score_rows
+from qlora_exp.records.model_name import model_name
 from qlora_exp.records.redaction import redact, redact_text
 from qlora_exp.records.types import RunRecord, Scores, Status
 
@@ -51,7 +52,11 @@ CURVE_KEYS = {
 CONFIG_PARAMS = (
     "model.family",
     "model.variant",
+    "model.id",
+    "model.instruct_id",
     "model.path",
+    "model.instruct_path",
+    "model.adapter",
     "model.revision",
     "quantization.mode",
     "quantization.double_quantization",
@@ -65,6 +70,7 @@ CONFIG_PARAMS = (
     "task.name",
     "training.max_steps",
     "training.max_tokens",
+    "training.epochs",
     "training.batch_size",
     "training.learning_rate",
     "training.scheduler",
@@ -98,6 +104,8 @@ def run_params(record: RunRecord) -> dict[str, str]:
     config = redact(record.config)
     settings = dict(flatten(config))
     values: dict[str, Any] = {key: settings.get(key) for key in CONFIG_PARAMS}
+    if isinstance(config.get("model"), Mapping):
+        values["model.family"] = model_name(config["model"])  # the name that tells models apart, not hub or local
     if values["quantization.mode"] not in ("nf4", "fp4"):
         values["quantization.double_quantization"] = None  # only 4-bit modes have it
     targets = config.get("targets") or {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -13,15 +13,16 @@ from mlflow import MlflowClient
 from mlflow.entities import LifecycleStage, Metric, Run, RunTag, ViewType
 
 from qlora_exp.config.schema import TrackingConfig
+from qlora_exp.errors import RecordError
 from qlora_exp.paths import OutputPaths, StudyPaths
-from qlora_exp.records.files import read_or_none, write_json
+from qlora_exp.records.files import read_or_none, read_record, write_json
 from qlora_exp.records.types import RunRecord, Status
 from qlora_exp.records.upgrade import upgrade_study
 from qlora_exp.system.environment import is_alive, process_identity
 from qlora_exp.system.orchestrator_lease import held_lease
 from qlora_exp.tracking import study_fields
 from qlora_exp.tracking.deliver import DeliveryThread, log_missing_params
-from qlora_exp.tracking.fields import MLFLOW_STATUS, NOTE_TAG, milliseconds
+from qlora_exp.tracking.fields import MLFLOW_STATUS, NOTE_TAG, milliseconds, run_metrics
 from qlora_exp.tracking.state import (
     NOT_DELIVERED_YET,
     TrackingState,
@@ -36,8 +37,8 @@ from qlora_exp.tracking.study_fields import STUDY_ID_TAG, STUDY_TAG, StudyDefini
 FINISH_SECONDS = 60.0
 """How long the end of a sweep waits for a local database, which other processes may keep busy."""
 
-ANSWER_FILES = ("ladder.json", "report.html", "report.md", "runs.csv")
-"""Files that rank doubling and ``qlora-exp report`` write into a study's folder."""
+ANSWER_FILES = ("ladder.json", "confirm.json", "best.yaml", "report.html", "report.md", "runs.csv")
+"""Files that a sweep's end and ``qlora-exp report`` write into a study's folder."""
 
 
 class StudyTracker:
@@ -112,8 +113,11 @@ def read_summary(paths: StudyPaths) -> StudySummary | None:
 
 
 def read_answers(paths: StudyPaths) -> list[study_fields.LadderAnswer]:
-    """Return the answer of each ladder in ``ladder.json``; before there is a ladder, that of the screening runs. Empty
-    if the file is missing or can't be read."""
+    """Return the answer of each ladder in ``ladder.json``; before there is a ladder, that of the screening runs; or the
+    answer of a study that confirms. Empty if there is none."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        answer = json.loads(paths.confirmation.read_text(encoding="utf-8"))["answer"]
+        return [study_fields.LadderAnswer({}, " ".join(answer["sentences"]))]
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         content = json.loads(paths.ladder.read_text(encoding="utf-8"))
         if not content["ladders"] and "screening" in content:
@@ -135,7 +139,9 @@ def deliver_study(
         with delivery_lock(paths.delivery_lock):
             run_id = _find_or_create_parent(store, opened, paths, definition)
             if run_id is not None:
-                _log_summary(client, run_id, definition, summary, read_answers(paths))
+                _log_summary(client, run_id, definition, summary, read_answers(paths), _best_metrics(paths, summary))
+                if not paths.best.is_file() and (best := study_fields.best_yaml(definition, summary)) is not None:
+                    client.log_text(run_id, best, "best.yaml")
         if run_id is not None:
             for file in (paths.folder / name for name in ANSWER_FILES):
                 if file.is_file():
@@ -187,13 +193,16 @@ def _log_summary(
     definition: StudyDefinition,
     summary: StudySummary,
     answers: Sequence[study_fields.LadderAnswer],
+    best_metrics: Mapping[str, float],
 ) -> None:
     log_missing_params(client, run_id, study_fields.study_params(definition))
     moment, step = milliseconds(summary.updated_at), len(summary.trials)
-    rows = [Metric(key, value, moment, step) for key, value in study_fields.study_metrics(definition, summary).items()]
+    metrics = {**best_metrics, **study_fields.study_metrics(definition, summary)}
+    rows = [Metric(key, value, moment, step) for key, value in metrics.items()]
     tags = (
         study_fields.study_tags(definition)
         | study_fields.ladder_tags(answers)
+        | study_fields.best_tag(definition, summary, answers)
         | {
             NOTE_TAG: study_fields.study_note(definition, summary, answers),
             "qlora_exp.status": summary.status.value,
@@ -205,9 +214,18 @@ def _log_summary(
     else:
         client.set_terminated(run_id, MLFLOW_STATUS[summary.status], end_time=moment)
     client.log_text(run_id, study_fields.trials_csv(definition, summary), "trials.csv")
-    best = study_fields.best_yaml(definition, summary)
-    if best is not None:
-        client.log_text(run_id, best, "best.yaml")
+
+
+def _best_metrics(paths: StudyPaths, summary: StudySummary) -> dict[str, float]:
+    """Return the metrics of the best trial's run that the parent shows; empty if there is none."""
+    run_id = summary.best_trials[0].run_id if summary.best_trials else None
+    if run_id is None:
+        return {}
+    try:
+        metrics = run_metrics(read_record(paths.outputs.run(run_id).record))
+    except RecordError:
+        return {}
+    return {key: metrics[key] for key in study_fields.BEST_METRICS if key in metrics}
 
 
 def _find_or_create_parent(

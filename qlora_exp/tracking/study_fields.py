@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from qlora_exp.formatting import figure
+from qlora_exp.records.labels import label
 from qlora_exp.records.redaction import redact, redact_overrides
 from qlora_exp.records.types import Process, Status
 from qlora_exp.tracking.fields import MAX_TAG_LENGTH, param_key, shown_text
@@ -25,6 +26,15 @@ STUDY_ID_TAG = "qlora_exp.study_id"
 """The study's identity, by which the parent run is found; names are for people. Only parent runs have this tag."""
 
 SHOWN_TRIALS = 10
+BEST_TAG = "qlora_exp.best"
+"""What is best so far, in a few words; :data:`qlora_exp.tracking.ui.VIEW_COLUMNS` shows it in the runs table."""
+
+BEST_METRICS = (
+    *("score/accuracy", "score_before/accuracy", "score/exact_match", "score/rouge_l", "score/loss_per_item"),
+    *("memory/peak_train_mib", "speed/train_tokens_per_second"),
+)
+"""Metrics of the best trial's run that the parent run has, too: in the runs table it stands for its folded trials."""
+
 ANSWER_TAGS = (
     *("decision", "recommended_rank", "use_rank", "regret_bound", "regret_rank", "margin_text", "margin_units"),
     *("lr_policy", "lost_runs", "would_settle", "settle_command"),
@@ -126,6 +136,30 @@ def study_tags(definition: StudyDefinition) -> dict[str, str]:
         "mlflow.source.name": "qlora-exp sweep",
         "mlflow.source.type": "LOCAL",
     }
+
+
+def best_tag(
+    definition: StudyDefinition, summary: StudySummary, answers: Sequence[LadderAnswer] = ()
+) -> dict[str, str]:
+    """Return the rank to use, or the best trial's name and values, e.g. ``r16 lr0.0028: loss_per_item 2.082``.
+
+    Empty if there is neither.
+    """
+    ranks = [
+        " ".join([*(f"{value}:" for value in answer.axes.values()), f"use r = {answer.fields['use_rank']}"])
+        for answer in answers
+        if answer.fields.get("use_rank") is not None
+    ]
+    if ranks:
+        return {BEST_TAG: shown_text("; ".join(ranks))}
+    if answers or not summary.best_trials:
+        return {}
+    best = summary.best_trials[0]
+    values = ", ".join(
+        f"{path.rsplit('.', 1)[-1]} {figure(best.value(index))}"
+        for index, path in enumerate(definition.objective_paths)
+    )
+    return {BEST_TAG: shown_text(f"{label(redact(best.params))}: {values}")}
 
 
 def ladder_tags(answers: Sequence[LadderAnswer]) -> dict[str, str]:

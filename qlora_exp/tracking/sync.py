@@ -19,7 +19,7 @@ from qlora_exp.records.find import run_folders
 from qlora_exp.records.redaction import REDACTED
 from qlora_exp.records.types import RunRecord
 from qlora_exp.system.environment import is_alive
-from qlora_exp.tracking.deliver import create, deliver_all, find, present_runs
+from qlora_exp.tracking.deliver import PresentRun, create, deliver_all, find, present_runs, rename_earlier
 from qlora_exp.tracking.interrupted import mark_records
 from qlora_exp.tracking.state import (
     STATE_LOCK_SECONDS,
@@ -109,7 +109,7 @@ class _Sync:
         self._patience_seconds = patience_seconds
         self._opened: dict[Store, OpenStore] = {}
         self._broken: dict[Store, str] = {}
-        self._present: dict[Store, dict[str, str | None]] = {}
+        self._present: dict[Store, dict[str, PresentRun]] = {}
         self._parents: dict[tuple[Store, str, str | None], str | None] = {}
         self._studies: dict[tuple[Store, str], None] = {}
         """Studies of the runs, in their order."""
@@ -162,9 +162,13 @@ class _Sync:
         opened = self._open(store)
         if record.trial is not None:
             self._studies[store, record.trial.study] = None
-        mlflow_run_id = self._present[store].get(record.run_id)
-        if record.run_id in self._present[store] and mlflow_run_id is None:
+        present = self._present[store].get(record.run_id)
+        mlflow_run_id = present.mlflow_run_id if present is not None else None
+        if present is not None and mlflow_run_id is None:
             return "deleted"
+        if present is not None:
+            with contextlib.suppress(Exception), bounded_calls(store.timeout_seconds):  # the old name does no harm
+                rename_earlier(opened.client, present, record)
         if _is_complete(paths, mlflow_run_id):
             return "already"
         with delivery_lock(paths.tracking_lock, self._patience_seconds):

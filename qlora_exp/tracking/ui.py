@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
@@ -15,8 +16,11 @@ DEFAULT_PORT = 5000
 
 VIEW_KEY = "qlora-exp"
 CHARTS_VIEW_KEY = "qlora-exp-charts"
+MAX_COMPARED = 5
+"""Runs of a comparison that nobody chose: more don't fit on a screen."""
 VIEW_COLUMNS = (
     "attributes.`Duration`",
+    "tags.`qlora_exp.best`",
     "params.`model.variant`",
     "params.`quantization.mode`",
     "params.`lora.r`",
@@ -137,6 +141,20 @@ def runs_url(address: str, experiment_id: str) -> str:
 def charts_url(address: str, experiment_id: str) -> str:
     """Return the address of the charts of all runs: first the axes against quality, memory and speed."""
     return f"{_view_url(address, experiment_id, CHARTS_VIEW_KEY)}&compareRunsMode=CHART"
+
+
+def answers_url(address: str, experiment_id: str) -> str:
+    """Return the address of the runs' answers, item by item (:mod:`qlora_exp.tracking.answers_table`)."""
+    return f"{_view_url(address, experiment_id, VIEW_KEY)}&compareRunsMode=ARTIFACT"
+
+
+def compare_url(address: str, experiment_id: str, mlflow_run_ids: Sequence[str]) -> str:
+    """Return the address of the page that puts settings and scores of these runs side by side."""
+    runs, experiments = (
+        quote(json.dumps(list(ids), separators=(",", ":"))) for ids in (mlflow_run_ids, [experiment_id])
+    )
+    query = f"runs={runs}&experiments={experiments}&workflowType=machine_learning"
+    return f"{address.rstrip('/')}/#/compare-runs?{query}"
 
 
 def _view_url(address: str, experiment_id: str, view: str) -> str:

@@ -26,12 +26,24 @@ def cut_rows(lengths: Sequence[int], limit: int, cost: Callable[[Sequence[int]],
 
     Example: lengths 5, 9, 2, 4 with a limit of 10 padded tokens → [[1], [0, 3], [2]].
     """
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    longest_first = [lengths[row] for row in order]
     groups: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
-        if groups and cost([lengths[other] for other in (*groups[-1], row)]) <= limit:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
+    start = 0
+    while start < len(order):
+        # More rows never cost less, so the size is found by doubling and halving: a step may have 100,000 rows.
+        fits, size = 1, 2
+        while start + size <= len(order) and cost(longest_first[start : start + size]) <= limit:
+            fits, size = size, 2 * size
+        too_many = min(size, len(order) - start + 1)
+        while too_many - fits > 1:
+            middle = (fits + too_many) // 2
+            if cost(longest_first[start : start + middle]) <= limit:
+                fits = middle
+            else:
+                too_many = middle
+        groups.append(order[start : start + fits])
+        start += fits
     return groups
 
 

@@ -41,6 +41,7 @@ from qlora_exp.training.callbacks import (
 from qlora_exp.training.light_trainer import LOSS_POSITIONS, TOKENS, CountingCollator, LightTrainer
 from qlora_exp.training.micro_batches import PARTS, MicroBatchCollator, padded_tokens
 from qlora_exp.training.outcome import Diverged, Interrupted, NullObserver, Observer, PruneCheck, no_pruning
+from qlora_exp.training.reporters import Reporter
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def train(
     observer: Observer | None = None,
     watching: Callable[[TrainingState], None] = lambda state: None,
     exhausted: Callable[[], str | None] = lambda: None,
+    reporters: Sequence[Reporter] = (),
 ) -> Trained:
     """Train ``model`` (a PeftModel; changed in place) on ``train_items``.
 
@@ -117,6 +119,7 @@ def train(
             the trial.
         watching: gets the training's state before the first step, so that a failed run's record has its figures.
         exhausted: called after each step; returns the limit of ``budget`` that is spent.
+        reporters: get the training's log, as callbacks.
 
     Raises:
         Diverged: a loss, gradient or adapter weight is not finite.
@@ -149,6 +152,7 @@ def train(
         state.pilot or PruningCallback(report),
         interrupt,
         checkpoints.ChecksumCallback(current_counters),
+        *reporters,
     ]
     if config.training.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(config.training.early_stopping_patience))
@@ -331,7 +335,7 @@ def trainer_arguments(plan: Plan, config: Config, folder: Path) -> SFTConfig:
     * ``padding_free``: TRL recommends it for FlashAttention only; ``models/attention.py`` serves SDPA. TRL then takes
       no ``max_length``: rows come truncated.
     * ``logging_nan_inf_filter`` off: a NaN must be visible.
-    * ``report_to`` empty: tracking reads the record.
+    * ``report_to`` empty: tracking reads the record, and ``tracking.also`` has its own :class:`Reporter`.
     * ``adamw_torch`` runs as torch's fused kernel on a GPU (:func:`optimizer_on`), and batches are copied there without
       waiting for the copy.
     * ``gradient_checkpointing`` only where memory may need it (``Estimator.checkpointing``): it costs a quarter to
@@ -379,6 +383,8 @@ def trainer_arguments(plan: Plan, config: Config, folder: Path) -> SFTConfig:
         greater_is_better=False if every else None,
         restore_callback_states_from_checkpoint=True,
         report_to=[],
+        run_name=folder.parent.name,  # as the reporters of tracking.also call the run
+        project=config.tracking.experiment,
         disable_tqdm=True,
         dataloader_pin_memory=cuda,
         accelerator_config={"non_blocking": True} if cuda else None,

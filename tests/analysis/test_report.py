@@ -111,7 +111,7 @@ def card(report: ReportContent, name: str) -> AnswerCard:
 
 def test_scores_that_flatter_are_said_to_do_so_after_what_to_use() -> None:
     report = of([made_up.run(n, r=2**n, split="validation") for n in (2, 3, 4)])
-    assert report.headline[0].startswith("Use base, r = ")
+    assert report.headline[0].startswith("Best on validation, not confirmed: base, r = ")
     assert "validation split, which the search itself used" in report.headline[-1]
     assert "evaluation.split=test" in to_markdown(report)
     records = [made_up.run(n, r=2**n) for n in (2, 3, 4)]

@@ -226,6 +226,17 @@ def test_mlflows_own_export_gives_times_and_leaves_out_its_parent_run(
     assert noted(found, "1 row without a score is left out", "line 14")
 
 
+def test_rows_without_a_rank_are_counted_and_ask_for_no_answer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [[r, s, "base", 2 - r / 100 + s / 1000] for r in (8, 16) for s in (1, 2, 3)]
+    rows.append(["", "", "", 1.5])  # a study's parent run has its best trial's score
+    text = comma(["params.lora.r", "params.seed", "params.model.variant", "loss_per_item"], rows)
+    found = answered(capsys, written(tmp_path, "runs.csv", text), "--margin", "0.1")
+    assert noted(found, "1 row without a rank is left out", "line 8")
+    assert not noted(found, "No answer for")
+
+
 def test_this_packages_runs_in_mlflow_are_answered_on_the_test_split(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -16,20 +15,22 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tracking"))
 
 import synthetic
 
-from qlora_exp.paths import OutputPaths
+from qlora_exp.paths import OutputPaths, RunPaths
 from qlora_exp.records.files import write_json
+from qlora_exp.records.labels import run_name
 from qlora_exp.records.types import RunRecord, Status, Trial
 from qlora_exp.tracking.state import read_state
 from qlora_exp.tracking.sync import sync_runs
-from qlora_exp.tracking.ui import charts_url, runs_url
+from qlora_exp.tracking.ui import answers_url, charts_url, compare_url, runs_url
 
 pytestmark = [
     pytest.mark.browser,
@@ -52,7 +53,8 @@ FLAGS = (
 CONFIGURATIONS = (("base", "fp16", 8), ("base", "nf4", 16), ("instruct", "nf4", 32))
 
 
-TRIAL = "a trial of a study"
+TRIAL = "r8 dropout0.05"
+"""The name of a trial in MLflow: the values of its study's axes."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ def records() -> Iterator[RunRecord]:
     for number, (variant, mode, rank) in enumerate(CONFIGURATIONS):
         overrides = (f"model.variant={variant}", f"quantization={mode}", f"lora.r={rank}")
         yield synthetic.completed(f"run-{number}", *overrides, after=0.51 + 0.1 * number)
-    trial = Trial("which-rank", 0, 1, {"lora.r": 8})
-    yield synthetic.completed("run-trial").replace(name=TRIAL, trial=trial)
+    trial = Trial("which-rank", 0, 1, {"lora.r": 8, "lora.dropout": 0.05})
+    yield synthetic.completed("run-trial").replace(name="a name of the record", trial=trial)
     yield synthetic.failed("run-failed", Status.OUT_OF_MEMORY).replace(name="out of memory")
 
 
@@ -80,9 +82,9 @@ def ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ui]:
     definition = {"name": "which-rank", "objectives": ["maximize scores.after.accuracy"]}
     write_json(output.study("which-rank").spec, definition)
     for record in records():
-        synthetic.write_run(output, record)
+        write_answers(synthetic.write_run(output, record), record)
     assert sync_runs(output.root).failed == {}
-    states = {record.name: read_state(output.run(record.run_id)) for record in records()}
+    states = {run_name(record): read_state(output.run(record.run_id)) for record in records()}
     runs = {name: str(state.mlflow_run_id) for name, state in states.items() if state is not None}
     experiment_id = str(next(state.experiment_id for state in states.values() if state is not None))
     port = free_port()
@@ -93,10 +95,30 @@ def ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ui]:
     try:
         address = f"http://127.0.0.1:{port}"
         wait_until_it_answers(address, server, log)
-        assert charts_url(address, experiment_id) in log.read_text()
+        lines = log.read_text().splitlines()
+        assert {runs_url(address, experiment_id), charts_url(address, experiment_id)} <= set(lines)  # each on its own
+        assert any(line.startswith(f"{address}/#/compare-runs?") for line in lines)
         yield Ui(address, experiment_id, runs)
     finally:
         end_group(server)
+
+
+def write_answers(paths: RunPaths, record: RunRecord) -> None:
+    """One item's answer: of r = 32 the right one."""
+    if record.status is not Status.COMPLETED:
+        return
+    right = record.config["lora"]["r"] == 32
+    row = {
+        "item_id": "validation.jsonl:1",
+        "label": "plant",
+        "predicted": "plant" if right else "food",
+        "correct": right,
+        "loss_sum_nats": 1.0,
+        "tokens": 1,
+    }
+    pq.write_table(pa.Table.from_pylist([row]), paths.items("after", "validation"))
+    prompt = {"item_id": row["item_id"], "prompt": "a tree with needles"}
+    pq.write_table(pa.Table.from_pylist([prompt]), paths.texts("validation"))
 
 
 def free_port() -> int:
@@ -179,8 +201,7 @@ def test_the_charts_open_on_the_axes_and_on_quality_memory_and_speed(ui: Ui, tmp
 
 def test_the_comparison_shows_names_axes_and_scores_side_by_side(ui: Ui, tmp_path: Path) -> None:
     shown = [name for name in ui.runs if name not in ("out of memory", TRIAL)]
-    runs, experiments = (quote(json.dumps(ids)) for ids in ([ui.runs[name] for name in shown], [ui.experiment_id]))
-    url = f"{ui.address}/#/compare-runs?runs={runs}&experiments={experiments}"
+    url = compare_url(ui.address, ui.experiment_id, [ui.runs[name] for name in shown])
     axes = ("model.variant", "quantization.mode", "lora.r", "lora.alpha", "targets", "training.learning_rate")
     text = assert_seen(url, tmp_path, "Comparing 3 Runs", *shown, *axes, "score/accuracy", "0.51", "0.61", "0.71")
     assert "out of memory" not in text
@@ -200,3 +221,8 @@ def test_a_run_shows_its_files_and_no_pickle(ui: Ui, tmp_path: Path) -> None:
     url = f"{ui.address}/#/experiments/{ui.experiment_id}/runs/{run}/artifacts"
     text = assert_seen(url, tmp_path, "adapter", "config.yaml", "record.json")
     assert "training_args.bin" not in text
+
+
+def test_the_answers_of_the_runs_stand_side_by_side_next_to_the_right_one(ui: Ui, tmp_path: Path) -> None:
+    wanted = ("answers.json", "prompt → right answer", "a tree with needles", "→ plant", "✓ plant", "✗ food")
+    assert_seen(answers_url(ui.address, ui.experiment_id), tmp_path, *wanted)

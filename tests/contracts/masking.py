@@ -33,6 +33,7 @@ TEXTS = (
     (re.compile(r"\d{8}-\d{6}(-[A-Za-z0-9_.-]+)?-[0-9a-f]{4}\b"), r"<time>\1-<hex>"),
     (re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:\.\d+)?(?:[+-]\d\d:\d\d|Z)?"), "<time>"),
     (re.compile(r"\b\d{4}-\d\d-\d\d \d\d:\d\d\b"), "<time>"),
+    (re.compile(r"\b\d[\d.:]* s(?= elapsed\b)|(?<= took )\d[\d.:]* s\b"), "<seconds> s"),
     (re.compile(r"\b[0-9a-f]{32}\b"), "<id>"),
     (re.compile(r"(?<=/logs/)[^/]+-\d+-(\d+\.log)$"), r"<host>-<process>-\1"),
 )

@@ -20,14 +20,15 @@ NOW = re.compile(r"^(?:cpu|gpu|memory) .*$|\bMLflow UI:.*", re.MULTILINE)
 STEPS = (
     *("ls runs", "ls runs --limit 2"),
     *(
+        "show {contract} --all",
+        "show {real 0} --all",
+        "show {ladder 0} --all",
+        "show {SYNTHETIC fails} --all",
+        "show {SYNTHETIC spent} --all",
         "show {contract}",
-        "show {real 0}",
-        "show {ladder 0}",
-        "show {SYNTHETIC fails}",
-        "show {SYNTHETIC spent}",
         "show last",
     ),
-    *("diff {real 0} {real 1}", "diff {contract} {ladder 3}"),
+    *("diff {real 0} {real 1} --all", "diff {contract} {ladder 3} --all"),
     *("status real", "status ladder", "status search", "status half"),
     *("best real", "best ladder", "best search", "best half"),
     *("trials real --csv", "trials ladder --csv", "trials search --csv", "trials half --csv", "trials search"),
@@ -77,7 +78,10 @@ def table_of(text: str) -> list[dict[str, Any]]:
 
 
 def numbers_of(text: str, folder: Path) -> str:
-    """The numbers of a text that is about fixed records: they stay when its words change."""
+    """The numbers of a text that is about fixed records: they stay when its words change. Short ids of runs are none,
+    even if all their hexadecimal digits are decimal ones."""
+    for run in folder.rglob("record.json"):
+        text = re.sub(rf"(?<![\w.]){run.parent.name[-4:]}(?![\w.])", "", text)
     return numbers(masked(NOW.sub("", text), {str(folder): "<folder>"}))
 
 

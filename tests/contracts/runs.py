@@ -154,8 +154,8 @@ OF_A_CLONE = re.compile(r"git\.")
 
 
 def mlflow_of(folder: Path) -> dict[str, Any]:
-    """Every run of the tracking store: parameters, metrics, tags. ``train/…`` metrics have their history, of the
-    others the last value counts: when a background thread delivers, differs."""
+    """Every run of the tracking store, trials by study and number: parameters, metrics, tags. ``train/…`` metrics have
+    their history, of the others the last value counts: when a background thread delivers, differs."""
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
@@ -166,7 +166,9 @@ def mlflow_of(folder: Path) -> dict[str, Any]:
                 key: [[point.step, point.value] for point in client.get_metric_history(run.info.run_id, key)]
                 for key in run.data.metrics
             }
-            found[f"{experiment.name}: {run.info.run_name}"] = {
+            number = run.data.tags.get("qlora_exp.trial.number")
+            name = run.info.run_name if number is None else f"{run.data.tags['qlora_exp.trial.study']} {number}"
+            found[f"{experiment.name}: {name}"] = {
                 "status": run.info.status,
                 "params": dict(run.data.params),
                 "metrics": {

@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from qlora_exp.config.enums import InvalidRows
+from qlora_exp.config.enums import InvalidRows, Learn
 from qlora_exp.data.splits import load_rows
 from qlora_exp.errors import DataError, Problems, QloraExpError
 
@@ -132,9 +132,9 @@ BAD_ROWS = [
         task=MESSAGES,
     ),
     Bad(
-        "ShareGPT messages",
-        chat("user", "assistant") + jsonl({"messages": [{"from": "human", "value": "x"}]}),
-        ("invalid messages", "row 14", "rename from to role"),
+        "a message without a text",
+        chat("user", "assistant") + jsonl({"messages": [{"from": "human", "text": "x"}]}),
+        ("invalid messages", "row 14", "no role and content"),
         task=MESSAGES,
     ),
     Bad(
@@ -185,8 +185,39 @@ BAD_SOURCES = [
         ("no row has a column 'quest'", "did you mean question", "data.jsonl"),
         task={"prompt_column": "quest"},
     ),
-    Bad("messages not asked for", chat("user", "assistant"), ("missing column", "task.columns.messages=messages")),
-    Bad("nothing says what the prompt is", jsonl(*GOOD), ("task.prompt", "columns"), task={"prompt_column": None}),
+    Bad(
+        "a layout that can be read in two ways",
+        jsonl({"question": "a", "answer": "b", "response": "c"}),
+        ("in 2 ways", "choose one", "task.columns.completion=answer", "task.columns.completion=response", "data.jsonl"),
+    ),
+    Bad(
+        "columns that are no layout",
+        jsonl({"left": "a", "right": "b"}),
+        ("which text is the prompt", "columns: left, right", "task.columns.prompt=COLUMN"),
+    ),
+    Bad(
+        "a completion by one of two columns",
+        jsonl({"left": "a", "answer": "b", "response": "c"}),
+        ("which text is the completion", "task.columns.completion=answer or task.columns.completion=response"),
+        task={"prompt_column": "left"},
+    ),
+    Bad(
+        "preferences without a prompt",
+        jsonl({"chosen": "a", "rejected": "b"}),
+        ("hold preferences without a prompt", "two columns"),
+    ),
+    Bad(
+        "whole texts as a classification",
+        jsonl(*[{"text": f"a text {n}"} for n in range(12)]),
+        ("whole texts, which have no label", "task.kind=generation"),
+        task={"kind": "classification"},
+    ),
+    Bad(
+        "answers of whole texts",
+        jsonl(*[{"text": f"a text {n}"} for n in range(12)]),
+        ("only conversations have several answers", "task.learn=last"),
+        task={"learn": Learn.all},
+    ),
     Bad(
         "messages and a template",
         chat("user", "assistant"),
@@ -300,7 +331,7 @@ def test_what_could_be_read_without_an_end_is_refused(tmp_path: Path, configure:
     ("names", "says"),
     [
         ([], "no train file"),
-        (["data.jsonl"], "here: data.jsonl"),
+        (["data.jsonl", "more.jsonl"], "here: data.jsonl, more.jsonl"),
         (["train.jsonl", "valid.jsonl"], "rename it to validation.jsonl"),
         (["train.jsonl", "dev.jsonl"], "rename it to validation.jsonl"),
         (["train.jsonl", "train.json"], "two files for train"),

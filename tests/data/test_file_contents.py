@@ -5,8 +5,6 @@ from __future__ import annotations
 import datetime
 import decimal
 import json
-import re
-import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +19,7 @@ import pytest
 from qlora_exp.config.compose import compose
 from qlora_exp.config.enums import InvalidRows
 from qlora_exp.data.hub import rows_of_dataset
+from qlora_exp.data.layouts import recognise
 from qlora_exp.data.rows import read_examples
 from qlora_exp.data.splits import RawSplits, load_rows
 from qlora_exp.errors import DataError, Problems
@@ -101,10 +100,10 @@ NOT_A_TABLE = {
     "UTF-16 without a mark": ("a.jsonl", JSONL.encode("utf-16-le"), "iconv -f UTF-16LE"),
     "UTF-16, the other one": ("a.csv", CSV.encode("utf-16-be"), "iconv -f UTF-16BE"),
     "pandas' columns": ("a.json", pandas.DataFrame(ROWS).to_json(), "orient='records'"),
-    "one object with the splits": (
+    "one object with a split of another name": (
         "a.json",
-        json.dumps({"train": ROWS, "test": ROWS}),
-        "each of train, test to a separate file",
+        json.dumps({"train": ROWS, "dev": ROWS}),
+        "name the splits train, validation and test",
     ),
     "a line above the header": ("a.csv", "# exported on Monday\n" + CSV, "the first row must name the columns"),
     "pandas' split": ("a.json", pandas.DataFrame(ROWS).to_json(orient="split"), "[{"),
@@ -148,7 +147,7 @@ def test_a_row_that_would_be_learned_wrongly_is_named(
     ("name", "content"),
     [
         ("a.jsonl", "\n".join(json.dumps(row, indent=2) for row in ROWS)),
-        ("a.json", json.dumps({"version": 1, "data": ROWS})),
+        ("a.json", json.dumps({"version": 1, "data": ROWS, "old": ROWS[:1]})),
     ],
 )
 def test_the_command_that_mends_a_file_does(name: str, content: str, tmp_path: Path, configure: Configure) -> None:
@@ -165,7 +164,8 @@ def test_answers_that_read_like_a_missing_value_are_text_and_noted(tmp_path: Pat
     (tmp_path / "a.csv").write_text("prompt,completion\n" + "".join(f"q {n},{w}\n" for n, w in enumerate(words)))
     rows = load_rows(configure(tmp_path / "a.csv").task)
     assert [e.completion for e in examples(rows)] == words
-    [note] = rows.notes
+    note, few = rows.notes
+    assert "4 distinct completions in 24 rows: task.kind=classification" in few
     assert "'NA' (6), 'None' (6), 'null' (6)" in note
 
 
@@ -228,7 +228,8 @@ def test_a_row_without_a_class_is_no_class(tmp_path: Path, configure: Configure)
     assert "row 26" in told
     rows = load_rows(configure(tmp_path / "a.parquet", invalid_rows=InvalidRows.drop, **CLASSES).task)
     assert set(rows.options) == {"neg", "pos"}
-    _, problems = read_examples(configure(tmp_path / "x", **CLASSES).task, rows_of_dataset(made, "owner/name"))
+    found = rows_of_dataset(made, "owner/name")
+    _, problems = read_examples(recognise(configure(tmp_path / "x", **CLASSES).task, found).task, found)
     assert [problem.row for problem in problems] == [25, 26]
 
 
@@ -269,40 +270,6 @@ ALPACA = [
     {"instruction": f"do {n}", "input": "" if n % 2 else f"with {n}", "output": f"done {n}", "text": ""}
     for n in range(20)
 ]
-FORMATS: dict[str, tuple[list[dict[str, Any]], Callable[[dict[str, Any]], tuple[str, str]]]] = {
-    "Alpaca": (ALPACA, lambda row: (f"{row['instruction']}\n{row['input']}", row["output"])),
-    "Dolly": (
-        [{"instruction": f"do {n}", "context": "", "response": f"r {n}", "category": "qa"} for n in range(20)],
-        lambda row: (f"{row['instruction']}\n", row["response"]),
-    ),
-    "GSM8K": (
-        [{"question": f"{n}+1?", "answer": f"<<{n}>>\n#### {n + 1}"} for n in range(20)],
-        lambda row: (row["question"], row["answer"]),
-    ),
-    "OpenAI": (
-        [
-            {"messages": [{"role": "user", "content": f"q {n}"}, {"role": "assistant", "content": f"a {n}"}]}
-            for n in range(20)
-        ],
-        lambda row: (row["messages"][0]["content"], row["messages"][1]["content"]),
-    ),
-    "SST-2": (
-        [{"sentence": f"s {n}", "label": n % 2} for n in range(20)],
-        lambda row: (row["sentence"], str(row["label"])),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_the_settings_that_are_offered_for_a_known_format_read_it(name: str, tmp_path: Path) -> None:
-    rows, meant = FORMATS[name]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = ["task=local", f"task.path={tmp_path / 'a.jsonl'}"]
-    with pytest.raises(DataError, match="missing column") as error:
-        load_rows(compose(given).task)
-    settings = shlex.split(re.sub(r".*set (?='?task)", "", str(error.value.hint)))
-    found = examples(load_rows(compose([*given, *settings]).task))
-    assert [(e.messages[0].content, e.completion) for e in found] == [meant(row) for row in rows]
 
 
 def test_a_template_may_have_an_empty_column_but_not_only_empty_ones(tmp_path: Path, configure: Configure) -> None:

@@ -147,6 +147,7 @@ def test_groups_travel_to_the_per_item_file(
     monkeypatch.chdir(tmp_path)
     path = rows_file(rows_on_documents("Question {part} on {number}?", document="d{number}"))
     shared = [f"task.path={path}", "task=local", "training.max_steps=1", "quantization=fp32", "tracking.enabled=false"]
+    shared += ["evaluation=quick", "evaluation.before=false"]
     grouped = run(*shared, "task.columns.group=document", "evaluation.split=test")
     items = OutputPaths.of(tmp_path / "outputs").run(grouped.run_id)
     groups = item_groups(items.items("after", "test"))

@@ -84,6 +84,35 @@ def test_bounds_on_memory_change_no_score(make_model: Callable[..., Any], monkey
     assert [s.completion_nats for s in small_nats] == pytest.approx([s.completion_nats for s in nats], abs=1e-5)
 
 
+@pytest.mark.parametrize("tokens_at_once", [1, 2, 3, 7])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
+def test_a_long_completion_is_read_in_pieces_with_the_same_scores(
+    family: str, tokens_at_once: int, make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All logits of an answer of 8,000 tokens with a vocabulary of 150,000 take 5 GB."""
+    model, prompts = make_model(family), random_prompts()
+    completions, ends = [tuple(range(5, 5 + length)) for length in (9, 1, 4, 8, 2, 7)], [(250, 3)] * 6
+    kept: list[int] = []
+    read = CausalModel.__call__
+
+    def counted(self: CausalModel, ids: Any, mask: Any, keep: int, *rest: Any, **named: Any) -> Any:
+        kept.append(len(ids) * keep)
+        return read(self, ids, mask, keep, *rest, **named)
+
+    with scoring_mode(model):
+        causal = CausalModel(model)
+        start = prefill(causal, prompts)
+        whole = completion_scores(*start, completions, ends)
+        monkeypatch.setattr(likelihood, "LOGITS_PER_PASS", tokens_at_once * causal.vocabulary_size)
+        monkeypatch.setattr(CausalModel, "__call__", counted)
+        pieces = completion_scores(*start, completions, ends)
+    assert max(kept) <= tokens_at_once
+    for one, other in zip(whole, pieces, strict=True):
+        assert other.completion_nats == pytest.approx(one.completion_nats, abs=1e-4)
+        assert other.end_nats == pytest.approx(one.end_nats, abs=1e-4)
+        assert other.tokens_correct == one.tokens_correct
+
+
 def test_only_distinct_inner_paths_are_read() -> None:
     assert OptionTrie.of(OPTIONS).paths == ((5, 6), (5, 9, 7), (11,))
     assert OptionTrie.of([(1,), (2,)]).paths == ()

@@ -148,7 +148,7 @@ def test_items_come_back_from_parquet_as_they_were(
     model: Any, tokenizer: Any, colours: Any, make_config: Callable[..., Any], tmp_path: Path
 ) -> None:
     found = evaluate_model(model, tokenizer, colours.validation, colours, make_config())
-    write_items(found.items, tmp_path / "run" / "items.parquet")
+    write_items(found.items, tmp_path / "run" / "items.parquet", keep_texts=True)
     assert pq.read_table(tmp_path / "run" / "items.parquet") == found.items
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["items.parquet"]
 

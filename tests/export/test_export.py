@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qlora_exp.analysis.paired_shares import paired_bounds
 from qlora_exp.cli import main
 from qlora_exp.export.card import export_card
 from qlora_exp.export.export import load_settings
@@ -23,7 +24,7 @@ from qlora_exp.export.export_config import ExportConfig
 from qlora_exp.export.llama_cpp import measure_runtime
 from qlora_exp.export.phone import answer_phone
 from qlora_exp.export.results import Artefact, Export, Runtime, TaskCheck
-from qlora_exp.export.task_check import compare_answers, paired_bounds
+from qlora_exp.export.task_check import compare_answers
 from qlora_exp.records.files import read_record, write_json
 from qlora_exp.records.types import Status
 from qlora_exp.system.cards import read_prices
@@ -142,6 +143,7 @@ def test_the_card_says_what_was_merged_into_what(exported: Path, outputs: Path) 
     for one in told(exported)["artefacts"]:
         assert f"`{one['path']}`" in card
     assert told(exported)["phone"]["question"][1:] in card
+    assert "* file size:" not in card
     assert "## Settings" in card
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import hashlib
 import importlib.util
 import json
 import os
@@ -11,7 +10,6 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -21,6 +19,7 @@ from qlora_exp.architecture.targets import resolve_targets
 from qlora_exp.config.compose import compose
 from qlora_exp.config.schema import ModelConfig, TargetsConfig
 from qlora_exp.errors import ModelError
+from qlora_exp.models import file_digests
 from qlora_exp.models.base import load_base
 from qlora_exp.models.file_digests import MIN_CACHED_BYTES, _known_digest
 from qlora_exp.models.inspect import describe
@@ -246,13 +245,13 @@ def test_large_weights_are_hashed_once_until_they_change(tmp_path: Path, monkeyp
     weights = tmp_path / "model" / "model.safetensors"
     weights.parent.mkdir()
     hashed: list[str] = []
-    hash_file = hashlib.file_digest
+    hash_file = file_digests._hash
 
-    def digest(stream: BinaryIO, name: str) -> Any:
-        hashed.append(Path(stream.name).name)
-        return hash_file(stream, name)
+    def digest(file: Path) -> str:
+        hashed.append(file.name)
+        return hash_file(file)
 
-    monkeypatch.setattr(hashlib, "file_digest", digest)
+    monkeypatch.setattr(file_digests, "_hash", digest)
 
     def write(last: bytes, seconds_ago: float) -> None:
         with weights.open("wb") as stream:

@@ -318,14 +318,20 @@ def test_a_template_that_rewrites_earlier_answers_is_refused_where_all_are_learn
 
 
 @pytest.mark.parametrize("column", ["conversations", "messages"])
-def test_sharegpt_rows_are_refused_with_what_to_rename(
+def test_sharegpt_rows_are_read_as_the_same_messages_with_roles(
     column: str, tokenizer_with: WithTemplate, chat_task: Configure
 ) -> None:
-    row = [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Hello"}]
-    config = chat_task([{column: row}])
-    config.task.columns.messages = column
-    with pytest.raises(DataError, match="rename from to role"):
-        load_data(config, tokenizer_with("llama3"), 4096)
+    texts = [("system", "Be brief."), ("user", "Hi?"), ("assistant", "Hello")]
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    rows = [{column: [{"from": names[role], "value": text} for role, text in texts]}]
+    expected = [{column: [{"role": role, "content": text} for role, text in texts]}]
+    read = []
+    for given in (rows, expected):
+        config = chat_task(given)
+        config.task.columns.messages = column
+        read.append(load_data(config, tokenizer_with("llama3"), 4096).train[0])
+    assert read[0].prompt == read[1].prompt
+    assert (read[0].ids, read[0].answer) == (read[1].ids, read[1].answer)
 
 
 def test_labels_given_as_parts_are_compared_with_all_options(

@@ -133,13 +133,6 @@ def test_plain_conversations_have_the_same_space_after_each_role(
     assert (draw.validation[0].prompt + draw.validation[0].completion).count("Assistant: 晴") == 4
 
 
-def test_prompts_and_completions_that_are_messages_get_a_hint(
-    tokenizer_with: WithTemplate, chat_task: Configure
-) -> None:
-    row = {"prompt": [{"role": "user", "content": "Hi?"}], "completion": [{"role": "assistant", "content": "Hello"}]}
-    assert "task.columns.messages=COLUMN" in refusal(chat_task([row]), tokenizer_with("qwen3"))
-
-
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_a_cut_conversation_learns_what_is_left_of_all_answers(
     tokens: int, tokenizer_with: WithTemplate, chat_task: Configure

@@ -80,7 +80,7 @@ def rows(tmp_path: Path) -> Path:
 
 
 def test_every_family_of_the_configuration_is_here() -> None:
-    shipped = {file.stem for file in (CONF / "model").glob("*.yaml")} - {"_family", "embedded", "local"}
+    shipped = {file.stem for file in (CONF / "model").glob("*.yaml")} - {"_family", "embedded", "hub", "local"}
     assert shipped == set(FAMILIES)
     assert set(KINDS) <= shipped
 

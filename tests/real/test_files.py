@@ -84,11 +84,11 @@ def test_a_run_on_class_labels_in_parquet_and_its_card(tmp_path: Path, told: Tol
     columns["text"][7], columns["text"][9] = columns["text"][1], columns["text"][1]
     datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "rows.parquet")
     given = ["task=local", f"task.path={tmp_path / 'rows.parquet'}"]
-    error = told("validate", *given, code=2)
-    offered = "task.kind=classification task.columns.prompt=text task.columns.label=label"
-    assert f"set {offered}" in error
+    shown = told("validate", *given)
+    assert "read as text/label rows: prompt = text, completion = label" in shown
+    assert "2 distinct completions in 38 rows: task.kind=classification" in shown
     outputs = tmp_path / "outputs"
-    told("run", *given, *offered.split(), *SHORT, f"output_root={outputs}")
+    told("run", *given, "task.kind=classification", *SHORT, f"output_root={outputs}")
     [folder] = OutputPaths.of(str(outputs)).runs.iterdir()
     record = read_record(folder / "record.json")
     assert record.data is not None

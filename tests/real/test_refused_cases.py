@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -105,30 +104,11 @@ REFUSED: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
         CLASSES,
         ("'IT' and 'it' differ in upper and lower case only", "name all labels: task.labels=[…]"),
     ),
-    "preferences": ("09_instruction_formats/dpo.jsonl", "base", (), ("the rows hold preferences (chosen, rejected)",)),
     "no answer at the end": (
         "09_instruction_formats/ends_on_user.jsonl",
         "instruct",
         (MESSAGES,),
         ("the roles are user, assistant, user", "take out the messages after the last answer"),
-    ),
-    "ShareGPT's names": (
-        "09_instruction_formats/sharegpt.jsonl",
-        "instruct",
-        ("task.columns.messages=conversations",),
-        ("message 1 has no role and content", "rename from to role and value to content, human to user"),
-    ),
-    "answers in an object": (
-        "09_instruction_formats/squad.jsonl",
-        "base",
-        ("task.columns.prompt=question", "task.columns.completion=answers"),
-        ("not text", "it holds text, answer_start: make the one you mean a column with text"),
-    ),
-    "whole texts": (
-        "09_instruction_formats/text_only.jsonl",
-        "base",
-        (),
-        ("the rows hold whole texts: divide each into a prompt and a completion",),
     ),
     "one shard of two beside the whole": (
         "15_folder_of_shards/extra_shard",
@@ -195,13 +175,17 @@ def test_a_file_that_could_be_learned_wrongly_is_refused_with_what_to_do(
         assert part in message
 
 
-def offered(message: str) -> list[str]:
-    """The settings that a message offers, as a shell reads them."""
-    return shlex.split(message[message.rindex("set ") :])[1:]
-
-
 def of_talk(row: Row) -> Runs:
     return chatml(*row["messages"])
+
+
+def of_shared_talk(row: Row) -> Runs:
+    roles = {"system": "system", "human": "user", "gpt": "assistant"}
+    return chatml(*({"role": roles[one["from"]], "content": one["value"]} for one in row["conversations"]))
+
+
+def of_chosen(row: Row) -> Runs:
+    return chatml(*row["chosen"])
 
 
 KNOWN: dict[str, Callable[[Row], Runs]] = {
@@ -216,6 +200,12 @@ KNOWN: dict[str, Callable[[Row], Runs]] = {
         f"{row['instruction']}\n{row['context']}", row["response"], " " if row["context"] else ""
     ),
     "09_instruction_formats/gsm8k.jsonl": lambda row: plain(row["question"], row["answer"]),
+    "09_instruction_formats/sharegpt.jsonl": of_shared_talk,
+    "09_instruction_formats/dpo.jsonl": of_chosen,
+    "09_instruction_formats/squad.jsonl": lambda row: plain(
+        f"{row['context']}\n{row['question']}", row["answers"]["text"][0]
+    ),
+    "09_instruction_formats/text_only.jsonl": lambda row: ("<|endoftext|>", f"{row['text']}<|endoftext|>"),
     "12_templates/multi.jsonl": of_talk,
     "09_instruction_formats/multi_turn.jsonl": of_talk,
     "14_nfd/nfd_labels.jsonl": lambda row: plain(row["prompt"], row["label"]),
@@ -223,13 +213,12 @@ KNOWN: dict[str, Callable[[Row], Runs]] = {
 
 
 @pytest.mark.parametrize("case", KNOWN)
-def test_the_settings_that_are_offered_read_the_file_as_it_is_meant(
-    case: str, refusal: Refusal, families: Families
-) -> None:
-    model = "instruct" if KNOWN[case] is of_talk else "base"
-    settings = offered(refusal(CASES / case, model))
+def test_a_file_of_a_common_layout_is_read_as_it_is_meant_by_its_columns(case: str, families: Families) -> None:
+    model = "instruct" if KNOWN[case] in (of_talk, of_shared_talk, of_chosen) else "base"
     rows = rows_of(case.replace(".json", ".jsonl") if case.endswith(".json") else case)
-    assert read(CASES / case, families.overrides(model), *settings).runs == [KNOWN[case](row) for row in rows]
+    reading = read(CASES / case, families.overrides(model))
+    assert reading.runs == [KNOWN[case](row) for row in rows]
+    assert reading.splits.read_as is not None
 
 
 def test_labels_that_differ_in_case_are_read_where_they_are_named(families: Families) -> None:

@@ -23,6 +23,8 @@ from qlora_exp.analysis.power import Noise, half_width
 from qlora_exp.analysis.rank_rule import StepVerdict
 from qlora_exp.analysis.report_content import StudyInfo
 from qlora_exp.cli import main
+from qlora_exp.cli.settings_file import combined_overrides
+from qlora_exp.config.compose import compose
 from qlora_exp.config.enums import LrPolicy
 from qlora_exp.config.schema import LadderConfig
 from qlora_exp.errors import QloraExpError
@@ -691,7 +693,8 @@ def test_a_lost_database_is_made_again_and_the_ladder_resumed(
     told = capsys.readouterr().out
     assert ladder["sentence"] in told
     [command] = [line for line in told.splitlines() if line.startswith("qlora-exp run ")]
-    assert f"lora.r={ladder['recommended_rank']} seed=3 " in command
+    config = compose(combined_overrides(Path(shlex.split(command)[3]), None))
+    assert (config.lora.r, config.seed) == (ladder["recommended_rank"], 3)
 
 
 def test_the_command_that_settles_an_inconclusive_ladder_runs_and_best_shows_the_rank_to_use(
@@ -722,7 +725,8 @@ def test_the_command_that_settles_an_inconclusive_ladder_runs_and_best_shows_the
     assert main(["best", "the study"]) == 0
     shown = capsys.readouterr().out
     assert "Use r = 2." in shown
-    assert [line for line in shown.splitlines() if line.startswith("qlora-exp run ") and "lora.r=2 " in line]
+    commands = [shlex.split(line) for line in shown.splitlines() if line.startswith("qlora-exp run ")]
+    assert [words for words in commands if compose(combined_overrides(Path(words[3]), None)).lora.r == 2]
 
     assert main(shlex.split(ladder["settle_command"])[1:]) == 0
     shown = capsys.readouterr().out

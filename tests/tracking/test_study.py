@@ -28,6 +28,10 @@ from qlora_exp.tracking.sync import sync_runs
 
 STUDY = 'which rank: it\'s "quoted"'
 PARENT = "mlflow.parentRunId"
+BEST_METRICS = (
+    *("score/accuracy", "score_before/accuracy", "score/exact_match", "score/loss_per_item"),
+    *("memory/peak_train_mib", "speed/train_tokens_per_second"),
+)
 DEFINITION: dict[str, Any] = {
     "name": STUDY,
     "question": "Which rank is worth paying for?",
@@ -117,12 +121,16 @@ def test_a_sweep_is_one_run_with_its_trials_beneath_it(output: OutputPaths) -> N
         "pruner": "hyperband",
         "objective": "minimize scores.after.loss_per_item",
     }
+    children_by_number = {run.data.tags["qlora_exp.trial.number"]: run for run in children}
     assert parent.data.metrics == {
         "trials_finished": 2.0,
         "trials_pruned": 1.0,
         "trials_failed": 1.0,
         "best/scores.after.loss_per_item": 1.0,
+        # Of the best trial's run: the parent stands for its folded trials.
+        **{key: children_by_number["1"].data.metrics[key] for key in BEST_METRICS},
     }
+    assert parent.data.tags["qlora_exp.best"] == "r16: loss_per_item 1"
     note = parent.data.tags["mlflow.note.content"]
     assert note.startswith("best so far: **scores.after.loss_per_item 1** with lora.r=16 (trial 1)")
     assert "Which rank is worth paying for?" in note
@@ -167,7 +175,9 @@ def test_parent_and_children_are_rebuilt_on_a_new_store(output: OutputPaths, emp
     report = sync_runs(output.root, uri=f"sqlite:///{other}")
     assert (report.delivered, report.studies, report.failed) == (("trial-0",), (STUDY,), {})
     first, again = family(output.mlflow_database), family(other)
-    assert [run.info.run_name for run in again[1]] == ["base nf4 r8"]
+    assert [run.info.run_name for run in again[1]] == ["r8 lr0.001 key=x"]
+    assert [run.info.run_name for run in first[1]] == ["r8 lr0.001 key=x"]
+    assert again[0].data.tags["qlora_exp.best"] == "r8: loss_per_item 2"
     assert again[0].info.status == "FINISHED"
     assert again[0].data.metrics == first[0].data.metrics
     assert again[0].data.tags["mlflow.note.content"] == first[0].data.tags["mlflow.note.content"]

@@ -22,7 +22,7 @@ from qlora_exp.config.schema import TrackingConfig
 from qlora_exp.errors import TrackingError
 from qlora_exp.paths import OutputPaths, RunPaths
 from qlora_exp.records.files import read_curve, read_record, write_json
-from qlora_exp.records.types import Process, Status
+from qlora_exp.records.types import Process, Status, Trial
 from qlora_exp.tracking import fields
 from qlora_exp.tracking.interrupted import mark_interrupted
 from qlora_exp.tracking.run import Tracker
@@ -614,3 +614,18 @@ def test_a_half_made_database_is_set_aside_and_one_that_was_used_never_is(output
     else:
         open_store(store)
         assert database.with_name("mlflow.db.half-made-1").read_bytes() == kept
+
+
+def test_a_trial_of_an_earlier_version_gets_its_name_of_today_unless_a_person_named_it(output: OutputPaths) -> None:
+    for number in range(2):
+        trial = Trial("s", number, 1, {"lora.r": 8 * 2**number, "seed": 3})
+        synthetic.write_run(output, synthetic.completed(f"made-up-{number}").replace(trial=trial))
+    sync_runs(output.root)
+    assert sorted(str(run.info.run_name) for run in runs_of(output)) == ["r16 s3", "r8 s3"]
+    client = client_of(output)
+    by_id = {run.data.tags[TAG]: run.info.run_id for run in runs_of(output)}
+    client.update_run(by_id["made-up-0"], name="base nf4 r8")  # as earlier versions did
+    client.update_run(by_id["made-up-1"], name="the one we ship")
+    assert len(sync_runs(output.root).already) == 2
+    names = {run.data.tags[TAG]: run.info.run_name for run in runs_of(output)}
+    assert names == {"made-up-0": "r8 s3", "made-up-1": "the one we ship"}

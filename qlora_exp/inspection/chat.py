@@ -1,0 +1,82 @@
+"""A conversation with a run's model: each message is answered by the tuned model and by its base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from qlora_exp.config.schema import Config
+from qlora_exp.evaluation.generation import StopRule
+from qlora_exp.inspection.prompts import own_prompt
+from qlora_exp.inspection.sampling import Sampling
+from qlora_exp.inspection.steps import GeneratedToken, answer_of, generate_steps
+from qlora_exp.records.types import RunRecord
+
+Messages = list[tuple[str, str]]
+
+
+@dataclass
+class Conversation:
+    """Two conversations with the same user: each model continues its answers, not the other's.
+
+    In the plain format there is no conversation: each message is a prompt by itself.
+    """
+
+    model: Any
+    tokenizer: Any
+    config: Config
+    record: RunRecord
+    steps: int | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    system: str | None = None
+    turns: dict[str, Messages] = field(default_factory=lambda: {"tuned": [], "base": []})
+    stop: StopRule | None = None
+    """When an answer ends. The first message reads it from the task's data."""
+    last_steps: list[GeneratedToken] = field(default_factory=list)
+    """Of the tuned model's last answer."""
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the run's format has turns."""
+        return self.record.plan is not None and self.record.plan.format == "chat"
+
+    def answer(self, message: str, side: str, on_text: Callable[[str], None] = lambda _: None) -> str:
+        """Return the answer of ``side`` (``tuned`` or ``base``), and add both messages to its conversation.
+
+        ``on_text`` is called with each new piece of the answer.
+
+        Raises:
+            DataError, ModelError: the template can't write the conversation, or it is too long. Nothing is added then.
+        """
+        earlier = self.turns[side] if self.is_chat else []
+        system = [("system", self.system)] if self.system and self.is_chat else []
+        turns = [*system, *earlier, ("user", message)]
+        prompt = own_prompt(self.config, self.record, self.tokenizer, turns, self.stop)
+        self.stop = prompt.stop
+        started = False
+
+        def show(text: str) -> None:
+            nonlocal started
+            on_text(text if started else text.lstrip())
+            started = started or bool(text.strip())
+
+        def steps() -> list[GeneratedToken]:
+            return generate_steps(
+                self.model, self.tokenizer, prompt, steps=self.steps, sampling=self.sampling, on_text=show
+            )
+
+        if side == "base":
+            with self.model.disable_adapter():
+                found = steps()
+        else:
+            found = self.last_steps = steps()
+        text = answer_of(found, self.tokenizer).strip()
+        if self.is_chat:
+            self.turns[side] = [*earlier, ("user", message), ("assistant", text)]
+        return text
+
+    def forget(self) -> None:
+        """Begin a new conversation."""
+        self.turns = {"tuned": [], "base": []}
+        self.last_steps = []

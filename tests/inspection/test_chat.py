@@ -1,0 +1,61 @@
+"""``qlora-exp chat``: two conversations with one user, in the run's template."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from qlora_exp.cli import main
+
+RUN = [
+    *("model.variant=instruct", "training.device=cpu", "training.max_steps=3", "training.batch_size=8"),
+    *("quantization=fp32", "evaluation=quick", "evaluation.max_items=4", "evaluation.before=false", "tracking=off"),
+]
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chat") / "outputs"
+    assert main(["run", *RUN, f"output_root={folder}"]) == 0
+    return folder
+
+
+def said(lines: list[str], outputs: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+    return main(["chat", "last", "--steps", "4", *arguments, "--output-root", str(outputs)])
+
+
+def test_each_model_continues_its_own_answers_and_the_conversation_can_be_saved(
+    outputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "talk.json"
+    lines = ["a large wild cat", "", "and a small one", "/inspect", f"/save {file}", "/quit", "not read"]
+    assert said(lines, outputs, monkeypatch) == 0
+    talk = json.loads(file.read_text(encoding="utf-8"))
+    printed = capsys.readouterr().out
+    for side in ("tuned", "base"):
+        turns = talk[side]
+        assert [turn["role"] for turn in turns] == ["user", "assistant"] * 2
+        assert [turn["content"] for turn in turns[::2]] == ["a large wild cat", "and a small one"]
+        assert all(f"{side}: {turn['content']}" in printed for turn in turns[1::2])
+    # The earlier turns are read: the same message has other probabilities without them.
+    with_turns = printed[printed.index("base rank") :]
+    assert said(["and a small one", "/inspect"], outputs, monkeypatch, "--only", "tuned") == 0
+    printed = capsys.readouterr().out
+    assert "base: " not in printed
+    assert printed[printed.index("base rank") :].splitlines()[2] != with_turns.splitlines()[2]
+
+
+def test_a_mistake_is_answered_and_the_conversation_goes_on(
+    outputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["/inspct", "/sample temprature=1", "/save", "/base", "a wild cat", "/system Be brief.", "/new", "/help"]
+    assert said(lines, outputs, monkeypatch) == 0
+    printed = capsys.readouterr().out
+    for words in ("did you mean /inspect", "did you mean temperature", "/save FILE", "base: ", "/sample SETTINGS"):
+        assert words in printed
+    assert "tuned: " not in printed
+    assert main(["chat", "last", "--only", "both", "--output-root", str(outputs)]) == 2
