@@ -33,6 +33,7 @@ from qlora_exp.analysis.confirmation_words import (
     confirmation_card,
     confirmation_lines,
     confirmation_section,
+    unanswered_sentence,
 )
 from qlora_exp.analysis.contrasts import ItemScores
 from qlora_exp.analysis.goals import GoalAnswer, goal_answer, goal_recommendation
@@ -158,6 +159,8 @@ def build(
     headline, why_none = [], None
     if confirmed is not None:
         headline = list(confirmation_lines(*confirmed))
+    elif len(studies) == 1 and (content := studies[0].confirmation) is not None:
+        headline = [unanswered_sentence(records, len(content["trials"]), ConfirmedSearch.of(content))]
     elif first.choice is None:
         whose = "finished run has a score" if first.measure is None else "configuration has a finite score"
         why_none = f"No answer: no {whose}."

@@ -74,6 +74,12 @@ class ConfirmPlan:
     """``sentences``, ``verdict``, ``use`` and what the table of pairs has; empty before there is one."""
 
     @property
+    def is_answered(self) -> bool:
+        """Whether the stored answer is that of all planned runs: seeds that were added since reopen it."""
+        seeds = self.answer.get("planned_seeds", self.answer.get("seeds"))
+        return seeds == len(self.seeds) and not self.answer.get("pending")
+
+    @property
     def measure(self) -> Measure:
         return Measure(self.score, MEASURES.get(self.score, self.objective.startswith("maximize")))
 

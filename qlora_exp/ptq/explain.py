@@ -14,9 +14,9 @@ from qlora_exp.export.task_check import CheckItems, items_to_check
 from qlora_exp.models.inspect import describe
 from qlora_exp.models.merging import merged_model
 from qlora_exp.paths import RunPaths
-from qlora_exp.ptq.affine import AffineWeight, grouped
 from qlora_exp.ptq.ptq_config import Calibration, PtqConfig
 from qlora_exp.ptq.quantize_run import check_formats, layer_inputs, layer_weight, quantize_weight, quantized_shapes
+from qlora_exp.quantizers.affine import AffineWeight, grouped
 
 SHOWN_WEIGHTS = 10
 

@@ -26,14 +26,14 @@ from qlora_exp.export.task_check import CheckItems, answer_items, items_to_check
 from qlora_exp.models.inspect import describe
 from qlora_exp.models.merging import merged_model
 from qlora_exp.paths import RunPaths
-from qlora_exp.ptq.affine import (
+from qlora_exp.ptq.ptq_config import Calibration, PtqConfig
+from qlora_exp.quantizers.affine import (
     AffineFormat,
     AffineWeight,
     output_error,
     quantize_activation_aware,
     quantize_affine,
 )
-from qlora_exp.ptq.ptq_config import Calibration, PtqConfig
 from qlora_exp.records.files import write_json
 
 QUANTIZATION_SCHEMA_VERSION = 1
