@@ -10,7 +10,7 @@ from typing import Any
 
 from qlora_exp.architecture.shapes import Architecture, WeightShape
 from qlora_exp.config.allowed_values import NATIVE_DTYPES
-from qlora_exp.config.enums import ComputeDtype, Quantization
+from qlora_exp.config.enums import ComputeDtype, Method, Quantization
 from qlora_exp.config.schema import Config, LoraConfig, QuantizationConfig, to_plain
 from qlora_exp.records.types import Environment, Plan
 
@@ -111,6 +111,9 @@ def config_fingerprint(config: Config) -> str:
     plain = to_plain(config)
     plain["model"] = _without_newer_model_defaults(plain["model"])
     plain["task"] = _without_newer_defaults(plain["task"])
+    plain.pop("method")
+    if method := method_settings(config):
+        plain["method"] = method
     for group in ("tracking", "notify", "budget", "sweep", "workers", "name", "output_root"):
         del plain[group]
     for key in ("logging_steps", "save_every_steps", "resume"):
@@ -183,6 +186,26 @@ EARLIER_TRAINING_DEFAULTS: dict[str, Any] = {
 
 EARLIER_EVALUATION_DEFAULTS: dict[str, Any] = {"keep_texts": True}
 """What an evaluation did before these keys existed: it kept answers."""
+
+
+EARLIER_METHOD: dict[str, Any] = {
+    "kind": "lora",
+    "layers": None,
+    "parameters": None,
+    "size": 16,
+    "after": ["attention", "mlp"],
+}
+"""What was trained before there was a choice."""
+
+
+def method_settings(config: Config) -> dict[str, Any]:
+    """Return the settings of ``method`` that the run's method reads; nothing for LoRA on all layers."""
+    method, plain = config.method, to_plain(config)["method"]
+    keys = {Method.selective: ("parameters",), Method.bottleneck: ("size", "after")}.get(method.kind, ())
+    settings = {key: plain[key] for key in keys}
+    if method.layers is not None:
+        settings["layers"] = plain["layers"]
+    return {"kind": plain["kind"], **settings} if settings or method.kind is not Method.lora else {}
 
 
 def _without_newer_defaults(task: dict[str, Any]) -> dict[str, Any]:

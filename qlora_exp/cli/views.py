@@ -91,7 +91,7 @@ def summary(record: RunRecord, paths: RunPaths, option: str = "") -> Iterator[tu
             f" (and {len(record.warnings) - MAX_WARNINGS} more: --all)" if len(record.warnings) > MAX_WARNINGS else ""
         )
         yield "warning", f"{warning}{more}"
-    present = [child.name for child in (paths.record, paths.adapter) if child.exists()]
+    present = [child.name for child in (paths.record, paths.weights) if child.exists()]
     yield "files", f"{paths.folder} ({', '.join(present)})"
     yield (
         "next",

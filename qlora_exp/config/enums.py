@@ -35,6 +35,16 @@ class ComputeDtype(Enum):
     float16 = "float16"
 
 
+class Method(Enum):
+    """What is trained of the base."""
+
+    lora = "lora"
+    full = "full"
+    layerwise = "layerwise"
+    selective = "selective"
+    bottleneck = "bottleneck"
+
+
 class AdapterInit(Enum):
     kaiming = "kaiming"
     gaussian = "gaussian"

@@ -23,6 +23,7 @@ from qlora_exp.config.enums import (
     Kernels,
     Learn,
     LrPolicy,
+    Method,
     PaddingFree,
     Pruner,
     Quantization,
@@ -107,6 +108,21 @@ class TargetsConfig:
     """attention, attention_qv, mlp, all_linear."""
     modules: list[str] | None
     """A list of module-name endings; replaces ``set``."""
+
+
+@dataclass
+class MethodConfig:
+    """What is trained of the base. Records of earlier versions lack it: they are LoRA's."""
+
+    kind: Method
+    layers: Any
+    """Decoder layers that are tuned: ``last:2``, ``first:4``, a list of numbers, or null for all."""
+    parameters: list[str] | None
+    """``selective``: norms, biases, embeddings, head, attention, mlp."""
+    size: int
+    """``bottleneck``: the width of an adapter."""
+    after: list[str]
+    """``bottleneck``: the blocks behind which an adapter is put."""
 
 
 @dataclass
@@ -376,6 +392,7 @@ class Config:
 
     model: ModelConfig
     quantization: QuantizationConfig
+    method: MethodConfig
     lora: LoraConfig
     targets: TargetsConfig
     task: TaskConfig

@@ -38,8 +38,8 @@ from qlora_exp.models.adapters import write_portable
 from qlora_exp.models.base import load_base
 from qlora_exp.models.combined_adapters import write_combined
 from qlora_exp.models.inspect import describe
-from qlora_exp.models.merging import merged_model
 from qlora_exp.models.portable_adapters import is_portable
+from qlora_exp.models.tuning import merged_tuned
 from qlora_exp.paths import CONF, EMBEDDED, RunPaths
 from qlora_exp.records.files import read_or_none, read_record, write_json, write_text
 from qlora_exp.records.types import RunRecord
@@ -154,7 +154,7 @@ def _export(source: FinishedRun, folder: Path, settings: ExportConfig, on_step: 
         fingerprint = source.record.model_fingerprint or ""
         if settings.formats != ["adapter"]:
             on_step("merge")
-            merged, fingerprint = merged_model(source.config, source.paths.adapter)
+            merged, fingerprint = merged_tuned(source.config, source.paths.weights)
             add_end_token(merged, source.end_token)
             files = []
             for kind in (name for name in settings.formats if name in BLOCK_TYPES):

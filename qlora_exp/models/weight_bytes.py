@@ -10,13 +10,14 @@ from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear8bitLt
 from torch import nn
 
-from qlora_exp.models.adapters import adapter_parameters
+from qlora_exp.models.tuning import tuned_parameters
 
 
 @dataclass(frozen=True)
 class WeightBytes:
     """``base_weight_bytes``: parameters and buffers. ``quantization_state_bytes``: block constants, code books, row
-    scales. Each tensor counts once, also tied weights."""
+    scales. ``adapter_bytes``: what the run trains, also weights of the base itself. Each tensor counts once, also tied
+    weights."""
 
     base_weight_bytes: int
     quantization_state_bytes: int
@@ -25,7 +26,7 @@ class WeightBytes:
 
 def weight_bytes(model: nn.Module) -> WeightBytes:
     """Count the bytes of ``model``, quantized or not, with adapters or without."""
-    adapter = _bytes_by_storage(parameter for _, parameter in adapter_parameters(model))
+    adapter = _bytes_by_storage(parameter for _, parameter in tuned_parameters(model))
     tensors = _bytes_by_storage([*model.parameters(), *model.buffers()])
     base = {key: size for key, size in tensors.items() if key not in adapter}
     state = _bytes_by_storage(tensor for module in model.modules() for tensor in _quantization_state(module))

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from qlora_exp.architecture.targets import rank_warning
-from qlora_exp.config.enums import EvaluationSplit
+from qlora_exp.config.enums import EvaluationSplit, Method
 from qlora_exp.config.schema import Config
 from qlora_exp.errors import ModelError, QloraExpError
 from qlora_exp.estimate.budget import affordable_steps, budget_stop_message
@@ -24,10 +24,10 @@ from qlora_exp.evaluation.goal import answer_goal
 from qlora_exp.evaluation.item_texts import ItemTexts, needs_samples
 from qlora_exp.evaluation.scoring import Evaluation, limit_items
 from qlora_exp.evaluation.shared_scores import Wait
-from qlora_exp.models.adapters import attach_adapters, load_adapter, save_adapter
 from qlora_exp.models.base_cache import NoCache
 from qlora_exp.models.base_models import BaseModels
 from qlora_exp.models.kernels import with_kernels
+from qlora_exp.models.tuning import attach, end_training, load_tuned, save_tuned
 from qlora_exp.models.weight_bytes import weight_bytes
 from qlora_exp.paths import OutputPaths, RunPaths
 from qlora_exp.records.files import write_json
@@ -125,10 +125,11 @@ def _run_pipeline(
     progress.enter("train", observer)
     progress.trained = _finished_training(paths)
     if progress.trained is not None:  # the run was interrupted after its training
-        model = with_kernels(load_adapter(base, paths.adapter), planned.kernels)
+        model = with_kernels(load_tuned(base, config, paths.weights), planned.kernels)
         progress.weights = weight_bytes(model)
     else:
-        model = with_kernels(attach_adapters(bases.model(base), config, prepared.modules), planned.kernels)
+        model = attach(bases.model(base), config, prepared.modules, prepared.architecture)
+        model = with_kernels(model, planned.kernels)
         progress.weights = weight_bytes(model)
         model.train()
         validation = limit_items(splits.validation, config)
@@ -147,7 +148,8 @@ def _run_pipeline(
                 lambda: progress.exhausted(config.budget),
                 reporters,
             )
-        save_adapter(model, paths.adapter)
+        end_training(model, planned.compute_dtype)
+        save_tuned(model, paths.adapter if config.method.kind is Method.lora else paths.tuned)
         write_json(paths.trained, progress.trained)
 
     progress.record = _with_warning(progress.record, _budget_warning(progress.trained, planned))

@@ -11,18 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 from trl.models import enable_selective_activation_checkpointing
 
 from qlora_exp.architecture.run_plan import optimizer_on
+from qlora_exp.config.checks_method import TUNES_WEIGHTS
 from qlora_exp.config.enums import Checkpointing
 from qlora_exp.config.schema import Config
 from qlora_exp.data.items import Item
 from qlora_exp.data.load import to_training_dataset
-from qlora_exp.models.adapters import autocast_casts_inputs, recast_adapters
+from qlora_exp.models.adapters import autocast_casts_inputs
 from qlora_exp.models.attention import attention_by_rows
 from qlora_exp.models.optimizers import bitsandbytes_optimizers
+from qlora_exp.models.tuning import restore_precision
 from qlora_exp.paths import RunPaths
 from qlora_exp.records.types import Plan, Training
 from qlora_exp.training import checkpoints
@@ -112,7 +115,7 @@ def train(
     exhausted: Callable[[], str | None] = lambda: None,
     reporters: Sequence[Reporter] = (),
 ) -> Trained:
-    """Train ``model`` (a PeftModel; changed in place) on ``train_items``.
+    """Train ``model`` (from models.tuning.attach; changed in place) on ``train_items``.
 
     Args:
         report: called after each validation, or for a pilot at the step of comparison; returns whether the pruner stops
@@ -160,7 +163,7 @@ def train(
     trainer = _trainer(plan, model, tokenizer, train_items, validation_items, config, folder, callbacks, meter)
     trainer.per_item = report.per_item
     autocast = trainer.accelerator.native_amp and not config.lora.dora
-    casts = autocast_casts_inputs(model, active=autocast)
+    casts = autocast_casts_inputs(model, active=autocast) if isinstance(model, PeftModel) else nullcontext()
     attention = attention_by_rows(model) if plan.padding_free else nullcontext()
     with interrupt, bitsandbytes_optimizers(), casts, attention:
         meter.began = time.perf_counter()
@@ -303,7 +306,8 @@ def _trainer(
     if plan.gradient_checkpointing and config.training.gradient_checkpointing is Checkpointing.selective:
         # SFTConfig's key "selective" does the same on the PeftModel, whose method transformers 5.23 doesn't call: torch
         # then refuses the key ("Unexpected keyword arguments").
-        enable_selective_activation_checkpointing(model.get_base_model())
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        enable_selective_activation_checkpointing(base)
     trainer = _TokenTrainer(
         model=model,
         args=trainer_arguments(plan, config, folder),
@@ -313,7 +317,7 @@ def _trainer(
         callbacks=callbacks,
     )
     # SFTTrainer casts the adapters of a quantized model to bfloat16. Cast them back before the optimizer exists.
-    recast_adapters(model, config.lora)
+    restore_precision(model, config)
     if plan.padding_free and (plan.length_multiple, plan.logits_multiple) != (1, 1):
         collate = RoundedBatches(trainer.data_collator.collate, plan.logits_multiple, plan.length_multiple)
         trainer.data_collator = CountingCollator(collate)
@@ -366,7 +370,8 @@ def trainer_arguments(plan: Plan, config: Config, folder: Path) -> SFTConfig:
         dataset_kwargs={"skip_prepare_dataset": True},
         packing=False,
         pad_to_multiple_of=None if plan.padding_free or plan.length_multiple == 1 else plan.length_multiple,
-        bf16=cuda and plan.compute_dtype == "bfloat16",
+        # PEFT casts what its adapters read; trained base weights are float32 and need autocast on a CPU, too.
+        bf16=(cuda or config.method.kind in TUNES_WEIGHTS) and plan.compute_dtype == "bfloat16",
         fp16=cuda and plan.compute_dtype == "float16",
         use_cpu=not cuda,
         gradient_checkpointing=plan.gradient_checkpointing,
@@ -420,4 +425,4 @@ def _best_step(trainer: SFTTrainer) -> int | None:
 def _check_adapters_finite(model: Any, step: int) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad and not torch.isfinite(parameter).all():
-            raise Diverged("an adapter weight", step)
+            raise Diverged("a trained weight", step)
