@@ -110,7 +110,7 @@ def tuned_layers(architecture: Architecture, method: MethodConfig) -> frozenset[
     if isinstance(method.layers, str):
         end, _, number = method.layers.partition(":")
         wanted = int(number)
-        numbers = range(count - wanted, count) if end == "last" else range(wanted)
+        numbers = list(range(count - wanted, count) if end == "last" else range(wanted))
     else:
         numbers = [int(number) for number in method.layers]
         wanted = max(numbers) + 1

@@ -14,7 +14,7 @@ PARTS = ("norms", "biases", "embeddings", "head", "attention", "mlp")
 BLOCKS = ("attention", "mlp")
 TUNES_WEIGHTS = (Method.full, Method.layerwise, Method.selective)
 """Methods that train weights of the base itself."""
-LAYERS_HINT = "method.layers=last:2, first:4, a list such as [0,3,7], or null for all"
+LAYERS_HINT = "method.layers=last:2, first:4, or a list such as [0,3,7]"
 
 
 def method_problems(config: Config) -> Iterator[ConfigError]:
@@ -64,9 +64,7 @@ def _layers(config: Config) -> Iterator[ConfigError]:
     method, layers = config.method, config.method.layers
     if layers is None:
         if method.kind is Method.layerwise:
-            yield config_error(
-                "no layers are chosen", "method.layers", None, LAYERS_HINT.removesuffix(", or null for all")
-            )
+            yield config_error("no layers are chosen", "method.layers", None, LAYERS_HINT)
         return
     if method.kind is Method.full:
         hint = "method.layers=null, or method=layerwise"

@@ -40,8 +40,6 @@ def load_tuned_model(record: RunRecord, paths: RunPaths, device: str) -> tuple[A
     tokenizer = load_tokenizer(config.model)
     if record.plan is not None:
         with_kernels(model, record.plan.kernels)
-        add_end_token(
-            model.get_base_model() if hasattr(model, "get_base_model") else model,
-            end_of_answers(tokenizer, record.plan.format),
-        )
+        plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+        add_end_token(plain, end_of_answers(tokenizer, record.plan.format))
     return model, tokenizer

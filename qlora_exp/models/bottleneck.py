@@ -23,8 +23,8 @@ ADAPTER_NAME = "bottleneck"
 
 
 class Bottleneck(nn.Module):
-    """One adapter. It computes in float32, and returns its input's dtype. ``up`` is zero at the start, so that the model
-    begins as its base."""
+    """One adapter. It computes in float32, and returns its input's dtype. ``up`` is zero at the start, so that the
+    model begins as its base."""
 
     def __init__(self, width: int, size: int, seed: int, name: str, device: torch.device) -> None:
         super().__init__()
@@ -58,6 +58,8 @@ def insert_bottlenecks(model: nn.Module, config: Config, architecture: Architect
         block = model.get_submodule(place)
         block.add_module(ADAPTER_NAME, adapter)
         block.register_forward_hook(_behind)
+    # The Trainer refuses a quantized model without adapters, and knows PEFT's alone.
+    vars(model)["_hf_peft_config_loaded"] = True
 
 
 def bottlenecks(model: nn.Module) -> Iterator[tuple[str, Bottleneck]]:

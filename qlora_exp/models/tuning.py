@@ -1,7 +1,7 @@
 """What every tuning method offers: attach, trained parameters, save, load, merge; and the base without the tuning.
 
-LoRA's weights are PEFT's files in ``RUN/adapter``. Other methods write ``RUN/tuned``: the tensors that they trained, under
-the names that these have in the model.
+LoRA's weights are PEFT's files in ``RUN/adapter``. Other methods write ``RUN/tuned``: the tensors that they trained,
+under the names that these have in the model.
 """
 
 from __future__ import annotations
@@ -128,7 +128,8 @@ def read_tuned(folder: Path) -> dict[str, torch.Tensor]:
     """Return the tensors in ``folder``, by name."""
     file = folder / TUNED_FILE
     try:
-        return load_file(file)
+        saved: dict[str, torch.Tensor] = load_file(file)
+        return saved
     except FileNotFoundError:
         raise ModelError(f"there are no tuned weights: {TUNED_FILE} is missing", str(folder)) from None
     except (OSError, ValueError, SafetensorError) as error:
@@ -146,16 +147,12 @@ def restore_tuned(model: nn.Module, folder: Path) -> None:
 def with_tensors(model: nn.Module, saved: dict[str, torch.Tensor], where: Path) -> None:
     """Put ``saved`` into ``model`` in the place of its own tensors, which it keeps for :func:`without_tuning`."""
     own: dict[str, torch.Tensor] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, value in saved.items():
-        try:
-            parameter = _parameter(model, name)
-        except AttributeError:
-            what = f"the tuned weights don't fit the model: {name} has no place in it"
-            raise ModelError(what, str(where), "load the base that they were made on") from None
-        if parameter.shape != value.shape:
-            what = (
-                f"the tuned weights don't fit the model: {name} is {tuple(value.shape)}, not {tuple(parameter.shape)}"
-            )
+        parameter = parameters.get(name)
+        if parameter is None or parameter.shape != value.shape:
+            there = "nothing" if parameter is None else str(tuple(parameter.shape))
+            what = f"the tuned weights don't fit the model: for {name} {tuple(value.shape)} it has {there}"
             raise ModelError(what, str(where), "load the base that they were made on")
         own[name] = parameter.detach()
         saved[name] = value.to(parameter.device)
