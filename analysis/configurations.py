@@ -13,6 +13,7 @@ from scipy import stats
 
 from qlora_exp.analysis.comparable import answering_scores, finite_score
 from qlora_exp.formatting import flatten
+from qlora_exp.records.method_name import LORA, adapter_name, is_lora, method_name
 from qlora_exp.records.types import Memory, RunRecord, Scores
 
 INTERVAL_CONFIDENCE = 0.95
@@ -25,6 +26,9 @@ IGNORED_KEYS = frozenset(
     )
 )
 """Keys in which two runs of one configuration may differ. The task is one: the protocol holds it equal."""
+
+TUNING = "tuning"
+"""Key of a configuration's settings: its tuning method, unless it is LoRA on all layers."""
 
 LABEL_KEYS = ("model.variant", "format", "quantization.mode", "lora.r", "targets.set")
 """Keys that every label shows (the format only where it differs)."""
@@ -131,7 +135,8 @@ class Configuration:
 
     @property
     def rank(self) -> int:
-        return int(self.first.config["lora"]["r"])
+        """Of its LoRA adapters; 0 for other methods."""
+        return int(self.first.config["lora"]["r"]) if is_lora(self.first.config) else 0
 
 
 def measure_of(records: Sequence[RunRecord]) -> Measure | None:
@@ -217,6 +222,11 @@ def configuration_settings(record: RunRecord) -> dict[str, Any]:
     """Return dotted key → value of the settings that define a configuration; ``format`` as it was resolved."""
     compared = {group: values for group, values in record.config.items() if group not in IGNORED_KEYS}
     settings = {key: value for key, value in flatten(compared) if key not in IGNORED_KEYS and value != {}}
+    # Earlier records have no method, and were LoRA's. Other methods don't read LoRA's settings.
+    others = ("method.",) if is_lora(record.config) else ("method.", "lora.", "targets.")
+    settings = {key: value for key, value in settings.items() if not key.startswith(others)}
+    if (name := method_name(record.config)) != LORA:
+        settings[TUNING] = name
     return {**settings, "format": record.plan.format if record.plan is not None else None}
 
 
@@ -302,7 +312,7 @@ def memory_spread(configurations: Sequence[Configuration]) -> dict[str, float]:
 
 def _memory_label(run: RunRecord) -> str:
     variant = (run.config.get("model") or {}).get("variant")
-    return f"{variant} · {mode_of(run)} · r {run.config['lora']['r']} · {targets_of(run)}"
+    return f"{variant} · {mode_of(run)} · {adapter_name(run.config, targets_of(run))}"
 
 
 def _parts(memory: Memory) -> dict[str, float | None]:
@@ -325,14 +335,17 @@ def _parts(memory: Memory) -> dict[str, float | None]:
 
 
 def _label(flat: Mapping[str, Any], varying: Sequence[str]) -> str:
+    adapters = []
+    if "lora.r" in flat:
+        adapters = [f"r {flat['lora.r']}", display_setting(flat.get("targets.modules") or flat.get("targets.set"))]
     parts = [
         str(flat.get("model.variant")),
         *([str(flat.get("format"))] if "format" in varying else []),
         str(flat.get("quantization.mode")),
-        f"r {flat.get('lora.r')}",
-        display_setting(flat.get("targets.modules") or flat.get("targets.set")),
+        *([str(flat[TUNING])] if TUNING in flat else []),
+        *adapters,
     ]
-    implied = ("model.template_tokens_trained", "quantization.", "targets.")
+    implied = ("model.template_tokens_trained", "quantization.", "targets.", "method.", TUNING)
     names = {"training.learning_rate": "lr", "lora.alpha": "alpha"}
     for key in varying:
         if key not in LABEL_KEYS and not key.startswith(implied):

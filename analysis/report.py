@@ -287,8 +287,8 @@ def _cards(
         return []
     variants = list(dict.fromkeys(variant_of(c) for c in candidates))
     modes = list(dict.fromkeys(mode_of(c.first) for c in candidates))
-    targets = list(dict.fromkeys(targets_of(c.first) for c in candidates))
-    cards = [rank_card(views, choice, sorted({c.rank for c in candidates}))]
+    targets = list(dict.fromkeys(targets_of(c.first) for c in candidates if c.rank))
+    cards = [rank_card(views, choice, sorted({c.rank for c in candidates if c.rank}))]
     if first.comparison is not None:
         cards.append(answer_card("variant", variant_recommendation(first.comparison, studies), "instruct-base"))
     else:

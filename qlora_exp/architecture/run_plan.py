@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qlora_exp.architecture.shapes import Architecture, WeightShape
+from qlora_exp.architecture.tuned_weights import bottleneck_shapes, tuned_tensors
 from qlora_exp.config.allowed_values import NATIVE_DTYPES
 from qlora_exp.config.enums import ComputeDtype, Method, Quantization
 from qlora_exp.config.schema import Config, LoraConfig, QuantizationConfig, to_plain
@@ -40,6 +41,15 @@ def lora_parameters(shape: WeightShape, r: int, dora: bool) -> int:
     DoRA (Liu et al. 2024) adds one magnitude per output. Example: 65,536 at r = 8 for 4096 × 4096.
     """
     return r * (shape.in_features + shape.out_features) + (shape.out_features if dora else 0)
+
+
+def trainable_parameters(architecture: Architecture, adapted: Sequence[WeightShape], config: Config) -> int:
+    """Return the number of parameters that ``config.method`` trains. ``adapted``: the layers with a LoRA adapter."""
+    if config.method.kind is Method.lora:
+        return sum(lora_parameters(shape, config.lora.r, config.lora.dora) for shape in adapted)
+    if config.method.kind is Method.bottleneck:
+        return sum(math.prod(shape) for _, shape in bottleneck_shapes(architecture, config.method))
+    return sum(tensor.elements for tensor in tuned_tensors(architecture, config.method))
 
 
 def weight_dtype(mode: Quantization) -> str:
@@ -237,7 +247,7 @@ def make_plan(
     ``training.epochs`` it is 1: the caller knows the rows.
     """
     shapes = {shape.name: shape for shape in architecture.weights}
-    adapted = [shapes[name] for name in modules]
+    adapted, is_lora = [shapes[name] for name in modules], config.method.kind is Method.lora
     training, device = config.training, environment.device
     micro_batch_size = training.micro_batch_size or training.batch_size
     max_steps = training.max_steps
@@ -255,16 +265,16 @@ def make_plan(
         base_fingerprint=base_fingerprint(config, format),
         architecture=architecture.model_type,
         total_parameters=architecture.total_parameters,
-        trainable_parameters=sum(lora_parameters(shape, config.lora.r, config.lora.dora) for shape in adapted),
+        trainable_parameters=trainable_parameters(architecture, adapted, config),
         full_parameters_of_adapted_modules=sum(shape.in_features * shape.out_features for shape in adapted),
         target_modules=tuple(sorted({name.rsplit(".", 1)[-1] for name in modules})),
         adapted_modules=len(adapted),
-        alpha=effective_alpha(config.lora),
-        scale=scale(config.lora),
+        alpha=effective_alpha(config.lora) if is_lora else None,
+        scale=scale(config.lora) if is_lora else None,
         device=device.kind,
         weight_dtype=weight_dtype(config.quantization.mode),
         compute_dtype=computed,
-        adapter_dtype=adapter_dtype(config.lora),
+        adapter_dtype=adapter_dtype(config.lora) if is_lora else "float32",
         max_steps=max_steps,
         batch_size=training.batch_size,
         micro_batch_size=micro_batch_size,

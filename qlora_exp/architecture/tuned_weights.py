@@ -156,7 +156,10 @@ def _all_tensors(architecture: Architecture) -> Iterator[TunedTensor]:
             part = "norms"
         elif layer is None and EMBEDDING_NAME.search(name):
             part = "embeddings"
-        yield TunedTensor(name, (tensor.elements,), tensor.element_bytes, layer, False, part)
+        width = architecture.hidden_size
+        table = part in ("embeddings", "head") and tensor.elements % width == 0
+        shape = (tensor.elements // width, width) if table else (tensor.elements,)
+        yield TunedTensor(name, shape, tensor.element_bytes, layer, False, part)
 
 
 def _of_linear(shape: WeightShape) -> Iterator[TunedTensor]:

@@ -181,13 +181,16 @@ def _summary_lines(config: Config, plan: Plan, splits: Splits) -> list[str]:
     rounded = f", inputs rounded to 8 bits in {rounded_in}" if rounded_in else ""
     epochs = f" ({config.training.epochs:g} epochs of {data.train_items} rows)" if config.training.epochs else ""
     dropped = f", {data.dropped_rows} rows dropped" if data.dropped_rows else ""
+    tuning = f"method   {method_name(to_plain(config))}"
+    if config.method.kind is Method.lora:
+        modules = f"{plan.adapted_modules} modules ({', '.join(plan.target_modules)})"
+        tuning = f"LoRA     r={config.lora.r} alpha={plan.alpha:g} on {modules}"
     return [
         "valid",
         f"  model    {model_name(vars(config.model))} {config.model.variant.value} ({plan.architecture}, "
         f"{plan.total_parameters:,} parameters), {plan.weight_dtype} weights, "
         f"computing in {plan.compute_dtype} on {plan.device}{rounded}",
-        f"  LoRA     r={config.lora.r} alpha={plan.alpha:g} on {plan.adapted_modules} modules "
-        f"({', '.join(plan.target_modules)}): {plan.trainable_parameters:,} trained parameters ({share:.2%})",
+        f"  {tuning}: {plan.trainable_parameters:,} trained parameters ({share:.2%})",
         f"  data     {data.task}: {data.train_items} train, {data.validation_items} validation, "
         f"{data.test_items} test items{dropped}; {plan.format} format",
         *([f"           {splits.read_as}"] if splits.read_as is not None else []),

@@ -13,6 +13,7 @@ from qlora_exp.formatting import UNKNOWN_CELL, bytes_text, clock_text, figure, f
 from qlora_exp.paths import RunPaths
 from qlora_exp.records.flat_rows import MAIN_SCORES, base_bytes_of, flat_run, shown_scores
 from qlora_exp.records.labels import labels, run_name, short_id
+from qlora_exp.records.method_name import is_lora
 from qlora_exp.records.model_name import model_place
 from qlora_exp.records.schema import to_dict
 from qlora_exp.records.types import RunRecord, Status
@@ -65,11 +66,11 @@ def summary(record: RunRecord, paths: RunPaths, option: str = "") -> Iterator[tu
         model += f", {record.plan.total_parameters:,} parameters, on {record.environment.device.name}"
     yield "model", model
     alpha = _known(row["alpha"]) if row["alpha"] is not None else settings.get("lora.alpha_policy")
-    adapter = f"r = {row['r']}, alpha {alpha}, {row['targets']}"
+    adapter = f"r = {row['r']}, alpha {alpha}, {row['targets']}" if is_lora(record.config) else row["method"]
     if record.plan is not None:
         share = record.plan.trainable_parameters / record.plan.total_parameters
         adapter += f": {record.plan.trainable_parameters:,} trained parameters ({share:.2%})"
-    yield "LoRA", adapter
+    yield ("LoRA" if is_lora(record.config) else "method"), adapter
     yield "training", _training(record, row)
     if record.data is not None:
         counts = (record.data.train_items, record.data.validation_items, record.data.test_items)

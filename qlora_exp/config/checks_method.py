@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from qlora_exp.config.allowed_values import QUANTIZED, config_error
-from qlora_exp.config.enums import AdapterInit, DeviceChoice, Method, Quantization
+from qlora_exp.config.enums import AdapterInit, DeviceChoice, Method, Quantization, Sampler
 from qlora_exp.config.schema import Config
 from qlora_exp.errors import ConfigError, nearest
 
@@ -43,6 +43,9 @@ def method_problems(config: Config) -> Iterator[ConfigError]:
             if block not in BLOCKS:
                 what = f"there is no block called {block}"
                 yield config_error(what, "method.after", block, nearest(block, BLOCKS))
+    if method.kind is not Method.lora and config.sweep is not None and config.sweep.sampler is Sampler.ladder:
+        what = f"rank doubling compares ranks of LoRA adapters, which method={name} doesn't have"
+        yield config_error(what, "method", name, "method=lora, or another sweep, e.g. qlora-exp sweep methods")
     if method.kind is not Method.lora:
         for key, used in (("dora", config.lora.dora), ("rslora", config.lora.rslora)):
             if used:

@@ -19,12 +19,13 @@ from qlora_exp.architecture.padding import FLASH_ATTENTION
 from qlora_exp.architecture.run_plan import adapter_dtype, compute_dtype, optimizer_on, shape_multiples
 from qlora_exp.architecture.shapes import Architecture
 from qlora_exp.config.allowed_values import QUANTIZED
-from qlora_exp.config.enums import Checkpointing, Quantization
+from qlora_exp.config.enums import Checkpointing, Method, Quantization
 from qlora_exp.config.schema import Config
 from qlora_exp.estimate.activations import (
     FLOAT32_BYTES,
     SavedActivations,
     TrainingPass,
+    backward_of,
     is_eager,
     layers_of,
     saved_bytes_per_token,
@@ -35,9 +36,9 @@ from qlora_exp.estimate.weights_and_optimizer import (
     WIDTHS_OF,
     AdapterBytes,
     BaseBytes,
-    adapter_bytes,
-    base_bytes,
+    frozen_bytes,
     temporaries_bytes,
+    trained_bytes,
 )
 from qlora_exp.estimate.workload import RowLengths, Workload
 
@@ -132,26 +133,29 @@ def predicted_peak(
     cuda, width = device_kind == "cuda", WIDTHS_OF[compute]
     module_names = set(modules)
     adapted = [weight for weight in architecture.weights if weight.name in module_names]
-    adapters = adapter_bytes(adapted, config.lora, config.training.optimizer)
-    base = base_bytes(architecture, config.quantization, compute)
+    adapters = trained_bytes(architecture, adapted, config, compute)
+    base = frozen_bytes(architecture, config, compute)
+    is_lora = config.method.kind is Method.lora
+    trained_dtype = adapter_dtype(config.lora) if is_lora else "float32"
     flash = config.model.attention.startswith(FLASH_ATTENTION)  # it takes the bounds of rows
     autocast = cuda and compute != "float32"  # as in training/trainer.py: bf16 or fp16
     setting = TrainingPass(
-        r=config.lora.r,
+        r=config.lora.r if is_lora else 0,  # a trained layer saves its input alone
         compute_bytes=width,
-        adapter_bytes=WIDTHS_OF[adapter_dtype(config.lora)],
+        adapter_bytes=WIDTHS_OF[trained_dtype] if is_lora else width,
         int8=config.quantization.mode is Quantization.int8,
         length=batch.length,
         padded=batch.padded,
         cuda=cuda,
-        lora_dropout=config.lora.dropout > 0,
+        lora_dropout=is_lora and config.lora.dropout > 0,
         eager=is_eager(config.model.attention, architecture),
         autocast=autocast,
         quantized=config.quantization.mode in QUANTIZED,
         laid_out=batch.laid_out if padding_free and not flash else None,
-        dora=config.lora.dora,
+        dora=is_lora and config.lora.dora,
     )
-    activations = saved_bytes_per_token(architecture, module_names, setting)
+    backward = backward_of(architecture, config.method, modules)
+    activations = saved_bytes_per_token(architecture, module_names, setting, backward)
     choice = config.training.gradient_checkpointing
     selective = choice is Checkpointing.selective
     checkpointing = selective or choice is Checkpointing.on or (cuda and choice is Checkpointing.auto)
@@ -166,7 +170,7 @@ def predicted_peak(
     # Autocast multiplies by copies of A and B in the compute dtype. Backward needs each of them until it has made the
     # gradient, which is larger. With checkpointing they exist until forward ends, i.e. before the head's gradient; then
     # those of the recomputed layer alone.
-    copied = autocast and adapter_dtype(config.lora) != compute
+    copied = autocast and trained_dtype != compute
     copies = width * adapters.trainable_parameters if copied else 0
     copies_at_head, copies_in_layer = copies, copies if accumulates else 0
     if checkpointing:

@@ -10,9 +10,10 @@ from functools import lru_cache
 
 from qlora_exp.architecture.run_plan import adapter_dtype, compute_dtype
 from qlora_exp.architecture.shapes import DTYPES, Architecture, WeightShape
+from qlora_exp.architecture.tuned_weights import bottleneck_shapes, tuned_tensors
 from qlora_exp.config.allowed_values import QUANTIZED
-from qlora_exp.config.enums import AdapterInit, ComputeDtype, Quantization
-from qlora_exp.config.schema import LoraConfig, QuantizationConfig
+from qlora_exp.config.enums import AdapterInit, ComputeDtype, Method, Quantization
+from qlora_exp.config.schema import Config, LoraConfig, QuantizationConfig
 
 QUANTIZATION_BLOCK = 64
 """4-bit weights per constant (bitsandbytes ``Params4bit``)."""
@@ -31,6 +32,7 @@ BITS_PER_WEIGHT = {
 }
 SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 WIDTHS = {"F32": 4, "BF16": 2, "F16": 2}
+FLOAT32_WIDTH = WIDTHS["F32"]
 WIDTHS_OF = {dtype: WIDTHS[name] for dtype, name in SAFETENSORS_DTYPES.items()}
 
 Shape = tuple[int, ...]
@@ -131,6 +133,43 @@ def adapter_bytes(adapted: Sequence[WeightShape], lora: LoraConfig, optimizer: s
     # The file also holds the initial adapter.
     written = _adapter_bytes(layers, 2 * lora.r, lora.dora, "float32", optimizer)
     return replace(sizes, file_bytes=written.file_bytes)
+
+
+def trained_bytes(
+    architecture: Architecture, adapted: Sequence[WeightShape], config: Config, compute: str
+) -> AdapterBytes:
+    """Return the bytes of what ``config.method`` trains: adapters on ``adapted``, or float32 copies of the base's own
+    tensors. ``compute``: the base's dtype, in which such tensors are saved after training."""
+    method, optimizer = config.method, config.training.optimizer
+    if method.kind is Method.lora:
+        return adapter_bytes(adapted, config.lora, optimizer)
+    inserted = method.kind is Method.bottleneck
+    if inserted:
+        shapes = bottleneck_shapes(architecture, method)
+    else:
+        shapes = tuple((tensor.name, tensor.shape) for tensor in tuned_tensors(architecture, method))
+    masters = [(name, shape, "F32") for name, shape in shapes]
+    saved = masters if inserted else [(name, shape, SAFETENSORS_DTYPES[compute]) for name, shape in shapes]
+    parameters = sum(math.prod(shape) for _, shape in shapes)
+    states = optimizer_state_bytes(optimizer, [(shape, FLOAT32_WIDTH) for _, shape in shapes])
+    size = FLOAT32_WIDTH * parameters
+    return AdapterBytes(
+        trainable_parameters=parameters,
+        adapter_bytes=size,
+        gradient_bytes=size,
+        optimizer_bytes=states,
+        file_bytes=sum(math.prod(shape) * WIDTHS[kind] for _, shape, kind in saved) + _safetensors_header(saved),
+        checkpoint_bytes=size + _safetensors_header(masters) + states,
+    )
+
+
+def frozen_bytes(architecture: Architecture, config: Config, dtype: str) -> BaseBytes:
+    """Return the bytes of the base during training: without the tensors that the method replaces by its own."""
+    base = base_bytes(architecture, config.quantization, dtype)
+    column = DTYPES.index(dtype)
+    tuned = tuned_tensors(architecture, config.method)
+    replaced = sum(tensor.elements * tensor.element_bytes[column] for tensor in tuned)
+    return replace(base, base_weight_bytes=base.base_weight_bytes - replaced)
 
 
 @lru_cache(maxsize=1024)

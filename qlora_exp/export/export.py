@@ -10,6 +10,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 
 from qlora_exp.architecture.targets import resolve_targets
-from qlora_exp.config.enums import ComputeDtype
+from qlora_exp.config.enums import ComputeDtype, Method
 from qlora_exp.errors import ConfigError, ExportError, QloraExpError, nearest
 from qlora_exp.export.card import export_card
 from qlora_exp.export.compatibility import add_end_token, write_for_version_4
@@ -97,6 +98,7 @@ def export_run(
         ModelError: the base is missing or has changed, the adapter doesn't fit, or no GGUF file can be written of it.
     """
     source = check_run(paths, _to_gguf(settings))
+    settings = _without_adapter(source, settings)
     target = export_folder(paths, to)
     _check_target(target, source.record, settings)
     with _staging_folder(target) as folder:
@@ -204,7 +206,8 @@ def _write_cards(source: FinishedRun, folder: Path, export: Export, settings: Ex
 
 
 def _card(source: FinishedRun, export: Export, places: Mapping[str, str], settings: ExportConfig) -> str:
-    adapter = json.loads((source.paths.adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    file = source.paths.adapter / "adapter_config.json"
+    adapter = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     usage = usage_of(source.record, source.model, source.end_token, adapter)
     library = "transformers" if list(places) == ["merged"] else "peft"
     return export_card(source.record, export, library, usage_chapter(usage, places), settings.phone)
@@ -217,6 +220,7 @@ def push_export(paths: RunPaths, to: Path | None, settings: ExportConfig, push: 
         ExportError: the folder has no such export, or the push is refused (:func:`~qlora_exp.export.push.push_files`).
     """
     source, folder = check_run(paths, _to_gguf(settings)), export_folder(paths, to)
+    settings = _without_adapter(source, settings)
     export, name = exported_before(paths, to), settings.formats[0]
     artefact = next((one for one in export.artefacts if one.format == name), None) if export else None
     if export is None or artefact is None:
@@ -237,6 +241,17 @@ def push_export(paths: RunPaths, to: Path | None, settings: ExportConfig, push: 
         modelfile_text = (folder / "Modelfile").read_text(encoding="utf-8")
         texts["Modelfile"] = re.sub(r"^FROM .*", f"FROM ./{place.name}", modelfile_text, count=1, flags=re.MULTILINE)
     return push_files(files, texts, push, paths)
+
+
+def _without_adapter(source: FinishedRun, settings: ExportConfig) -> ExportConfig:
+    """Return ``settings`` without the format ``adapter`` for a run that tuned weights of the base itself."""
+    if source.config.method.kind is Method.lora:
+        return settings
+    formats = [name for name in settings.formats if name != "adapter"]
+    if not formats:
+        what = f"method={source.config.method.kind.value} trained no adapter"
+        raise ExportError(what, "--formats adapter", "--formats merged, or a GGUF type such as q8_0")
+    return replace(settings, formats=formats)
 
 
 def _to_gguf(settings: ExportConfig) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qlora_exp.formatting import flatten
+from qlora_exp.records.method_name import LORA, is_lora, method_name
 from qlora_exp.records.model_name import model_name
 from qlora_exp.records.redaction import redact
 from qlora_exp.records.types import RunRecord
@@ -27,6 +28,8 @@ SPELLINGS = {
     "quantization.mode": "",
     "task": "",
     "task.name": "",
+    "method": "",
+    "method.kind": "",
     "lora.r": "r",
     "lora.alpha": "alpha",
     "lora.alpha_policy": "alpha=",
@@ -130,6 +133,13 @@ def named_settings(row: Mapping[str, Any]) -> dict[str, Any]:
         settings["targets.set"] = modules  # the list takes precedence
     if settings.get("lora.alpha") is not None and settings.get("lora.alpha_policy") == "fixed":
         del settings["lora.alpha_policy"]  # alpha's own value says it
+    if "method" in config and isinstance(config["method"], Mapping):
+        settings = {key: value for key, value in settings.items() if not key.startswith("method.")}
+        if not is_lora(config):
+            settings = {key: value for key, value in settings.items() if not key.startswith(("lora.", "targets."))}
+            settings["method.kind"] = method_name(config)
+        elif method_name(config) != LORA:
+            settings["method.kind"] = method_name(config)
     if not any(isinstance(value, Mapping) for value in config.values()):
         return settings  # a trial's params
     if isinstance(model := config.get("model"), Mapping) and "family" in model:
@@ -176,8 +186,8 @@ def _in_order(keys: Iterable[str]) -> list[str]:
 
 def _describing_keys(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     describing = [
-        *("model", "model.family", "model.variant", "quantization", "quantization.mode", "lora.r", "targets"),
-        *("targets.set", "training.learning_rate", "seed"),
+        *("model", "model.family", "model.variant", "quantization", "quantization.mode", "method.kind", "lora.r"),
+        *("targets", "targets.set", "training.learning_rate", "seed"),
     ]
     if any("model.family" in row for row in settings):
         return [key for key in describing if any(row.get(key) is not None for row in settings)]

@@ -96,8 +96,9 @@ class Plan:
     target_modules: tuple[str, ...]
     """Distinct last parts of the adapted modules' names, e.g. ``q_proj``."""
     adapted_modules: int
-    alpha: float
-    scale: float
+    alpha: float | None
+    """``None``: the method isn't LoRA."""
+    scale: float | None
     """The factor of B·A: alpha / r, or alpha / sqrt(r) with rsLoRA."""
     device: str
     weight_dtype: str

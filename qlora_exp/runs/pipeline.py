@@ -16,7 +16,7 @@ from qlora_exp.config.enums import EvaluationSplit, Method
 from qlora_exp.config.schema import Config
 from qlora_exp.errors import ModelError, QloraExpError
 from qlora_exp.estimate.budget import affordable_steps, budget_stop_message
-from qlora_exp.estimate.estimator import with_first_predictions
+from qlora_exp.estimate.estimator import weights_by_pass, with_first_predictions
 from qlora_exp.estimate.workload import train_flops_per_token
 from qlora_exp.evaluation.base_scores import baselines_of, score_base_model, score_splits, write_items
 from qlora_exp.evaluation.few_shot import few_shot_scores
@@ -62,7 +62,7 @@ def run_pipeline(
         paths,
         measurement.Meter(prepared.plan.device, process_reused=_host_is_reused()),
         earlier_seconds=record.speed.total_seconds or 0.0,
-        useful_flops_per_token=_useful_flops_per_token(prepared),
+        useful_flops_per_token=_useful_flops_per_token(config, prepared),
     )
     try:
         observer = observer or NullObserver()
@@ -120,7 +120,9 @@ def _run_pipeline(
     before = ScoreTable(before=base_scores.scores, test_before=base_scores.test_scores, few_shot=few_shot.draws)
     progress.record = _with_warning(progress.record.replace(scores=before, baselines=baselines), few_shot.warning())
     progress.record = _with_warning(progress.record, _few_rows_warning(planned, len(splits.train)))
-    progress.record = _with_warning(progress.record, rank_warning(prepared.architecture, prepared.modules, config.lora))
+    if config.method.kind is Method.lora:
+        too_wide = rank_warning(prepared.architecture, prepared.modules, config.lora)
+        progress.record = _with_warning(progress.record, too_wide)
 
     progress.enter("train", observer)
     progress.trained = _finished_training(paths)
@@ -249,11 +251,14 @@ def _check_same_model(record: RunRecord, fingerprint: str) -> None:
         )
 
 
-def _useful_flops_per_token(prepared: Prepared) -> float:
+def _useful_flops_per_token(config: Config, prepared: Prepared) -> float:
     """Return the plan's operations for one unpadded token, without those for padding and recomputation."""
     row = prepared.estimate.workload.row
     unpadded, trainable = replace(row, padded=row.tokens, attended=row.tokens), prepared.plan.trainable_parameters
-    return train_flops_per_token(prepared.architecture, trainable, unpadded, recomputed=False, fused_head=False)
+    architecture = prepared.architecture
+    passes = weights_by_pass(architecture, config, prepared.modules)
+    adapters = 0 if passes["tuned_weights"] else trainable
+    return train_flops_per_token(architecture, adapters, unpadded, recomputed=False, fused_head=False, **passes)
 
 
 _runs_in_this_process = itertools.count()

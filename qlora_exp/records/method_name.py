@@ -1,0 +1,43 @@
+"""The tuning method of a configuration in a few words, e.g. ``full``, ``layerwise last:2``, ``bottleneck 16``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+LORA = "lora"
+
+
+def method_name(config: Mapping[str, Any]) -> str:
+    """Return the method of a record's configuration, with the settings that it reads; ``lora`` for earlier versions.
+
+    Examples: ``lora``, ``lora last:2``, ``full``, ``layerwise last:2``, ``selective norms+biases``, ``bottleneck 16``
+    (behind attention and MLP), ``bottleneck 16 mlp``.
+    """
+    method = config.get("method") or {}
+    kind = str(method.get("kind") or LORA)
+    words = [kind]
+    if kind == "selective":
+        words.append("+".join(map(str, method.get("parameters") or ())))
+    if kind == "bottleneck":
+        words.append(str(method.get("size")))
+        if len(method.get("after") or ()) == 1:
+            words += method["after"]
+    layers = method.get("layers")
+    if layers is not None:
+        words.append(layers if isinstance(layers, str) else "layers " + "+".join(map(str, layers)))
+    return " ".join(words)
+
+
+def is_lora(config: Mapping[str, Any]) -> bool:
+    """Return whether the configuration trains LoRA adapters: rank, alpha and targets mean something."""
+    return str((config.get("method") or {}).get("kind") or LORA) == LORA
+
+
+def adapter_name(config: Mapping[str, Any], targets: str) -> str:
+    """Return what a label says of a run's tuning: ``r 8 · attention``, or another method's name."""
+    name = method_name(config)
+    if not is_lora(config):
+        return name
+    layers = "" if name == LORA else f" · {name.removeprefix('lora ')}"
+    return f"r {config['lora']['r']} · {targets}{layers}"
