@@ -158,8 +158,8 @@ def _all_tensors(architecture: Architecture) -> Iterator[TunedTensor]:
             part = "embeddings"
         width = architecture.hidden_size
         table = part in ("embeddings", "head") and tensor.elements % width == 0
-        shape = (tensor.elements // width, width) if table else (tensor.elements,)
-        yield TunedTensor(name, shape, tensor.element_bytes, layer, False, part)
+        size = (tensor.elements // width, width) if table else (tensor.elements,)
+        yield TunedTensor(name, size, tensor.element_bytes, layer, False, part)
 
 
 def _of_linear(shape: WeightShape) -> Iterator[TunedTensor]:

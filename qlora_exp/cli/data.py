@@ -63,7 +63,8 @@ def validate(
         from qlora_exp.tracking.store import locate
 
         locate(config.tracking, OutputPaths.of(config.output_root))
-    too_wide = rank_warning(prepared.architecture, prepared.modules, config.lora)
+    is_lora = prepared.plan.alpha is not None
+    too_wide = rank_warning(prepared.architecture, prepared.modules, config.lora) if is_lora else None
     warnings = [text for text in (warning, too_wide, *prepared.splits.warnings) if text is not None]
     if as_json:
         from qlora_exp.cli.tables import print_json
@@ -177,12 +178,15 @@ def _summary_lines(config: Config, plan: Plan, splits: Splits) -> list[str]:
 
     data = splits.record
     share = plan.trainable_parameters / plan.total_parameters
+    from qlora_exp.config.schema import to_plain
+    from qlora_exp.records.method_name import method_name
+
     rounded_in = " and ".join(plan.inputs_rounded_in or ())
     rounded = f", inputs rounded to 8 bits in {rounded_in}" if rounded_in else ""
     epochs = f" ({config.training.epochs:g} epochs of {data.train_items} rows)" if config.training.epochs else ""
     dropped = f", {data.dropped_rows} rows dropped" if data.dropped_rows else ""
     tuning = f"method   {method_name(to_plain(config))}"
-    if config.method.kind is Method.lora:
+    if plan.alpha is not None:
         modules = f"{plan.adapted_modules} modules ({', '.join(plan.target_modules)})"
         tuning = f"LoRA     r={config.lora.r} alpha={plan.alpha:g} on {modules}"
     return [

@@ -21,7 +21,7 @@ from qlora_exp.estimate.peak import Peak, predicted_peak
 from qlora_exp.estimate.selective_checkpointing import check_selective
 from qlora_exp.estimate.throughput import Interval, MeasuredThroughput, from_finished_runs, seconds_at
 from qlora_exp.estimate.tokens import lengths_of
-from qlora_exp.estimate.workload import RowLengths, Workload, train_flops_per_token
+from qlora_exp.estimate.workload import RowLengths, WeightsByPass, Workload, train_flops_per_token
 from qlora_exp.records.redaction import redact
 from qlora_exp.records.types import Device, Environment, Plan, RunRecord
 from qlora_exp.system import heap
@@ -123,7 +123,7 @@ class Estimator:
             workload.row,
             recomputed=checkpointing is not Checkpointing.off,
             keeps_attention=checkpointing is Checkpointing.selective,
-            **weights_by_pass(self.architecture, config, self.modules),
+            weights=weights_by_pass(self.architecture, config, self.modules),
         )
         measured, machine_rate = self.rates(config, workload.steps, padded_because is None)
         calibrated = seconds_at(machine_rate, workload.tokens * flops_per_token)
@@ -202,15 +202,15 @@ class Estimator:
         )
 
 
-def weights_by_pass(architecture: Architecture, config: Config, modules: Sequence[str]) -> dict[str, int]:
-    """Return the weights of linear layers that are trained, and of those before the first trained decoder layer."""
+def weights_by_pass(architecture: Architecture, config: Config, modules: Sequence[str]) -> WeightsByPass:
+    """Return which weights of linear layers have a gradient of their own, and which have no backward pass."""
     tensors = tuned_tensors(architecture, config.method)
     first = first_tuned_layer(architecture, config.method, modules)
     below = (shape for shape in architecture.weights if (number := layer_of(shape.name)) is not None and number < first)
-    return {
-        "tuned_weights": sum(tensor.elements for tensor in tensors if tensor.matrix),
-        "frozen_below": sum(shape.in_features * shape.out_features for shape in below),
-    }
+    return WeightsByPass(
+        tuned=sum(tensor.elements for tensor in tensors if tensor.matrix),
+        frozen_below=sum(shape.in_features * shape.out_features for shape in below),
+    )
 
 
 def estimator_of_run(

@@ -42,10 +42,11 @@ def model_card(record: RunRecord, library: str = "peft", chapter: str = "") -> s
     base = model_place(model)
     on_hub = base is not None and "/" in base and not base.startswith(("/", ".", "~"))
     lora = is_lora(config)
+    tags = ["lora" if lora else "full-finetuning", "qlora-exp"]
     header = ModelCardData(
         base_model=base if on_hub else None,
         library_name=library,
-        tags=["lora" if lora else "full-finetuning", "qlora-exp"],
+        tags=tags,
     )
     lines = ["---", header.to_yaml(), "---", "", f"# {record.name}", ""]
     mode = (config.get("quantization") or {}).get("mode")

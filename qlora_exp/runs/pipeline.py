@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from qlora_exp.architecture.targets import rank_warning
+from qlora_exp.config.checks_method import TUNES_WEIGHTS
 from qlora_exp.config.enums import EvaluationSplit, Method
 from qlora_exp.config.schema import Config
 from qlora_exp.errors import ModelError, QloraExpError
@@ -257,8 +258,8 @@ def _useful_flops_per_token(config: Config, prepared: Prepared) -> float:
     unpadded, trainable = replace(row, padded=row.tokens, attended=row.tokens), prepared.plan.trainable_parameters
     architecture = prepared.architecture
     passes = weights_by_pass(architecture, config, prepared.modules)
-    adapters = 0 if passes["tuned_weights"] else trainable
-    return train_flops_per_token(architecture, adapters, unpadded, recomputed=False, fused_head=False, **passes)
+    adapters = 0 if config.method.kind in TUNES_WEIGHTS else trainable
+    return train_flops_per_token(architecture, adapters, unpadded, recomputed=False, fused_head=False, weights=passes)
 
 
 _runs_in_this_process = itertools.count()
