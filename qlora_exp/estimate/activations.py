@@ -221,8 +221,8 @@ class Backward:
 
     ``first_layer``: the first decoder layer that is trained; those before it save nothing. ``from_embeddings``: the
     embeddings are trained, so the first layer's input has a gradient. ``trained_norms``: by decoder layer, widths of
-    norms whose weights are trained: each saves its normalized input, too. ``bottlenecks``: by decoder layer, the number of
-    bottleneck adapters; each saves its input and its inner activations (``bottleneck_size``, twice), in float32.
+    norms whose weights are trained: each saves its normalized input, too. ``bottlenecks``: by decoder layer, the number
+    of bottleneck adapters; each saves its input and its inner activations (``bottleneck_size``, twice), in float32.
     """
 
     first_layer: int = 0
