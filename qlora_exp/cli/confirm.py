@@ -35,6 +35,7 @@ def add_to(app: typer.Typer) -> None:
             "qlora-exp confirm lora_search --dry-run           # the finalists, and what it would cost",
             "qlora-exp confirm lora_search --seeds 6           # later: the same finalists with three more seeds",
             "qlora-exp confirm pareto --trials 3,7,12          # a Pareto front: name the trials yourself",
+            "qlora-exp confirm methods --each method           # of each method, the best learning rate",
         ),
     )(confirm)
 
@@ -52,6 +53,10 @@ def confirm(
     ] = None,
     trials: Annotated[
         str | None, typer.Option("--trials", metavar="N,N…", help="Trials to confirm, instead of the best ones")
+    ] = None,
+    each: Annotated[
+        str | None,
+        typer.Option("--each", metavar="AXIS", help="The best configuration for each value of an axis, e.g. method"),
     ] = None,
     margin: Annotated[
         str | None,
@@ -77,6 +82,11 @@ def confirm(
 
     spec, paths = _find_study(study, output_root)
     changes = [*(overrides or []), *forced(force)]
+    if each is not None and (top is not None or trials is not None):
+        from qlora_exp.errors import ConfigError
+
+        other = "--top" if top is not None else "--trials"
+        raise ConfigError(f"{other} is set, too: finalists are chosen in one way", f"--each {each}", "leave one out")
     name = _name(changes) or confirm_name(spec.name)
     if (of_itself := read_plan(paths)) is not None:  # a study that confirms: its search is meant
         name = spec.name
@@ -87,7 +97,9 @@ def confirm(
         _check_continues(spec, own, plan, name, top, trials, margin)
         assert plan is not None
         return _continue(plan, own, name, seeds, dry_run, changes, storage, output_root)
-    return _start(spec, _read_study(spec, paths, storage), own, name, changes, top, seeds, trials, margin, dry_run)
+    return _start(
+        spec, _read_study(spec, paths, storage), own, name, changes, top, seeds, trials, each, margin, dry_run
+    )
 
 
 def _name(changes: Sequence[str]) -> str | None:
@@ -106,6 +118,7 @@ def _start(
     top: int | None,
     seeds: int | None,
     trials: str | None,
+    each: str | None,
     margin: str | None,
     dry_run: bool,
 ) -> int:
@@ -115,6 +128,7 @@ def _start(
         DEFAULT_SEEDS,
         DEFAULT_TOP,
         ConfirmPlan,
+        best_of_each,
         choose_finalists,
         confirm_overrides,
         confirm_points,
@@ -135,7 +149,10 @@ def _start(
     size = parse_margin(written, MarginUnit.SCORE, "--margin")
     rows = opened.trials()
     records = {record.run_id: record for record in read_runs(own.outputs)[0]} if not trials else {}
-    finalists = choose_finalists(rows, spec, top or DEFAULT_TOP, _numbers(trials), records)
+    if each is not None:
+        finalists = best_of_each(ranked(rows, spec), each, spec.name)
+    else:
+        finalists = choose_finalists(rows, spec, top or DEFAULT_TOP, _numbers(trials), records)
     recorded = finalist_records(finalists, own.outputs)
     points = confirm_points(recorded)
     _check_compared(points.axes, spec.name)

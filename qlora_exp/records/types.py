@@ -251,6 +251,8 @@ class Memory:
     adapter_bytes: int | None = None
     gradient_bytes: int | None = None
     optimizer_bytes: int | None = None
+    saved_bytes: int | None = None
+    """The file with what the run trained. ``None`` in records of earlier versions, too."""
     resident_after_imports_bytes: int | None = None
     peak_load_bytes: int | None = None
     peak_train_bytes: int | None = None
