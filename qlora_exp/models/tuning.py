@@ -27,6 +27,12 @@ from qlora_exp.errors import ModelError
 from qlora_exp.models.adapters import adapter_parameters, attach_adapters, load_adapter, recast_adapters, save_adapter
 from qlora_exp.models.base import Base, clone_sharing_weights, load_base
 from qlora_exp.models.bottleneck import bottlenecks, insert_bottlenecks, set_active
+from qlora_exp.models.fake_quantization import (
+    exact_weights,
+    install_fake_quantization,
+    qat_format,
+    round_linears,
+)
 from qlora_exp.models.inspect import describe
 from qlora_exp.models.merging import merged_model
 from qlora_exp.records.files import write_json
@@ -46,7 +52,9 @@ def attach(model: PreTrainedModel, config: Config, modules: Sequence[str], archi
     ``modules``: from ``trained_modules``. Weights that are trained are float32 copies.
     """
     if config.method.kind is Method.lora:
-        return attach_adapters(model, config, modules)
+        adapted = attach_adapters(model, config, modules)
+        install_fake_quantization(adapted, config)
+        return adapted
     model.requires_grad_(False)
     if config.method.kind is Method.bottleneck:
         insert_bottlenecks(model, config, architecture)
@@ -58,7 +66,13 @@ def attach(model: PreTrainedModel, config: Config, modules: Sequence[str], archi
     for _, parameter in tuned_parameters(model):
         parameter.requires_grad_(True)
     setattr(model, START_ATTRIBUTE, {name: value.detach().clone() for name, value in _bottleneck_parameters(model)})
+    install_fake_quantization(model, config)
     return model
+
+
+def is_peft(model: Any) -> bool:
+    """Return whether PEFT holds the model's adapters."""
+    return isinstance(model, PeftModel)
 
 
 def tuned_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -115,12 +129,15 @@ def load_tuned(base: Base, config: Config, folder: Path) -> Any:
         ModelError: there is no such file, or it is damaged or belongs to another architecture.
     """
     if config.method.kind is Method.lora:
-        return load_adapter(base, folder)
+        adapted = load_adapter(base, folder)
+        install_fake_quantization(adapted, config)
+        return adapted
     saved = read_tuned(folder)
     model = clone_sharing_weights(base)
     if config.method.kind is Method.bottleneck:
         insert_bottlenecks(model, config, describe(config.model))
     with_tensors(model, saved, folder)
+    install_fake_quantization(model, config)
     return model.eval()
 
 
@@ -165,10 +182,17 @@ def with_tensors(model: nn.Module, saved: dict[str, torch.Tensor], where: Path) 
 @contextmanager
 def without_tuning(model: Any) -> Iterator[None]:
     """Let ``model`` be its base in the ``with`` block, bit by bit. One model in memory serves both."""
-    if isinstance(model, PeftModel):
-        with model.disable_adapter():
-            yield
-        return
+    with exact_weights(model):
+        if isinstance(model, PeftModel):
+            with model.disable_adapter():
+                yield
+        else:
+            with _without_own_tensors(model):
+                yield
+
+
+@contextmanager
+def _without_own_tensors(model: Any) -> Iterator[None]:
     adapters = [adapter for _, adapter in bottlenecks(model)]
     own: dict[str, torch.Tensor] = getattr(model, BASE_ATTRIBUTE, {})
     set_active(adapters, False)
@@ -182,11 +206,20 @@ def without_tuning(model: Any) -> Iterator[None]:
 
 def merged_tuned(config: Config, folder: Path) -> tuple[PreTrainedModel, str]:
     """Return the run's model as one set of weights in float32 on the CPU, and the fingerprint of its base. See
-    :func:`~qlora_exp.models.merging.merged_model`.
+
+    :func:`~qlora_exp.models.merging.merged_model`. A run with ``training.qat`` ships rounded weights.
 
     Raises:
         ModelError: the method's modules can't be merged.
     """
+    merged, fingerprint = _merged(config, folder)
+    format = qat_format(config.training.qat)
+    if format is not None:
+        round_linears(merged, format, search=False)
+    return merged, fingerprint
+
+
+def _merged(config: Config, folder: Path) -> tuple[PreTrainedModel, str]:
     if config.method.kind is Method.lora:
         return merged_model(config, folder)
     if config.method.kind is Method.bottleneck:
