@@ -10,7 +10,7 @@ from qlora_exp.config.enums import AdapterInit, DeviceChoice, Method, Quantizati
 from qlora_exp.config.schema import Config
 from qlora_exp.errors import ConfigError, nearest
 
-PARTS = ("norms", "biases", "embeddings", "head", "attention", "mlp")
+PARAMETER_PARTS = ("norms", "biases", "embeddings", "head", "attention", "mlp")
 BLOCKS = ("attention", "mlp")
 TUNES_WEIGHTS = (Method.full, Method.layerwise, Method.selective)
 """Methods that train weights of the base itself."""
@@ -29,11 +29,13 @@ def method_problems(config: Config) -> Iterator[ConfigError]:
     yield from _layers(config)
     if method.kind is Method.selective:
         if not method.parameters:
-            yield config_error("no parameters are chosen", "method.parameters", None, f"some of {', '.join(PARTS)}")
+            yield config_error(
+                "no parameters are chosen", "method.parameters", None, f"some of {', '.join(PARAMETER_PARTS)}"
+            )
         for part in method.parameters or ():
-            if part not in PARTS:
+            if part not in PARAMETER_PARTS:
                 what = f"there are no parameters called {part}"
-                yield config_error(what, "method.parameters", part, nearest(part, PARTS))
+                yield config_error(what, "method.parameters", part, nearest(part, PARAMETER_PARTS))
     if method.kind is Method.bottleneck:
         if method.size < 1:
             yield config_error("an adapter needs a width of at least 1", "method.size", method.size, "method.size=16")

@@ -26,12 +26,12 @@ from qlora_exp.estimate.activations import (
     FLOAT32_BYTES,
     SavedActivations,
     TrainingPass,
-    backward_of,
     is_eager,
     layers_of,
     saved_bytes_per_token,
     traits_of,
 )
+from qlora_exp.estimate.backward import backward_of
 from qlora_exp.estimate.selective_checkpointing import kept_attention_bytes
 from qlora_exp.estimate.weights_and_optimizer import (
     WIDTHS_OF,

@@ -42,7 +42,7 @@ NAMES_ATTRIBUTE = "qlora_exp_tuned"
 """On a model that isn't PEFT's: the names of its trained parameters."""
 BASE_ATTRIBUTE = "qlora_exp_base_weights"
 """On a loaded model: the base's own tensors, by name."""
-START_ATTRIBUTE = "qlora_exp_start"
+START_VALUES = "qlora_exp_start_values"
 """On a model before training: float32 values, for :func:`restore_precision`."""
 
 
@@ -65,7 +65,7 @@ def attach(model: PreTrainedModel, config: Config, modules: Sequence[str], archi
     setattr(model, NAMES_ATTRIBUTE, tuple(names))
     for _, parameter in tuned_parameters(model):
         parameter.requires_grad_(True)
-    setattr(model, START_ATTRIBUTE, {name: value.detach().clone() for name, value in _bottleneck_parameters(model)})
+    setattr(model, START_VALUES, {name: value.detach().clone() for name, value in _bottleneck_parameters(model)})
     install_fake_quantization(model, config)
     return model
 
@@ -90,7 +90,7 @@ def restore_precision(model: nn.Module, config: Config) -> None:
     if isinstance(model, PeftModel):
         recast_adapters(model, config.lora)
         return
-    start: dict[str, torch.Tensor] = model.__dict__.pop(START_ATTRIBUTE, {})
+    start: dict[str, torch.Tensor] = model.__dict__.pop(START_VALUES, {})
     for name, parameter in tuned_parameters(model):
         value = start.get(name, parameter.data)
         at_start = torch.equal(value.to(parameter.dtype), parameter.detach())
