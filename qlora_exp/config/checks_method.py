@@ -99,7 +99,7 @@ def _peft_problems(config: Config) -> Iterator[ConfigError]:
 
 
 def _value_problem(value: object, default: object) -> str | None:
-    if isinstance(default, bool) or isinstance(default, str):
+    if isinstance(default, bool | str):
         return None if type(value) is type(default) else f"this is {type(default).__name__}"
     if type(value) not in (int, float) or (isinstance(default, int) and type(value) is not int):
         return "this is an integer" if isinstance(default, int) else "this is a number"

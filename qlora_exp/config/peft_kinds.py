@@ -1,4 +1,4 @@
-"""PEFT's adapters beside LoRA: for each kind, on which bases it trains right, its options, and the shapes of its tensors.
+"""PEFT's adapters beside LoRA: for each kind, the bases that it trains right on, its options and its tensors.
 
 A new kind is one row of :data:`PEFT_KINDS`; tests/models/test_peft_kinds.py measures each row with a small model.
 """
@@ -30,7 +30,7 @@ PACKED = "PEFT computes with the packed 4-bit weights as if they were numbers"
 SPARSE = re.compile(r"(magnitude|gradient):(\d*\.?\d+(?:[eE]-?\d+)?)")
 """``method.parameters`` that choose single entries of matrices."""
 
-Options = Mapping[str, Any]
+KindOptions = Mapping[str, Any]
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
@@ -43,25 +43,23 @@ class PeftKind:
         options: ``method.options`` that it has, with PEFT's defaults.
         refused: by column of :data:`BASES`, why it can't be used.
         shapes: from (in, out, options, "this is an MLP's last layer") to name and shape of each trained tensor.
-        fixed: from the (in, out) of all adapted layers and the options to the number of float32 values that it keeps
+        fixed: from the (in, out) of all adapted layers and the options to the number of 32-bit values that it keeps
             without training them.
         starts_at_base: before the first step the model is the base.
         transposed: it adapts GPT-2's ``Conv1D``.
         on_norms: it trains the norms, not linear layers.
-        extra: settings that every configuration has.
     """
 
     config: str
-    options: Options
-    shapes: Callable[[int, int, Options, bool], Shapes]
+    options: KindOptions
+    shapes: Callable[[int, int, KindOptions, bool], Shapes]
     refused: Mapping[str, str] = field(default_factory=dict)
-    fixed: Callable[[Sequence[tuple[int, int]], Options], int] = lambda layers, options: 0
+    fixed: Callable[[Sequence[tuple[int, int]], KindOptions], int] = lambda layers, options: 0
     starts_at_base: bool = True
     transposed: bool = False
     on_norms: bool = False
-    extra: Options = field(default_factory=dict)
 
-    def settings(self, options: Options) -> dict[str, Any]:
+    def settings(self, options: KindOptions) -> dict[str, Any]:
         """Return all options, those that aren't given at their defaults."""
         return {**self.options, **options}
 
@@ -95,11 +93,11 @@ def sparse_parameters(method: MethodConfig) -> tuple[str, float] | None:
     return match[1], float(match[2])
 
 
-def _ia3(inputs: int, outputs: int, options: Options, last: bool) -> Shapes:
+def _ia3(inputs: int, outputs: int, options: KindOptions, last: bool) -> Shapes:
     return (("ia3_l", (1, inputs) if last else (outputs, 1)),)
 
 
-def _oft(inputs: int, outputs: int, options: Options, last: bool) -> Shapes:
+def _oft(inputs: int, outputs: int, options: KindOptions, last: bool) -> Shapes:
     """PEFT takes the nearest block size that divides the inputs."""
     block = options["oft_block_size"]
     if block >= inputs:
@@ -111,17 +109,22 @@ def _oft(inputs: int, outputs: int, options: Options, last: bool) -> Shapes:
     return (("oft_R.weight", (inputs // block, block * (block - 1) // 2)),)
 
 
-def _boft(inputs: int, outputs: int, options: Options, last: bool) -> Shapes:
+def _oft_fixed(layers: Sequence[tuple[int, int]], options: KindOptions) -> int:
+    """Two positions of 64 bits for each entry of a block's triangle."""
+    return sum(4 * _oft(inputs, outputs, options, False)[0][1][1] for inputs, outputs in layers)
+
+
+def _boft(inputs: int, outputs: int, options: KindOptions, last: bool) -> Shapes:
     block = options["boft_block_size"]
     _check_divides("boft_block_size", block, inputs)
     return (("boft_R", (1, inputs // block, block, block)), ("boft_s", (outputs, 1)))
 
 
-def _miss(inputs: int, outputs: int, options: Options, last: bool) -> Shapes:
+def _miss(inputs: int, outputs: int, options: KindOptions, last: bool) -> Shapes:
     return (("miss_block", (options["r"], outputs)),)
 
 
-def _shira(inputs: int, outputs: int, options: Options, last: bool) -> Shapes:
+def _shira(inputs: int, outputs: int, options: KindOptions, last: bool) -> Shapes:
     count = options["r"] * (inputs + outputs)
     if count > inputs * outputs:
         what = f"SHiRA would train {count:,} of a layer's {inputs * outputs:,} weights"
@@ -129,7 +132,7 @@ def _shira(inputs: int, outputs: int, options: Options, last: bool) -> Shapes:
     return (("shira_weight", (count,)),)
 
 
-def _road(inputs: int, outputs: int, options: Options, last: bool) -> Shapes:
+def _road(inputs: int, outputs: int, options: KindOptions, last: bool) -> Shapes:
     _check_divides("group_size", options["group_size"], outputs)
     size = {"road_1": outputs // 2, "road_2": outputs, "road_4": 2 * outputs}.get(options["variant"])
     if size is None:
@@ -138,28 +141,28 @@ def _road(inputs: int, outputs: int, options: Options, last: bool) -> Shapes:
     return (("road_alpha", (size,)), ("road_theta", (size,)))
 
 
-def _vera(inputs: int, outputs: int, options: Options, last: bool) -> Shapes:
+def _vera(inputs: int, outputs: int, options: KindOptions, last: bool) -> Shapes:
     return (("vera_lambda_b", (outputs,)), ("vera_lambda_d", (options["r"],)))
 
 
-def _vera_fixed(layers: Sequence[tuple[int, int]], options: Options) -> int:
+def _vera_fixed(layers: Sequence[tuple[int, int]], options: KindOptions) -> int:
     inputs, outputs = (max(sizes) for sizes in zip(*layers, strict=True))
     return int(options["r"]) * (inputs + outputs)
 
 
-def _randlora(inputs: int, outputs: int, options: Options, last: bool) -> Shapes:
+def _randlora(inputs: int, outputs: int, options: KindOptions, last: bool) -> Shapes:
     bases = math.ceil(min(inputs, outputs) / options["r"])
     return (("randlora_gamma", (bases, min(inputs, outputs))), ("randlora_lambda", (options["r"], bases)))
 
 
-def _randlora_fixed(layers: Sequence[tuple[int, int]], options: Options) -> int:
+def _randlora_fixed(layers: Sequence[tuple[int, int]], options: KindOptions) -> int:
     inputs, outputs = (max(sizes) for sizes in zip(*layers, strict=True))
     small, large = sorted((inputs, outputs))
     r = int(options["r"])
     return r * small + large * math.ceil(small / r) * r
 
 
-def _fourierft(inputs: int, outputs: int, options: Options, last: bool) -> Shapes:
+def _fourierft(inputs: int, outputs: int, options: KindOptions, last: bool) -> Shapes:
     count = options["n_frequency"]
     if count > inputs * outputs:
         where = f"method.options.n_frequency = {count}"
@@ -167,13 +170,13 @@ def _fourierft(inputs: int, outputs: int, options: Options, last: bool) -> Shape
     return (("fourierft_spectrum", (count,)),)
 
 
-def _loha(inputs: int, outputs: int, options: Options, last: bool) -> Shapes:
+def _loha(inputs: int, outputs: int, options: KindOptions, last: bool) -> Shapes:
     r = options["r"]
     pair = (("a", (outputs, r)), ("b", (r, inputs)))
     return tuple((f"hada_w{number}_{part}", shape) for number in (1, 2) for part, shape in pair)
 
 
-def _lokr(inputs: int, outputs: int, options: Options, last: bool) -> Shapes:
+def _lokr(inputs: int, outputs: int, options: KindOptions, last: bool) -> Shapes:
     r, factor = options["r"], options["decompose_factor"]
     (out_first, out_second), (in_first, in_second) = _factors(outputs, factor), _factors(inputs, factor)
     first: Shapes = (("lokr_w1", (out_first, in_first)),)
@@ -193,14 +196,14 @@ def _factors(size: int, factor: int) -> tuple[int, int]:
     return small, size // small
 
 
-def _hra(inputs: int, outputs: int, options: Options, last: bool) -> Shapes:
+def _hra(inputs: int, outputs: int, options: KindOptions, last: bool) -> Shapes:
     if options["r"] % 2:
         what = "HRA with an odd number of reflections doesn't start at the base"
         raise ModelError(what, f"method.options.r = {options['r']}", "an even r")
     return (("hra_u", (inputs, options["r"])),)
 
 
-def _supertuning(inputs: int, outputs: int, options: Options, last: bool) -> Shapes:
+def _supertuning(inputs: int, outputs: int, options: KindOptions, last: bool) -> Shapes:
     count = int(inputs * outputs * (1 - options["sparsity"]))
     if count < 1:
         what = f"no entry of a layer with {inputs * outputs:,} weights would be trained"
@@ -208,7 +211,12 @@ def _supertuning(inputs: int, outputs: int, options: Options, last: bool) -> Sha
     return (("supertuning_values", (count,)),)
 
 
-def _norm(inputs: int, outputs: int, options: Options, last: bool) -> Shapes:
+def _supertuning_fixed(layers: Sequence[tuple[int, int]], options: KindOptions) -> int:
+    """A position of 32 bits for each entry."""
+    return sum(_supertuning(inputs, outputs, options, False)[0][1][0] for inputs, outputs in layers)
+
+
+def _norm(inputs: int, outputs: int, options: KindOptions, last: bool) -> Shapes:
     return (("ln_tuning_layers.weight", (inputs,)),)
 
 
@@ -226,7 +234,7 @@ PROMPT = (
 )
 
 
-def _nothing(inputs: int, outputs: int, options: Options, last: bool) -> Shapes:
+def _nothing(inputs: int, outputs: int, options: KindOptions, last: bool) -> Shapes:
     return ()
 
 
@@ -249,6 +257,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
             "num_cayley_neumann_terms": 5,
         },
         _oft,
+        fixed=_oft_fixed,
     ),
     "boft": PeftKind(
         "BOFTConfig",
@@ -308,6 +317,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
         {"sparsity": 0.99, "select_top": True},
         _supertuning,
         {"4 bit": PACKED, "int8": "PEFT multiplies the int8 weights without their scales"},
+        fixed=_supertuning_fixed,
     ),
     "ln_tuning": PeftKind("LNTuningConfig", {}, _norm, {"16 bit": FLOAT32_ALONE}, on_norms=True),
     "adalora": _never("AdaLoraConfig", "AdaLoRA removes ranks while it trains, which needs a trainer that calls it"),

@@ -16,7 +16,6 @@ from peft import PeftModel
 from peft.tuners.supertuning import SupertuningLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_exp.architecture.shapes import Architecture

@@ -12,7 +12,8 @@ def method_name(config: Mapping[str, Any]) -> str:
     """Return the method of a record's configuration, with the settings that it reads; ``lora`` for earlier versions.
 
     Examples: ``lora``, ``lora last:2``, ``full``, ``layerwise last:2``, ``selective norms+biases``, ``bottleneck 16``
-    (behind attention and MLP), ``bottleneck 16 mlp``, ``ia3``, ``oft oft_block_size 16``, ``selective magnitude:0.01``.
+    (behind attention and MLP), ``bottleneck 16 mlp``, ``ia3``,
+    ``oft oft_block_size 16``, ``selective magnitude:0.01``.
     """
     method = config.get("method") or {}
     kind = str(method.get("kind") or LORA)
@@ -36,6 +37,15 @@ def method_name(config: Mapping[str, Any]) -> str:
 def is_lora(config: Mapping[str, Any]) -> bool:
     """Return whether the configuration trains LoRA adapters: rank, alpha and targets mean something."""
     return str((config.get("method") or {}).get("kind") or LORA) == LORA
+
+
+def saves_adapter(config: Mapping[str, Any]) -> bool:
+    """Return whether the run saves an adapter of PEFT in ``RUN/adapter``; other methods write ``RUN/tuned``."""
+    method = config.get("method") or {}
+    parameters = method.get("parameters") or ()
+    chosen = [parameters] if isinstance(parameters, str) else parameters
+    entries = any(str(part).startswith(("magnitude:", "gradient:")) for part in chosen)
+    return is_lora(config) or method.get("kind") == "peft" or (method.get("kind") == "selective" and entries)
 
 
 def adapter_name(config: Mapping[str, Any], targets: str) -> str:

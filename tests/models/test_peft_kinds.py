@@ -1,4 +1,4 @@
-"""Each row of the table of PEFT's kinds, measured with a small model: allowed or refused, start, sizes, saving, merge."""
+"""Each row of the table of PEFT's kinds, with a small model: allowed or refused, start, sizes, saving, merge."""
 
 from __future__ import annotations
 
@@ -112,10 +112,11 @@ def test_an_allowed_kind_starts_at_the_base_trains_saves_and_merges_as_its_row_s
     assert planned.trainable_parameters == sum(parameter.numel() for _, parameter in tuned_parameters(model))
     counted = weight_bytes(model)
     assert planned.adapter_bytes == counted.adapter_bytes
-    if kind.fixed is not PEFT_KINDS["ia3"].fixed:
-        assert frozen_bytes(architecture, config, base.compute_dtype, adapted).base_weight_bytes == (
-            counted.base_weight_bytes
-        )
+    frozen = frozen_bytes(architecture, config, base.compute_dtype, adapted).base_weight_bytes
+    if name == "randlora" and column in ("16 bit", "int8"):  # PEFT keeps its fixed matrices in 16 bits there
+        assert counted.base_weight_bytes < frozen
+    else:
+        assert counted.base_weight_bytes == frozen
 
     train_a_little(model)
     trained = logits(model)
@@ -130,10 +131,9 @@ def test_an_allowed_kind_starts_at_the_base_trains_saves_and_merges_as_its_row_s
         model.generate(input_ids=TOKENS[:1], use_cache=True, **greedy),
         model.generate(input_ids=TOKENS[:1], use_cache=False, **greedy),
     )
-    merged, _ = merged_tuned(config, tmp_path)
-    unquantized = compose(settings(tiny, name, "fp32"))
-    reference = load_tuned(bases.get(unquantized, "cpu"), unquantized, tmp_path)
-    assert torch.allclose(logits(merged), logits(reference), atol=1e-5)
+    if column == "fp32":  # a run is merged into the unquantized base
+        merged, _ = merged_tuned(config, tmp_path)
+        assert torch.allclose(logits(merged), trained, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "column"), REFUSED_BY_PEFT)
@@ -154,14 +154,15 @@ def test_a_refused_kind_fails_in_peft_or_is_another_model(
     assert not same
 
 
-def test_random_values_are_equal_on_each_base_in_float32_or_quantized(tiny: Path, bases: BaseCache) -> None:
+@pytest.mark.parametrize("name", ["fourierft", "randlora", "vera", "boft", "ia3", "shira"])
+def test_random_values_are_equal_on_each_base_in_float32_or_quantized(tiny: Path, bases: BaseCache, name: str) -> None:
     starts = []
     for column in ("fp32", "4 bit", "int8"):
-        config = compose(settings(tiny, "fourierft", column))
+        config = compose(settings(tiny, name, column))
         starts.append(dict(tuned_parameters(attached(config, bases.get(config, "cpu")))))
-    for name, value in starts[0].items():
-        assert torch.equal(value, starts[1][name])
-        assert torch.equal(value, starts[2][name])
+    for parameter, value in starts[0].items():
+        assert torch.equal(value, starts[1][parameter])
+        assert torch.equal(value, starts[2][parameter])
 
 
 @pytest.mark.parametrize(
@@ -243,7 +244,7 @@ def test_a_run_records_what_its_plan_says_and_merges(tmp_path: Path, given: list
 
 def test_the_largest_entries_are_trained_by_size_or_by_gradient(tiny: Path, bases: BaseCache) -> None:
     from qlora_exp.data.load import load_data
-    from qlora_exp.models.sources import load_tokenizer
+    from qlora_exp.models.tokenizers import load_tokenizer
 
     local = ["model=local", f"model.path={tiny}", "quantization=fp32", "method=selective", "task.max_train_items=8"]
     masks = {}
