@@ -15,6 +15,7 @@ from qlora_exp.analysis.comparable import answering_scores, finite_score
 from qlora_exp.formatting import flatten
 from qlora_exp.records.method_name import LORA, adapter_name, is_lora, method_name
 from qlora_exp.records.types import Memory, RunRecord, Scores
+from qlora_exp.records.unread_settings import unread_prefixes
 
 INTERVAL_CONFIDENCE = 0.95
 """Level of the two-sided intervals over seeds."""
@@ -222,9 +223,8 @@ def configuration_settings(record: RunRecord) -> dict[str, Any]:
     """Return dotted key → value of the settings that define a configuration; ``format`` as it was resolved."""
     compared = {group: values for group, values in record.config.items() if group not in IGNORED_KEYS}
     settings = {key: value for key, value in flatten(compared) if key not in IGNORED_KEYS and value != {}}
-    # Earlier records have no method, and were LoRA's. Other methods don't read LoRA's settings.
-    others = ("method.",) if is_lora(record.config) else ("method.", "lora.", "targets.")
-    settings = {key: value for key, value in settings.items() if not key.startswith(others)}
+    unread = unread_prefixes(record.config)
+    settings = {key: value for key, value in settings.items() if not key.startswith(unread)}
     if (name := method_name(record.config)) != LORA:
         settings[TUNING] = name
     return {**settings, "format": record.plan.format if record.plan is not None else None}
@@ -346,7 +346,7 @@ def _label(flat: Mapping[str, Any], varying: Sequence[str]) -> str:
         *adapters,
     ]
     implied = ("model.template_tokens_trained", "quantization.", "targets.", "method.", TUNING)
-    names = {"training.learning_rate": "lr", "lora.alpha": "alpha"}
+    names = {"training.learning_rate": "lr", "lora.alpha": "alpha", "ship.model": "ships", "training.qat.format": "qat"}
     for key in varying:
         if key not in LABEL_KEYS and not key.startswith(implied):
             parts.append(f"{names.get(key, key.rsplit('.', 1)[-1])} {display_setting(flat.get(key))}")

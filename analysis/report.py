@@ -58,6 +58,7 @@ from qlora_exp.analysis.report_choice import (
     use_sentence,
 )
 from qlora_exp.analysis.report_content import AnswerCard, CardStatus, ReportContent, Section, StudyInfo
+from qlora_exp.analysis.routes import RouteComparison, compare_routes, routes_section
 from qlora_exp.analysis.searches import search_recommendation
 from qlora_exp.analysis.tuning_methods import MethodComparison, compare_methods, methods_section
 from qlora_exp.errors import AnalysisError, nearest
@@ -98,6 +99,7 @@ class _Compared:
     targets: LevelComparison | None
     goal: GoalAnswer | None
     methods: MethodComparison | None
+    routes: RouteComparison | None
 
 
 def build(
@@ -147,17 +149,18 @@ def build(
         candidates = configurations(group.records, measure or Measure("loss_per_item", False))
         of_first = budgeted if group is groups[0] else ()
         comparison = compare_variants(candidates, items, margin, runs.pilots, of_first, ladder_rank_of(views))
-        choice = quantizations = targets = goal = methods = None
+        choice = quantizations = targets = goal = methods = routes = None
         if measure is not None:
             confirmed_choice = _of_confirmation(confirmed, candidates)
             choice = confirmed_choice or choose(candidates, views, measure)
             quantizations = compare_quantizations(candidates, measure, items, margin)
             targets = compare_targets(candidates, measure, items, margin)
             methods = compare_methods(candidates, measure, items)
+            routes = compare_routes(candidates, measure, items)
             decided = choice is not None and (choice.ladder is not None or choice is confirmed_choice)
             goal = goal_answer(candidates, choice.configuration if choice is not None and decided else None, items)
         metric = task_metric_of(candidates)
-        answered = (comparison, choice, metric, quantizations, targets, goal, methods)
+        answered = (comparison, choice, metric, quantizations, targets, goal, methods, routes)
         shown.append(_Compared(group, measure, candidates, *answered))
     first = shown[0]
     headline, why_none = [], None
@@ -357,6 +360,7 @@ def _group_sections(compared: _Compared, groups: Sequence[Group]) -> list[Sectio
             sections.equal_everything_section(candidates, measure, *levels),
             sections.tradeoff_section(candidates, measure),
             methods_section(compared.methods) if compared.methods is not None else None,
+            routes_section(compared.routes) if compared.routes is not None else None,
         ]
     parts += [sections.memory_section(candidates, group.records), sections.speed_section(group.records)]
     known = [replace(part, folded=True) for part in parts if part is not None]

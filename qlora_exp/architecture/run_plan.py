@@ -125,6 +125,8 @@ def config_fingerprint(config: Config) -> str:
     plain.pop("method")
     if method := method_settings(config):
         plain["method"] = method
+    if plain.pop("ship")["model"] is not None:
+        plain["ship"] = to_plain(config)["ship"]
     for group in ("tracking", "notify", "budget", "sweep", "workers", "name", "output_root"):
         del plain[group]
     for key in ("logging_steps", "save_every_steps", "resume"):
@@ -191,8 +193,18 @@ EARLIER_TRAINING_DEFAULTS: dict[str, Any] = {
     "padding_free": "off",
     "kernels": "none",
     "epochs": None,
+    "qat": {"format": None, "symmetric": False, "group": "64", "start_step": 0, "warmup_ratio": 0.0},
 }
 """What a training did before these keys existed."""
+
+EARLIER_SHIP: dict[str, Any] = {
+    "model": None,
+    "format": None,
+    "symmetric": False,
+    "group": "64",
+    "calibration": "mse",
+}
+"""Before a model could ship."""
 
 
 EARLIER_EVALUATION_DEFAULTS: dict[str, Any] = {"keep_texts": True}

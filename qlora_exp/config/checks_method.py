@@ -11,7 +11,7 @@ from qlora_exp.config.peft_kinds import BASES, MEASURED_WITH, PEFT_KINDS, peft_k
 from qlora_exp.config.schema import Config
 from qlora_exp.errors import ConfigError, nearest
 
-PARTS = ("norms", "biases", "embeddings", "head", "attention", "mlp")
+PARAMETER_PARTS = ("norms", "biases", "embeddings", "head", "attention", "mlp")
 BLOCKS = ("attention", "mlp")
 TUNES_WEIGHTS = (Method.full, Method.layerwise, Method.selective)
 """Methods that train weights of the base itself."""
@@ -38,11 +38,13 @@ def method_problems(config: Config) -> Iterator[ConfigError]:
             yield config_error(what, "method.parameters", f"{chosen[0]}:{chosen[1]:g}", f"{chosen[0]}:0.01")
     elif method.kind is Method.selective:
         if not method.parameters:
-            yield config_error("no parameters are chosen", "method.parameters", None, f"some of {', '.join(PARTS)}")
+            yield config_error(
+                "no parameters are chosen", "method.parameters", None, f"some of {', '.join(PARAMETER_PARTS)}"
+            )
         for part in method.parameters or ():
-            if part not in PARTS:
+            if part not in PARAMETER_PARTS:
                 what = f"there are no parameters called {part}"
-                hint = nearest(str(part), (*PARTS, "magnitude:0.01", "gradient:0.01"))
+                hint = nearest(str(part), (*PARAMETER_PARTS, "magnitude:0.01", "gradient:0.01"))
                 yield config_error(what, "method.parameters", part, hint)
     if method.kind is Method.bottleneck:
         if method.size < 1:

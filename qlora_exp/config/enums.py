@@ -46,6 +46,23 @@ class Method(Enum):
     peft = "peft"
 
 
+class ShippedModel(Enum):
+    """Which model ships after training."""
+
+    trained = "trained"
+    merged = "merged"
+    """Into the unquantized base."""
+    merged_into_dequantized = "merged_into_dequantized"
+    """Into what the quantized base's weights stand for."""
+
+
+class RangeChoice(Enum):
+    """How the range of a group of integers is chosen."""
+
+    minmax = "minmax"
+    mse = "mse"
+
+
 class AdapterInit(Enum):
     kaiming = "kaiming"
     gaussian = "gaussian"

@@ -27,7 +27,9 @@ from qlora_exp.config.enums import (
     PaddingFree,
     Pruner,
     Quantization,
+    RangeChoice,
     Sampler,
+    ShippedModel,
     SleepFault,
     SpecialTokens,
     TaskKind,
@@ -192,6 +194,34 @@ class TaskConfig:
 
 
 @dataclass
+class ShipConfig:
+    """Which model is scored after training: the one that ships. Records of earlier versions lack it."""
+
+    model: ShippedModel | None
+    """``None``: the trained model is scored, and nothing is said of shipping."""
+    format: str | None
+    """What the linear layers are rounded to: int2 … int8, q8_0, q4_0, q4_1, ternary; ``None``: 16 bits."""
+    symmetric: bool
+    group: str
+    """Inputs that share a scale: a number, ``channel`` or ``tensor``."""
+    calibration: RangeChoice
+
+
+@dataclass
+class QatConfig:
+    """Training with rounded weights (quantization-aware training). The run then ships in this format."""
+
+    format: str | None
+    """As ``ship.format``; ``None``: weights are not rounded."""
+    symmetric: bool
+    group: str
+    start_step: int
+    """Steps that are trained with exact weights first."""
+    warmup_ratio: float
+    """Share of the steps in which weights move from exact to rounded; for ternary weights."""
+
+
+@dataclass
 class TrainingConfig:
     max_steps: int | None
     max_tokens: int | None
@@ -223,6 +253,7 @@ class TrainingConfig:
     early_stopping_patience: int | None
     keep_best: bool
     resume: bool
+    qat: QatConfig
     device: DeviceChoice
     threads: int | None
     """CPU threads of torch; null: as many as cores."""
@@ -406,6 +437,7 @@ class Config:
     targets: TargetsConfig
     task: TaskConfig
     training: TrainingConfig
+    ship: ShipConfig
     evaluation: EvaluationConfig
     tracking: TrackingConfig
     notify: NotifyConfig | None

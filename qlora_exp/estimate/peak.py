@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from qlora_exp.architecture.padding import FLASH_ATTENTION
 from qlora_exp.architecture.run_plan import adapter_dtype, compute_dtype, optimizer_on, shape_multiples
 from qlora_exp.architecture.shapes import Architecture
+from qlora_exp.architecture.tuned_weights import layer_of
 from qlora_exp.config.allowed_values import QUANTIZED
 from qlora_exp.config.enums import Checkpointing, Method, Quantization
 from qlora_exp.config.schema import Config
@@ -25,12 +26,12 @@ from qlora_exp.estimate.activations import (
     FLOAT32_BYTES,
     SavedActivations,
     TrainingPass,
-    backward_of,
     is_eager,
     layers_of,
     saved_bytes_per_token,
     traits_of,
 )
+from qlora_exp.estimate.backward import backward_of
 from qlora_exp.estimate.selective_checkpointing import kept_attention_bytes
 from qlora_exp.estimate.weights_and_optimizer import (
     WIDTHS_OF,
@@ -161,6 +162,7 @@ def predicted_peak(
     checkpointing = selective or choice is Checkpointing.on or (cuda and choice is Checkpointing.auto)
     outer = batch.tokens * (activations.outside + (activations.inputs if checkpointing else activations.layers))
     outer += batch.tokens * kept_attention_bytes(architecture, setting) if selective else 0.0
+    outer += _rounded_weights(architecture, config, backward.first_layer, checkpointing)
     recomputed = batch.tokens * activations.layer * 2 if checkpointing else 0.0
     hidden_gradient = batch.loss_tokens * architecture.hidden_size * FLOAT32_BYTES
     logits = _logits_tile(architecture, batch.loss_tokens, width, cuda) + hidden_gradient
@@ -260,6 +262,19 @@ def _micro_batch(
             laid_out = max(1.0, min(laid_out, lengths.largest_layout(training.batch_size, limit) / tokens))
     scored = _rounded_up(round(min(loss_tokens, tokens)), logits_multiple)
     return _MicroBatch(tokens, length, laid_out, scored, padded and not padding_free)
+
+
+def _rounded_weights(architecture: Architecture, config: Config, first_layer: int, checkpointing: bool) -> float:
+    """Return the bytes of rounded weights that QAT's backward pass needs: a float32 copy of each linear layer's from
+    the first trained decoder layer on. With checkpointing they exist for one layer at a time."""
+    if config.training.qat.format is None:
+        return 0.0
+    sizes: dict[int | None, int] = {}
+    for shape in architecture.weights:
+        number = layer_of(shape.name)
+        if number is None or number >= first_layer:
+            sizes[number] = sizes.get(number, 0) + shape.in_features * shape.out_features
+    return FLOAT32_BYTES * float(max(sizes.values()) if checkpointing else sum(sizes.values()))
 
 
 def _rounded_up(number: int, multiple: int) -> int:

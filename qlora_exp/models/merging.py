@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -29,6 +33,15 @@ def merged_model(
     """
     unquantized = replace(config.quantization, mode=Quantization.fp32, compute_dtype=ComputeDtype.auto)
     base = load_base(replace(config, quantization=unquantized), "cpu")
+    return merge_into(base, adapter, load), base.fingerprint
+
+
+def merge_into(base: Base, adapter: Path, load: Callable[[Base, Path], PeftModel] = load_adapter) -> PreTrainedModel:
+    """Return an unquantized base with the adapter merged into its weights.
+
+    Raises:
+        ModelError: the adapter doesn't fit, or the merged weights are not finite.
+    """
     tied = bool(base.model.config.tie_word_embeddings)
     adapted = load(base, adapter)
     try:
@@ -38,4 +51,27 @@ def merged_model(
     assert isinstance(merged, PreTrainedModel)
     if tied:
         retie_embeddings(merged)
-    return merged, base.fingerprint
+    return merged
+
+
+def dequantized_base(config: Config, base: Base) -> Base:
+    """Return a float32 base whose linear layers have the values that the quantized ``base`` computes with."""
+    unquantized = replace(config.quantization, mode=Quantization.fp32, compute_dtype=ComputeDtype.auto)
+    exact = load_base(replace(config, quantization=unquantized), "cpu")
+    for name, module in base.model.named_modules():
+        if isinstance(module, Linear4bit | Linear8bitLt):
+            layer = exact.model.get_submodule(name.removesuffix(".base_layer"))  # without its adapter
+            layer.weight.data = _dequantized_weight(module).to("cpu", torch.float32)
+    return exact
+
+
+def _dequantized_weight(module: Any) -> torch.Tensor:
+    """Return the weight with which a layer of bitsandbytes computes, (rows, columns). LLM.int8() has a scale for each
+    row, in 127ths (Dettmers et al. 2022)."""
+    if isinstance(module, Linear4bit):
+        weight: torch.Tensor = dequantize_4bit(module.weight.data, module.weight.quant_state)
+        return weight
+    codes = module.state.CB if module.state.CB is not None else module.weight.CB
+    scales = module.state.SCB if module.state.SCB is not None else module.weight.SCB
+    codes = module.weight.data if codes is None else codes
+    return codes.float() * scales.float()[:, None] / 127  # type: ignore[no-any-return]

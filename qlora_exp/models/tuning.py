@@ -6,7 +6,7 @@ under the names that these have in the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,13 +22,19 @@ from transformers import PreTrainedModel
 from qlora_exp.architecture.shapes import Architecture
 from qlora_exp.architecture.tuned_weights import tuned_tensors
 from qlora_exp.config.enums import ComputeDtype, Method, Quantization
-from qlora_exp.config.peft_kinds import peft_kind_of
+from qlora_exp.config.peft_kinds import in_peft_format, peft_kind_of
 from qlora_exp.config.schema import Config
 from qlora_exp.data.items import Item
 from qlora_exp.errors import ModelError
 from qlora_exp.models.adapters import adapter_parameters, attach_adapters, load_adapter, recast_adapters, save_adapter
 from qlora_exp.models.base import Base, clone_sharing_weights, load_base
 from qlora_exp.models.bottleneck import bottlenecks, insert_bottlenecks, set_active
+from qlora_exp.models.fake_quantization import (
+    exact_weights,
+    install_fake_quantization,
+    qat_format,
+    round_linears,
+)
 from qlora_exp.models.inspect import describe
 from qlora_exp.models.merging import merged_model
 from qlora_exp.models.peft_adapters import attach_peft, load_peft
@@ -39,7 +45,7 @@ NAMES_ATTRIBUTE = "qlora_exp_tuned"
 """On a model that isn't PEFT's: the names of its trained parameters."""
 BASE_ATTRIBUTE = "qlora_exp_base_weights"
 """On a loaded model: the base's own tensors, by name."""
-START_ATTRIBUTE = "qlora_exp_start"
+START_VALUES = "qlora_exp_start_values"
 """On a model before training: float32 values, for :func:`restore_precision`."""
 
 
@@ -56,7 +62,9 @@ def attach(
     methods that choose what they train by gradients.
     """
     if config.method.kind is Method.lora:
-        return attach_adapters(model, config, modules)
+        adapted = attach_adapters(model, config, modules)
+        install_fake_quantization(adapted, config)
+        return adapted
     if peft_kind_of(config.method) is not None:
         adapted = attach_peft(model, config, modules, architecture, items)
         set_trained(adapted, [name for name, parameter in adapted.named_parameters() if parameter.requires_grad])
@@ -69,7 +77,8 @@ def attach(
         names = [tensor.name for tensor in tuned_tensors(architecture, config.method)]
         _replace(model, {name: _parameter(model, name).detach().to(torch.float32, copy=True) for name in names})
     set_trained(model, names)
-    setattr(model, START_ATTRIBUTE, {name: value.detach().clone() for name, value in _bottleneck_parameters(model)})
+    setattr(model, START_VALUES, {name: value.detach().clone() for name, value in _bottleneck_parameters(model)})
+    install_fake_quantization(model, config)
     return model
 
 
@@ -81,7 +90,17 @@ def set_trained(model: nn.Module, names: Sequence[str]) -> None:
         parameter.requires_grad_(True)
         parameter.data = parameter.data.to(torch.float32)
     if isinstance(model, PeftModel):
-        setattr(model, START_ATTRIBUTE, {name: value.detach().clone() for name, value in tuned_parameters(model)})
+        setattr(model, START_VALUES, {name: value.detach().clone() for name, value in tuned_parameters(model)})
+
+
+def adapter_loader(config: Config) -> Callable[[Base, Path], PeftModel]:
+    """Return what loads an adapter of ``RUN/adapter`` on a base."""
+    return load_adapter if config.method.kind is Method.lora else load_peft
+
+
+def is_peft(model: Any) -> bool:
+    """Return whether PEFT holds the model's adapters."""
+    return isinstance(model, PeftModel)
 
 
 def tuned_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -99,7 +118,7 @@ def restore_precision(model: nn.Module, config: Config) -> None:
     if isinstance(model, PeftModel) and config.method.kind is Method.lora:
         recast_adapters(model, config.lora)
         return
-    start: dict[str, torch.Tensor] = model.__dict__.pop(START_ATTRIBUTE, {})
+    start: dict[str, torch.Tensor] = model.__dict__.pop(START_VALUES, {})
     for name, parameter in tuned_parameters(model):
         value = start.get(name, parameter.data)
         at_start = torch.equal(value.to(parameter.dtype), parameter.detach())
@@ -138,7 +157,9 @@ def load_tuned(base: Base, config: Config, folder: Path) -> Any:
         ModelError: there is no such file, or it is damaged or belongs to another architecture.
     """
     if config.method.kind is Method.lora:
-        return load_adapter(base, folder)
+        adapted = load_adapter(base, folder)
+        install_fake_quantization(adapted, config)
+        return adapted
     if peft_kind_of(config.method) is not None:
         return load_peft(base, folder)
     saved = read_tuned(folder)
@@ -146,6 +167,7 @@ def load_tuned(base: Base, config: Config, folder: Path) -> Any:
     if config.method.kind is Method.bottleneck:
         insert_bottlenecks(model, config, describe(config.model))
     with_tensors(model, saved, folder)
+    install_fake_quantization(model, config)
     return model.eval()
 
 
@@ -190,10 +212,17 @@ def with_tensors(model: nn.Module, saved: dict[str, torch.Tensor], where: Path) 
 @contextmanager
 def without_tuning(model: Any) -> Iterator[None]:
     """Let ``model`` be its base in the ``with`` block, bit by bit. One model in memory serves both."""
-    if isinstance(model, PeftModel):
-        with model.disable_adapter():
-            yield
-        return
+    with exact_weights(model):
+        if isinstance(model, PeftModel):
+            with model.disable_adapter():
+                yield
+        else:
+            with _without_own_tensors(model):
+                yield
+
+
+@contextmanager
+def _without_own_tensors(model: Any) -> Iterator[None]:
     adapters = [adapter for _, adapter in bottlenecks(model)]
     own: dict[str, torch.Tensor] = getattr(model, BASE_ATTRIBUTE, {})
     set_active(adapters, False)
@@ -207,15 +236,22 @@ def without_tuning(model: Any) -> Iterator[None]:
 
 def merged_tuned(config: Config, folder: Path) -> tuple[PreTrainedModel, str]:
     """Return the run's model as one set of weights in float32 on the CPU, and the fingerprint of its base. See
-    :func:`~qlora_exp.models.merging.merged_model`.
+
+    :func:`~qlora_exp.models.merging.merged_model`. A run with ``training.qat`` ships rounded weights.
 
     Raises:
         ModelError: the method's modules can't be merged.
     """
-    if config.method.kind is Method.lora:
-        return merged_model(config, folder)
-    if peft_kind_of(config.method) is not None:
-        return merged_model(config, folder, load_peft)
+    merged, fingerprint = _merged(config, folder)
+    format = qat_format(config.training.qat)
+    if format is not None:
+        round_linears(merged, format, search=False)
+    return merged, fingerprint
+
+
+def _merged(config: Config, folder: Path) -> tuple[PreTrainedModel, str]:
+    if in_peft_format(config.method):
+        return merged_model(config, folder, adapter_loader(config))
     if config.method.kind is Method.bottleneck:
         what = "bottleneck adapters are layers of their network, and can't be merged into the base's weights"
         raise ModelError(what, str(folder), "method=lora; or load the run with qlora_exp.load_run(RUN).model()")

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qlora_exp.formatting import flatten
-from qlora_exp.records.method_name import LORA, is_lora, method_name
+from qlora_exp.records.method_name import LORA, method_name
 from qlora_exp.records.model_name import model_name
 from qlora_exp.records.redaction import redact
 from qlora_exp.records.types import RunRecord
+from qlora_exp.records.unread_settings import unread_prefixes
 
 MIN_ID_LENGTH = 4
 """Characters of a short id: an id's last four are random."""
@@ -44,6 +45,9 @@ SPELLINGS = {
     "training.epochs": "epochs",
     "seed": "s",
     "evaluation.split": "",
+    "ship.model": "",
+    "ship.format": "",
+    "training.qat.format": "qat=",
 }
 """Setting → what precedes its value in a label, in the order of labels. Others read ``name=value`` and come last."""
 
@@ -133,15 +137,12 @@ def named_settings(row: Mapping[str, Any]) -> dict[str, Any]:
         settings["targets.set"] = modules  # the list takes precedence
     if settings.get("lora.alpha") is not None and settings.get("lora.alpha_policy") == "fixed":
         del settings["lora.alpha_policy"]  # alpha's own value says it
-    if "method" in config and isinstance(config["method"], Mapping):
-        settings = {key: value for key, value in settings.items() if not key.startswith("method.")}
-        if not is_lora(config):
-            settings = {key: value for key, value in settings.items() if not key.startswith(("lora.", "targets."))}
-            settings["method.kind"] = method_name(config)
-        elif method_name(config) != LORA:
-            settings["method.kind"] = method_name(config)
     if not any(isinstance(value, Mapping) for value in config.values()):
         return settings  # a trial's params
+    unread = unread_prefixes(config)
+    settings = {key: value for key, value in settings.items() if not key.startswith(unread)}
+    if (method := method_name(config)) != LORA:
+        settings["method.kind"] = method
     if isinstance(model := config.get("model"), Mapping) and "family" in model:
         settings["model.family"] = model_name(model, short=True)
         settings = {key: value for key, value in settings.items() if key not in IN_THE_NAME}

@@ -11,6 +11,7 @@ from qlora_exp.architecture.run_plan import (
     EARLIER_EVALUATION_DEFAULTS,
     EARLIER_METHOD,
     EARLIER_MODEL_DEFAULTS,
+    EARLIER_SHIP,
     EARLIER_TASK_DEFAULTS,
     EARLIER_TRAINING_DEFAULTS,
 )
@@ -108,6 +109,7 @@ def config_from_plain(plain: dict[str, Any]) -> Config:
         # Records don't hold the sweep's settings.
         plain = {"sweep": None, "workers": None, "notify": None, **plain}
         plain["budget"] = {**dict.fromkeys(STUDY_LIMITS), "force": False, **plain.get("budget", {})}
+        plain["ship"] = {**EARLIER_SHIP, **plain.get("ship", {})}
         plain["method"] = {**EARLIER_METHOD, **plain.get("method", {})}
         plain["model"] = {**EARLIER_MODEL_DEFAULTS, **plain.get("model", {})}  # older records lack some keys of these
         plain["task"] = {**EARLIER_TASK_DEFAULTS, **plain.get("task", {})}

@@ -13,7 +13,7 @@ from typing import Any
 
 from qlora_exp.architecture.targets import rank_warning
 from qlora_exp.config.checks_method import TUNES_WEIGHTS
-from qlora_exp.config.enums import EvaluationSplit, Method
+from qlora_exp.config.enums import EvaluationSplit, Method, ShippedModel
 from qlora_exp.config.peft_kinds import in_peft_format, start_warning
 from qlora_exp.config.schema import Config
 from qlora_exp.errors import ModelError, QloraExpError
@@ -38,6 +38,7 @@ from qlora_exp.records.schema import from_dict
 from qlora_exp.records.types import Failure, Plan, RunRecord, ScoreTable, Status
 from qlora_exp.runs.prepare import Prepared, plan_for_model
 from qlora_exp.runs.record_figures import RunFigures
+from qlora_exp.runs.ship import ship_of, shipped_model
 from qlora_exp.system.device_errors import is_cuda_error
 from qlora_exp.training import meter as measurement
 from qlora_exp.training.checkpoints import newest_valid, step_of
@@ -163,6 +164,16 @@ def _run_pipeline(
     with meter.phase("evaluate"):
         after, test, forgotten = score_splits(model, tokenizer, splits, config, base_scores)
     _check_finite(after, progress.trained)
+    if (ship := ship_of(config)) is not None:
+        before = replace(before, trained=after.scores, trained_test=test.scores if test else None)
+        progress.enter("evaluate what ships", observer)
+        with meter.phase("ship"):
+            shipping = (config, ship, planned, model, base, prepared.architecture, paths.weights)
+            model, shipped = shipped_model(*shipping)
+            if ship.model is not ShippedModel.trained:
+                model = with_kernels(model, planned.kernels)
+                after, test, forgotten = score_splits(model, tokenizer, splits, config, base_scores)
+        progress.record = progress.record.replace(shipped=shipped)
     write_items(after.items, paths.items("after", "validation"), keep_texts)
     if test is not None:
         write_items(test.items, paths.items("after", "test"), keep_texts)

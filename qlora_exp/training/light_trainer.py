@@ -17,13 +17,12 @@ from typing import Any
 
 import torch
 import trl.trainer.utils
-from peft import PeftModel
 from torch import nn
 from torch.nn.functional import pad
 from transformers import masking_utils
 from trl import SFTTrainer
 
-from qlora_exp.models.tuning import restore_tuned, save_tuned
+from qlora_exp.models.tuning import is_peft, restore_tuned, save_tuned
 from qlora_exp.training.batches import REAL_ROWS, token_count
 
 TOKENS = "unpadded_tokens"
@@ -91,20 +90,20 @@ class LightTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save what is trained. The Trainer would write the whole model if it isn't PEFT's."""
-        if isinstance(self.model, PeftModel):
+        if is_peft(self.model):
             super()._save(output_dir, state_dict)
             return
         save_tuned(self.model, Path(output_dir or self.args.output_dir))
         self.processing_class.save_pretrained(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if isinstance(self.model, PeftModel):
+        if is_peft(self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             restore_tuned(self.model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        if isinstance(self.model, PeftModel):
+        if is_peft(self.model):
             super()._load_best_model()
         elif self.state.best_model_checkpoint is not None:
             restore_tuned(self.model, Path(self.state.best_model_checkpoint))

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 from trl.models import enable_selective_activation_checkpointing
@@ -24,8 +23,9 @@ from qlora_exp.data.items import Item
 from qlora_exp.data.load import to_training_dataset
 from qlora_exp.models.adapters import autocast_casts_inputs
 from qlora_exp.models.attention import attention_by_rows
+from qlora_exp.models.fake_quantization import fake_quantization_of
 from qlora_exp.models.optimizers import bitsandbytes_optimizers
-from qlora_exp.models.tuning import restore_precision
+from qlora_exp.models.tuning import is_peft, restore_precision
 from qlora_exp.paths import RunPaths
 from qlora_exp.records.types import Plan, Training
 from qlora_exp.training import checkpoints
@@ -38,6 +38,7 @@ from qlora_exp.training.callbacks import (
     LossCurve,
     PilotCallback,
     PruningCallback,
+    QatCallback,
     StepMeter,
     TokenBudget,
 )
@@ -157,13 +158,15 @@ def train(
         checkpoints.ChecksumCallback(current_counters),
         *reporters,
     ]
+    if (fake := fake_quantization_of(model)) is not None:
+        callbacks.append(QatCallback(fake, config.training.qat))
     if config.training.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(config.training.early_stopping_patience))
     folder = paths.checkpoints
     trainer = _trainer(plan, model, tokenizer, train_items, validation_items, config, folder, callbacks, meter)
     trainer.per_item = report.per_item
     autocast = trainer.accelerator.native_amp and not config.lora.dora
-    casts = autocast_casts_inputs(model, active=autocast) if isinstance(model, PeftModel) else nullcontext()
+    casts = autocast_casts_inputs(model, active=autocast) if is_peft(model) else nullcontext()
     attention = attention_by_rows(model) if plan.padding_free else nullcontext()
     with interrupt, bitsandbytes_optimizers(), casts, attention:
         meter.began = time.perf_counter()
@@ -306,7 +309,7 @@ def _trainer(
     if plan.gradient_checkpointing and config.training.gradient_checkpointing is Checkpointing.selective:
         # SFTConfig's key "selective" does the same on the PeftModel, whose method transformers 5.23 doesn't call: torch
         # then refuses the key ("Unexpected keyword arguments").
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        base = model.get_base_model() if is_peft(model) else model
         enable_selective_activation_checkpointing(base)
     trainer = _TokenTrainer(
         model=model,

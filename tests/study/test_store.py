@@ -15,8 +15,9 @@ import pytest
 from studies import a_record, a_spec, answer, claimed, completed, finish, loss_of, myself, opened, paths_of, worker
 
 from qlora_exp.errors import ConfigError, Problems, StudyError
+from qlora_exp.records.fit_types import Fit, SkippedTrial
 from qlora_exp.records.schema import to_dict
-from qlora_exp.records.types import Failure, Fit, Process, SkippedTrial, Status
+from qlora_exp.records.types import Failure, Process, Status
 from qlora_exp.study.open import rebuild_study
 from qlora_exp.study.study import Study
 from qlora_exp.study.trials import FAILURE, SKIPPED
