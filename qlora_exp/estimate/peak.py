@@ -135,7 +135,7 @@ def predicted_peak(
     module_names = set(modules)
     adapted = [weight for weight in architecture.weights if weight.name in module_names]
     adapters = trained_bytes(architecture, adapted, config, compute)
-    base = frozen_bytes(architecture, config, compute)
+    base = frozen_bytes(architecture, config, compute, adapted)
     is_lora = config.method.kind is Method.lora
     trained_dtype = adapter_dtype(config.lora) if is_lora else "float32"
     flash = config.model.attention.startswith(FLASH_ATTENTION)  # it takes the bounds of rows

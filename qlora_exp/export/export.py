@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from qlora_exp.architecture.targets import resolve_targets
 from qlora_exp.config.enums import ComputeDtype, Method
+from qlora_exp.config.peft_kinds import in_peft_format
 from qlora_exp.errors import ConfigError, ExportError, QloraExpError, nearest
 from qlora_exp.export.card import export_card
 from qlora_exp.export.compatibility import add_end_token, write_for_version_4
@@ -251,7 +252,10 @@ def push_export(paths: RunPaths, to: Path | None, settings: ExportConfig, push: 
 
 def _without_adapter(source: FinishedRun, settings: ExportConfig) -> ExportConfig:
     """Return ``settings`` without the format ``adapter`` for a run that tuned weights of the base itself."""
-    if source.config.method.kind is Method.lora:
+    if in_peft_format(source.config.method):
+        if "adapter" in settings.formats and source.model.adapters and source.config.method.kind is not Method.lora:
+            what = "only LoRA adapters can be combined with the adapters that the run started from"
+            raise ExportError(what, "--formats adapter", "--formats merged")
         return settings
     formats = [name for name in settings.formats if name != "adapter"]
     if not formats:
