@@ -67,6 +67,7 @@ class AdapterInit(Enum):
     kaiming = "kaiming"
     gaussian = "gaussian"
     pissa = "pissa"
+    olora = "olora"
 
 
 class TaskSource(Enum):

@@ -9,6 +9,7 @@ from typing import Any
 
 from qlora_exp.architecture.run_plan import (
     EARLIER_EVALUATION_DEFAULTS,
+    EARLIER_LORA_DEFAULTS,
     EARLIER_METHOD,
     EARLIER_MODEL_DEFAULTS,
     EARLIER_SHIP,
@@ -110,6 +111,7 @@ def config_from_plain(plain: dict[str, Any]) -> Config:
         plain = {"sweep": None, "workers": None, "notify": None, **plain}
         plain["budget"] = {**dict.fromkeys(STUDY_LIMITS), "force": False, **plain.get("budget", {})}
         plain["ship"] = {**EARLIER_SHIP, **plain.get("ship", {})}
+        plain["lora"] = {**EARLIER_LORA_DEFAULTS, **plain.get("lora", {})}
         plain["method"] = {**EARLIER_METHOD, **plain.get("method", {})}
         plain["model"] = {**EARLIER_MODEL_DEFAULTS, **plain.get("model", {})}  # older records lack some keys of these
         plain["task"] = {**EARLIER_TASK_DEFAULTS, **plain.get("task", {})}

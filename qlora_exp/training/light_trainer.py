@@ -46,6 +46,20 @@ class CountingCollator:
         return batch
 
 
+def separate_rates(optimizer: torch.optim.Optimizer, model: nn.Module, ratio: float) -> None:
+    """Move B matrices to parameter groups with ``ratio`` times their group's learning rate: LoRA+ (Hayou et al. 2024).
+
+    A's groups stay first: the logged learning rate is theirs.
+    """
+    b_matrices = {id(parameter) for name, parameter in model.named_parameters() if ".lora_B." in name}
+    for group in list(optimizer.param_groups):
+        moved = [parameter for parameter in group["params"] if id(parameter) in b_matrices]
+        if moved:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in b_matrices]
+            rest = {key: value for key, value in group.items() if key != "params"}
+            optimizer.add_param_group({**rest, "params": moved, "lr": ratio * group["lr"]})
+
+
 class LightTrainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer whose micro-batches read nothing from the device, and whose steps don't walk over all modules.
 
@@ -55,6 +69,7 @@ class LightTrainer(SFTTrainer):  # type: ignore[misc]
     """
 
     logits_multiple = 1
+    loraplus_lr_ratio: float | None = None
     """The number of tokens that get logits is rounded up to a multiple of this, if shapes are compiled."""
     _trainable: tuple[nn.Parameter, ...] = ()
 
@@ -68,6 +83,14 @@ class LightTrainer(SFTTrainer):  # type: ignore[misc]
         self._trainable = tuple(parameter for parameter in self.model.parameters() if parameter.requires_grad)
         with few_module_walks(self.model, self._trainable):
             return super().train(*args, **kwargs)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Give LoRA's B the learning rate of ``loraplus_lr_ratio``. The scheduler scales both rates alike."""
+        existing = self.optimizer is not None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.loraplus_lr_ratio is not None and not existing:
+            separate_rates(optimizer, self.model, self.loraplus_lr_ratio)
+        return optimizer
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0

@@ -325,6 +325,7 @@ def _trainer(
         collate = RoundedBatches(trainer.data_collator.collate, plan.logits_multiple, plan.length_multiple)
         trainer.data_collator = CountingCollator(collate)
     trainer.meter = meter
+    trainer.loraplus_lr_ratio = config.lora.loraplus_lr_ratio
     trainer.logits_multiple = plan.logits_multiple
     trainer.micro_batch_tokens, trainer.length_multiple = plan.micro_batch_tokens, plan.length_multiple
     # Remove the Trainer's console output: the observer shows progress.
