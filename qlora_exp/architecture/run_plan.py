@@ -122,6 +122,9 @@ def config_fingerprint(config: Config) -> str:
     plain = to_plain(config)
     plain["model"] = _without_newer_model_defaults(plain["model"])
     plain["task"] = _without_newer_defaults(plain["task"])
+    for key, value in EARLIER_LORA_DEFAULTS.items():
+        if plain["lora"][key] == value:
+            del plain["lora"][key]
     plain.pop("method")
     if method := method_settings(config):
         plain["method"] = method
@@ -220,6 +223,10 @@ EARLIER_SHIP: dict[str, Any] = {
 
 EARLIER_EVALUATION_DEFAULTS: dict[str, Any] = {"keep_texts": True}
 """What an evaluation did before these keys existed: it kept answers."""
+
+
+EARLIER_LORA_DEFAULTS: dict[str, Any] = {"loraplus_lr_ratio": None}
+"""What adapters had before these keys existed."""
 
 
 EARLIER_METHOD: dict[str, Any] = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from qlora_exp.config.allowed_values import QUANTIZED, config_error
-from qlora_exp.config.enums import AdapterInit, Method, ShippedModel
+from qlora_exp.config.allowed_values import FROM_WEIGHTS, QUANTIZED, config_error
+from qlora_exp.config.enums import Method, ShippedModel
 from qlora_exp.config.peft_kinds import peft_kind_of
 from qlora_exp.config.schema import Config
 from qlora_exp.errors import ConfigError, nearest
@@ -69,7 +69,7 @@ def _qat(config: Config) -> Iterator[ConfigError]:
     for key, used, hint in (
         ("lora.dora", lora and config.lora.dora, "lora.dora=false"),
         ("lora.dropout", lora and config.lora.dropout > 0, "lora.dropout=0"),
-        ("lora.init", lora and config.lora.init is AdapterInit.pissa, "lora.init=kaiming"),
+        ("lora.init", lora and config.lora.init in FROM_WEIGHTS, "lora.init=kaiming"),
     ):
         if used:
             what = "training.qat rounds W + scale · B · A, which this setting changes"

@@ -78,6 +78,7 @@ class AdapterInit(Enum):
     kaiming = "kaiming"
     gaussian = "gaussian"
     pissa = "pissa"
+    olora = "olora"
 
 
 class TaskSource(Enum):

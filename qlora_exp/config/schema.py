@@ -102,6 +102,8 @@ class LoraConfig:
     rslora: bool
     dora: bool
     init: AdapterInit
+    loraplus_lr_ratio: float | None
+    """LoRA+ (Hayou et al. 2024): the learning rate of B over ``training.learning_rate``, which A has."""
 
     def __post_init__(self) -> None:
         if self.alpha_policy is None:

@@ -60,6 +60,20 @@ class CountingCollator:
         return batch
 
 
+def separate_rates(optimizer: torch.optim.Optimizer, model: nn.Module, ratio: float) -> None:
+    """Move B matrices to parameter groups with ``ratio`` times their group's learning rate: LoRA+ (Hayou et al. 2024).
+
+    A's groups stay first: the logged learning rate is theirs.
+    """
+    b_matrices = {id(parameter) for name, parameter in model.named_parameters() if ".lora_B." in name}
+    for group in list(optimizer.param_groups):
+        moved = [parameter for parameter in group["params"] if id(parameter) in b_matrices]
+        if moved:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in b_matrices]
+            rest = {key: value for key, value in group.items() if key != "params"}
+            optimizer.add_param_group({**rest, "params": moved, "lr": ratio * group["lr"]})
+
+
 class LightTrainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer whose micro-batches read nothing from the device, and whose steps don't walk over all modules.
 
@@ -70,6 +84,8 @@ class LightTrainer(SFTTrainer):  # type: ignore[misc]
 
     logits_multiple = 1
     """The number of tokens that get logits is rounded up to a multiple of this, if shapes are compiled."""
+    loraplus_lr_ratio: float | None = None
+    """Learning rate of LoRA's B relative to A's; ``None``: equal."""
     distillation: DistillationConfig | None = None
     """How a teacher's targets enter the loss; ``None``: they don't."""
     _trainable: tuple[nn.Parameter, ...] = ()
@@ -89,6 +105,14 @@ class LightTrainer(SFTTrainer):  # type: ignore[misc]
         super()._set_signature_columns_if_needed()
         if ITEM not in self._signature_columns:
             self._signature_columns.append(ITEM)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Give LoRA's B the learning rate of ``loraplus_lr_ratio``. The scheduler scales both rates alike."""
+        existing = self.optimizer is not None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.loraplus_lr_ratio is not None and not existing:
+            separate_rates(optimizer, self.model, self.loraplus_lr_ratio)
+        return optimizer
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0

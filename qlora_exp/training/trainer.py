@@ -332,6 +332,7 @@ def _trainer(
         trainer.data_collator = replace(trainer.data_collator, teacher=teacher)
         trainer.distillation = config.distillation
     trainer.meter = meter
+    trainer.loraplus_lr_ratio = config.lora.loraplus_lr_ratio
     trainer.logits_multiple = plan.logits_multiple
     trainer.micro_batch_tokens, trainer.length_multiple = plan.micro_batch_tokens, plan.length_multiple
     # Remove the Trainer's console output: the observer shows progress.
