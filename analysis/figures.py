@@ -151,18 +151,15 @@ def rank_curve(
     Args:
         estimate_of: the value that is drawn; the default is the configuration's quality, whose interval is over seeds.
     """
-    estimates = {id(c): estimate for c in configurations if (estimate := estimate_of(c)) is not None}
-    scored = [
-        configuration for configuration in configurations if id(configuration) in estimates and configuration.rank
-    ]
+    estimates = {id(c): estimate for c in configurations if c.rank and (estimate := estimate_of(c)) is not None}
+    scored = [c for c in configurations if id(c) in estimates]
     lines = _lines(scored, ("lora.r", "lora.alpha", RATE))
     if any(len({c.settings.get("lora.r") for c in line}) < len(line) for line in lines.values()):
         lines = _lines(scored, ("lora.r", "lora.alpha"))
-    drawn = sorted((line for line in lines.items() if len(line[1]) > 1), key=lambda line: -len(line[1]))[:MAX_LINES]
-    if not drawn:
+    several = (line for line in lines.items() if len(line[1]) > 1)
+    if not (drawn := sorted(several, key=lambda line: -len(line[1]))[:MAX_LINES]):
         return None
-    variants = [variant_of(points[0]) for _, points in drawn]
-    # A variant has one colour in all plots, unless it has several lines here.
+    variants = [variant_of(points[0]) for _, points in drawn]  # one colour in all plots, unless it has several lines
     by_variant = len(set(variants)) == len(variants)
     colours = [VARIANT_COLOURS.get(v, PALETTE[2]) if by_variant else PALETTE[n] for n, v in enumerate(variants)]
     traces: list[Figure] = []

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from qlora_exp.config.compose import compose
 from qlora_exp.config.enums import Quantization
 from qlora_exp.config.schema import QatConfig
 from qlora_exp.errors import Problems, QloraExpError
+from qlora_exp.export.export import export_run, load_settings
 from qlora_exp.models.base_cache import BaseCache
 from qlora_exp.models.fake_quantization import body_linears, strength_at
 from qlora_exp.models.merging import dequantized_base
@@ -21,6 +24,7 @@ from qlora_exp.paths import OutputPaths
 from qlora_exp.quantizers.weight_formats import FORMATS, weight_format
 from qlora_exp.records.types import RunRecord, Status
 from qlora_exp.runs.execute import execute
+from tests.conftest import save_tiny_model
 
 QUICK = [
     *("tracking=off", "training.device=cpu", "training.max_steps=4", "training.batch_size=4", "seed=1"),
@@ -118,6 +122,44 @@ def test_merging_into_the_dequantized_base_is_the_quantized_base_with_its_adapte
     assert as_trained.shipped is not None
     assert record.shipped is not None
     assert as_trained.shipped.bytes < record.shipped.bytes
+
+
+def test_the_exported_file_holds_the_weights_that_were_trained(bases: BaseCache, output: Path, tmp_path: Path) -> None:
+    given = ["quantization=fp32", "training.qat.format=q4_0"]
+    paths = OutputPaths.of(output).run(run(bases, output, *given).run_id)
+    export_run(paths, tmp_path / "export", load_settings({"formats": ["q4_0"], "check_items": 0}))
+    merged, _ = merged_tuned(compose([*QUICK, *given]), paths.weights)
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "export" / "model-q4_0.gguf").tensors}
+    for number, layer in enumerate(merged.model.layers):
+        for name, module in (("attn_v", layer.self_attn.v_proj), ("ffn_down", layer.mlp.down_proj)):
+            tensor = stored[f"blk.{number}.{name}.weight"]
+            held = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            assert np.array_equal(held, module.weight.detach().numpy())
+
+
+def test_ternary_files_are_for_ternary_weights_whose_rows_fill_their_blocks(bases: BaseCache, output: Path) -> None:
+    settings = load_settings({"formats": ["tq1_0"], "check_items": 0})
+    exact = OutputPaths.of(output).run(run(bases, output, "quantization=fp32").run_id)
+    with pytest.raises(QloraExpError, match="aren't ternary"):
+        export_run(exact, None, settings)
+    ternary = run(bases, output, "quantization=fp32", "method=full", "training.qat.format=ternary")
+    with pytest.raises(QloraExpError, match=r"blocks of 256.*192 inputs"):
+        export_run(OutputPaths.of(output).run(ternary.run_id), None, settings)
+
+
+def test_a_ternary_file_of_a_wide_model_holds_its_weights(output: Path, tmp_path: Path) -> None:
+    folder = save_tiny_model("llama", tmp_path / "wide", hidden=256)
+    given = ["model=local", f"model.path={folder}", "quantization=fp32", "method=full", "training.qat.format=ternary"]
+    record = execute(compose([*QUICK, *given, f"output_root={output}"]))
+    assert record.status is Status.COMPLETED, record.failure
+    paths = OutputPaths.of(output).run(record.run_id)
+    export_run(paths, tmp_path / "export", load_settings({"formats": ["tq1_0", "tq2_0"], "check_items": 0}))
+    merged, _ = merged_tuned(compose([*QUICK, *given]), paths.weights)
+    for kind in ("tq1_0", "tq2_0"):
+        stored = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "export" / f"model-{kind}.gguf").tensors}
+        tensor = stored["blk.1.ffn_down.weight"]
+        held = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        assert np.array_equal(held, merged.model.layers[1].mlp.down_proj.weight.detach().numpy())
 
 
 def test_rounding_grows_from_its_start_to_the_end_of_its_warm_up() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qlora_exp.architecture.shapes import Architecture, WeightShape
-from qlora_exp.architecture.tuned_weights import bottleneck_shapes, tuned_tensors
+from qlora_exp.architecture.tuned_weights import inserted_shapes, tuned_tensors
 from qlora_exp.config.allowed_values import NATIVE_DTYPES
 from qlora_exp.config.enums import ComputeDtype, Method, Quantization
 from qlora_exp.config.schema import Config, LoraConfig, QuantizationConfig, to_plain
@@ -47,8 +47,9 @@ def trainable_parameters(architecture: Architecture, adapted: Sequence[WeightSha
     """Return the number of parameters that ``config.method`` trains. ``adapted``: the layers with a LoRA adapter."""
     if config.method.kind is Method.lora:
         return sum(lora_parameters(shape, config.lora.r, config.lora.dora) for shape in adapted)
-    if config.method.kind is Method.bottleneck:
-        return sum(math.prod(shape) for _, shape in bottleneck_shapes(architecture, config.method))
+    inserted = inserted_shapes(architecture, config.method, adapted)
+    if inserted is not None:
+        return sum(math.prod(shape) for _, shape in inserted)
     return sum(tensor.elements for tensor in tuned_tensors(architecture, config.method))
 
 
@@ -216,6 +217,8 @@ EARLIER_METHOD: dict[str, Any] = {
     "parameters": None,
     "size": 16,
     "after": ["attention", "mlp"],
+    "peft_type": None,
+    "options": None,
 }
 """What was trained before there was a choice."""
 
@@ -223,8 +226,12 @@ EARLIER_METHOD: dict[str, Any] = {
 def method_settings(config: Config) -> dict[str, Any]:
     """Return the settings of ``method`` that the run's method reads; nothing for LoRA on all layers."""
     method, plain = config.method, to_plain(config)["method"]
-    keys = {Method.selective: ("parameters",), Method.bottleneck: ("size", "after")}.get(method.kind, ())
-    settings = {key: plain[key] for key in keys}
+    keys = {
+        Method.selective: ("parameters",),
+        Method.bottleneck: ("size", "after"),
+        Method.peft: ("peft_type", "options"),
+    }
+    settings = {key: plain[key] for key in keys.get(method.kind, ())}
     if method.layers is not None:
         settings["layers"] = plain["layers"]
     return {"kind": plain["kind"], **settings} if settings or method.kind is not Method.lora else {}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from qlora_exp.architecture.shapes import DTYPES, Architecture, ElementBytes, WeightShape
 from qlora_exp.architecture.targets import resolve_targets
 from qlora_exp.config.enums import Method
+from qlora_exp.config.peft_kinds import peft_kind_of
 from qlora_exp.config.schema import Config, MethodConfig
 from qlora_exp.errors import ModelError
 
@@ -50,7 +51,8 @@ def trained_modules(architecture: Architecture, config: Config) -> tuple[str, ..
     """
     method = config.method
     layers = tuned_layers(architecture, method)
-    if method.kind is Method.lora:
+    found = peft_kind_of(method)
+    if method.kind is Method.lora or (found is not None and not found[0].on_norms):
         names = resolve_targets(architecture, config.targets)
         if layers is None:
             return names
@@ -59,7 +61,7 @@ def trained_modules(architecture: Architecture, config: Config) -> tuple[str, ..
             what = "none of the target modules is in these layers"
             raise ModelError(what, f"method.layers = {method.layers}", "other targets, or method.layers=null")
         return kept
-    if method.kind is Method.bottleneck:
+    if method.kind is Method.bottleneck or found is not None:
         return ()
     matrices = {tensor.name for tensor in tuned_tensors(architecture, method) if tensor.matrix}
     return tuple(shape.name for shape in architecture.weights if f"{shape.name}.weight" in matrices)
@@ -76,7 +78,7 @@ def tuned_tensors(architecture: Architecture, method: MethodConfig) -> tuple[Tun
     Raises:
         ModelError: a layer or a part isn't there.
     """
-    if method.kind in (Method.lora, Method.bottleneck):
+    if method.kind in (Method.lora, Method.bottleneck) or peft_kind_of(method) is not None:
         return ()
     tensors = tuple(_all_tensors(architecture))
     if method.kind is Method.full:
@@ -129,7 +131,8 @@ def layer_of(name: str) -> int | None:
 def first_tuned_layer(architecture: Architecture, method: MethodConfig, modules: Sequence[str]) -> int:
     """Return the first decoder layer whose input's gradient or own weights' gradient is needed. Layers before it save
     nothing for the backward pass."""
-    if method.kind is Method.bottleneck:
+    found = peft_kind_of(method)
+    if method.kind is Method.bottleneck or (found is not None and found[0].on_norms):
         return min(tuned_layers(architecture, method) or (0,))
     tensors = tuned_tensors(architecture, method)
     if any(tensor.part == "embeddings" for tensor in tensors):
@@ -223,6 +226,52 @@ def bottleneck_shapes(architecture: Architecture, method: MethodConfig) -> tuple
             ("up_weight", (width, size)),
         )
     )
+
+
+def inserted_shapes(
+    architecture: Architecture, method: MethodConfig, adapted: Sequence[WeightShape]
+) -> tuple[tuple[str, tuple[int, ...]], ...] | None:
+    """Return name and shape of each tensor that the method inserts beside the base's own: bottleneck adapters, or
+    PEFT's other than LoRA's. ``None``: it trains the base's own, or LoRA.
+
+    ``adapted``: the layers that get an adapter.
+
+    Raises:
+        ModelError: the adapter doesn't fit a layer.
+    """
+    if method.kind is Method.bottleneck:
+        return bottleneck_shapes(architecture, method)
+    if (found := peft_kind_of(method)) is None:
+        return None
+    kind, options = found[0], found[0].settings(found[1])
+    if kind.on_norms:
+        return tuple(
+            (f"{tensor.name.rpartition('.')[0]}.ln_tuning_layers.{tensor.name.rpartition('.')[2]}", tensor.shape)
+            for tensor in norm_tensors(architecture, method)
+        )
+    for shape in adapted:
+        if shape.kind == "conv1d" and not kind.transposed:
+            what = f"PEFT has no {method.peft_type or 'such'} adapter for transposed layers such as {shape.name}"
+            raise ModelError(what, "method.peft_type", "method=lora, or method.peft_type=ia3")
+    return tuple(
+        (f"{shape.name}.{name}", size)
+        for shape in adapted
+        for name, size in kind.shapes(
+            shape.in_features, shape.out_features, options, is_last_of_mlp(architecture, shape)
+        )
+    )
+
+
+def norm_tensors(architecture: Architecture, method: MethodConfig) -> tuple[TunedTensor, ...]:
+    """Return the norms' weights and biases in ``method.layers``; without ``method.layers`` also the last norm."""
+    layers = tuned_layers(architecture, method)
+    tensors = tuple(tensor for tensor in _all_tensors(architecture) if tensor.part == "norms")
+    return tuple(tensor for tensor in tensors if layers is None or tensor.layer in layers)
+
+
+def is_last_of_mlp(architecture: Architecture, shape: WeightShape) -> bool:
+    """Return whether the layer is an MLP's last one: (IA)³ scales the input of those, and the output of others."""
+    return shape.role == "mlp" and shape.out_features == architecture.hidden_size
 
 
 def _common_parent(first: str, second: str) -> str:

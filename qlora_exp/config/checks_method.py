@@ -7,10 +7,11 @@ from collections.abc import Iterator
 
 from qlora_exp.config.allowed_values import QUANTIZED, config_error
 from qlora_exp.config.enums import AdapterInit, DeviceChoice, Method, Quantization, Sampler
+from qlora_exp.config.peft_kinds import BASES, MEASURED_WITH, PEFT_KINDS, peft_kind_of, sparse_parameters
 from qlora_exp.config.schema import Config
 from qlora_exp.errors import ConfigError, nearest
 
-PARTS = ("norms", "biases", "embeddings", "head", "attention", "mlp")
+PARAMETER_PARTS = ("norms", "biases", "embeddings", "head", "attention", "mlp")
 BLOCKS = ("attention", "mlp")
 TUNES_WEIGHTS = (Method.full, Method.layerwise, Method.selective)
 """Methods that train weights of the base itself."""
@@ -27,13 +28,24 @@ def method_problems(config: Config) -> Iterator[ConfigError]:
     if problem := scaled_16_bit_weights(config) if config.training.device is DeviceChoice.cpu else None:
         yield problem
     yield from _layers(config)
-    if method.kind is Method.selective:
+    if method.kind is Method.peft:
+        yield from _peft_problems(config)
+    if method.kind is Method.selective and not isinstance(method.parameters, list | None):
+        yield config_error("these can't be parameters", "method.parameters", method.parameters, "[norms,biases]")
+    elif (chosen := sparse_parameters(method)) is not None:
+        if not 0 < chosen[1] < 1:
+            what = "the share of entries that are trained is between 0 and 1"
+            yield config_error(what, "method.parameters", f"{chosen[0]}:{chosen[1]:g}", f"{chosen[0]}:0.01")
+    elif method.kind is Method.selective:
         if not method.parameters:
-            yield config_error("no parameters are chosen", "method.parameters", None, f"some of {', '.join(PARTS)}")
+            yield config_error(
+                "no parameters are chosen", "method.parameters", None, f"some of {', '.join(PARAMETER_PARTS)}"
+            )
         for part in method.parameters or ():
-            if part not in PARTS:
+            if part not in PARAMETER_PARTS:
                 what = f"there are no parameters called {part}"
-                yield config_error(what, "method.parameters", part, nearest(part, PARTS))
+                hint = nearest(str(part), (*PARAMETER_PARTS, "magnitude:0.01", "gradient:0.01"))
+                yield config_error(what, "method.parameters", part, hint)
     if method.kind is Method.bottleneck:
         if method.size < 1:
             yield config_error("an adapter needs a width of at least 1", "method.size", method.size, "method.size=16")
@@ -61,6 +73,51 @@ def scaled_16_bit_weights(config: Config) -> ConfigError | None:
         return None
     what = f"method={config.method.kind.value} in fp16 needs a scaled loss, which torch has on GPUs alone"
     return config_error(what, "quantization", "fp16", "quantization=bf16 or fp32")
+
+
+def _peft_problems(config: Config) -> Iterator[ConfigError]:
+    method, mode = config.method, config.quantization.mode
+    if method.peft_type is None or method.peft_type not in PEFT_KINDS:
+        what = "no kind of adapter is chosen" if method.peft_type is None else f"there is no kind {method.peft_type}"
+        yield config_error(what, "method.peft_type", method.peft_type, nearest(str(method.peft_type), PEFT_KINDS))
+        return
+    kind = PEFT_KINDS[method.peft_type]
+    if not isinstance(method.options, dict | None):
+        yield config_error("options are a mapping", "method.options", method.options, "method.options={r: 8}")
+        return
+    for name, value in (method.options or {}).items():
+        key = f"method.options.{name}"
+        if name not in kind.options:
+            hint = nearest(name, kind.options) if kind.options else f"{method.peft_type} has no options"
+            yield config_error(f"{method.peft_type} has no option {name}", key, value, hint)
+        elif problem := _value_problem(value, kind.options[name]):
+            yield config_error(problem, key, value, f"e.g. {kind.options[name]}")
+    if reason := kind.refused.get(BASES[mode]):
+        allowed = [base.value for base in Quantization if BASES[base] not in kind.refused]
+        others = sorted(name for name, other in PEFT_KINDS.items() if BASES[mode] not in other.refused)
+        hint = f"quantization={allowed[0]}" if allowed else f"method.peft_type={', '.join(others)}, or method=lora"
+        what = f"{method.peft_type} can't be trained on {mode.value} (measured with PEFT {MEASURED_WITH}): {reason}"
+        yield config_error(what, "method.peft_type", method.peft_type, hint)
+
+
+def _value_problem(value: object, default: object) -> str | None:
+    if isinstance(default, bool | str):
+        return None if type(value) is type(default) else f"this is {type(default).__name__}"
+    if type(value) not in (int, float) or (isinstance(default, int) and type(value) is not int):
+        return "this is an integer" if isinstance(default, int) else "this is a number"
+    assert isinstance(value, int | float)
+    positive = isinstance(default, int) and default > 0
+    return "this is at least 1" if positive and value < 1 else None
+
+
+def float32_alone(config: Config, compute_dtype: str) -> ConfigError | None:
+    """Return the problem of an adapter whose values can't meet activations in ``compute_dtype``, or ``None``."""
+    found = peft_kind_of(config.method)
+    if compute_dtype == "float32" or found is None or "16 bit" not in found[0].refused:
+        return None
+    hint = "quantization.compute_dtype=float32, or another method.peft_type"
+    what = f"{config.method.peft_type} can't compute in {compute_dtype}: {found[0].refused['16 bit']}"
+    return config_error(what, "method.peft_type", config.method.peft_type, hint)
 
 
 def _layers(config: Config) -> Iterator[ConfigError]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from qlora_exp.config.allowed_values import QUANTIZED, config_error
 from qlora_exp.config.enums import AdapterInit, Method, ShippedModel
+from qlora_exp.config.peft_kinds import peft_kind_of
 from qlora_exp.config.schema import Config
 from qlora_exp.errors import ConfigError, nearest
 
@@ -45,6 +46,9 @@ def _qat(config: Config) -> Iterator[ConfigError]:
     if mode in QUANTIZED:
         what = f"quantization={mode.value} has rounded weights already: QAT rounds exact ones in every step"
         yield config_error(what, "training.qat.format", qat.format, "quantization=fp32 or bf16")
+    if (found := peft_kind_of(config.method)) is not None:
+        what = f"{found[0].config.removesuffix('Config')} layers multiply in their own way, which QAT can't round"
+        yield config_error(what, "training.qat.format", qat.format, "method=lora or full")
     if config.method.kind is Method.bottleneck:
         what = "bottleneck adapters can't be merged into weights that are rounded"
         yield config_error(what, "training.qat.format", qat.format, "method=lora or full")

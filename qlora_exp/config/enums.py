@@ -43,6 +43,7 @@ class Method(Enum):
     layerwise = "layerwise"
     selective = "selective"
     bottleneck = "bottleneck"
+    peft = "peft"
 
 
 class ShippedModel(Enum):

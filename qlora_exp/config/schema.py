@@ -119,12 +119,21 @@ class MethodConfig:
     kind: Method
     layers: Any
     """Decoder layers that are tuned: ``last:2``, ``first:4``, a list of numbers, or null for all."""
-    parameters: list[str] | None
-    """``selective``: norms, biases, embeddings, head, attention, mlp."""
+    parameters: Any
+    """``selective``: a list of norms, biases, embeddings, head, attention, mlp; or ``magnitude:0.01`` or
+    ``gradient:0.01``, single entries of the target matrices."""
     size: int
     """``bottleneck``: the width of an adapter."""
     after: list[str]
     """``bottleneck``: the blocks behind which an adapter is put."""
+    peft_type: str | None
+    """``peft``: the kind of adapter, a row of config/peft_kinds.py."""
+    options: Any
+    """``peft``: a mapping of this kind's settings, by PEFT's names; null: PEFT's defaults."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.parameters, str):
+            self.parameters = [self.parameters]
 
 
 @dataclass

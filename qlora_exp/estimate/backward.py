@@ -113,6 +113,8 @@ def _start(architecture: Architecture, modules: Sequence[str], first: int, parts
     names = {name for name in modules if layer_of(name) == first}
     shapes = [shape for shape in architecture.weights if shape.name in names]
     roles = {shape.role for shape in shapes} | {part.removesuffix(" bias") for part in parts}
+    if not roles:  # prompts and prefixes are trained
+        return Start.INPUT
     if roles - {"mlp"}:
         return Start.ATTENTION
     only_down = shapes and all(is_down_projection(shape, architecture.hidden_size) for shape in shapes)

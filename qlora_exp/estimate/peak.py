@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from qlora_exp.architecture.padding import FLASH_ATTENTION
 from qlora_exp.architecture.run_plan import adapter_dtype, compute_dtype, optimizer_on, shape_multiples
 from qlora_exp.architecture.shapes import Architecture
-from qlora_exp.architecture.tuned_weights import tuned_tensors
+from qlora_exp.architecture.tuned_weights import layer_of, tuned_tensors
 from qlora_exp.config.allowed_values import QUANTIZED
 from qlora_exp.config.checks_method import TUNES_WEIGHTS
 from qlora_exp.config.enums import Checkpointing, Method, Quantization
@@ -135,7 +135,7 @@ def predicted_peak(
     module_names = set(modules)
     adapted = [weight for weight in architecture.weights if weight.name in module_names]
     adapters = trained_bytes(architecture, adapted, config, compute)
-    base = frozen_bytes(architecture, config, compute)
+    base = frozen_bytes(architecture, config, compute, adapted)
     is_lora = config.method.kind is Method.lora
     trained_dtype = adapter_dtype(config.lora) if is_lora else "float32"
     flash = config.model.attention.startswith(FLASH_ATTENTION)  # it takes the bounds of rows
@@ -163,6 +163,7 @@ def predicted_peak(
     checkpointing = selective or choice is Checkpointing.on or (cuda and choice is Checkpointing.auto)
     outer = batch.tokens * (activations.outside + (activations.inputs if checkpointing else activations.layers))
     outer += batch.tokens * kept_attention_bytes(architecture, setting) if selective else 0.0
+    outer += _rounded_weights(architecture, config, backward.first_layer, checkpointing)
     recomputed = batch.tokens * activations.layer * 2 if checkpointing else 0.0
     hidden_gradient = batch.loss_tokens * architecture.hidden_size * FLOAT32_BYTES
     logits = _logits_tile(architecture, batch.loss_tokens, width, cuda) + hidden_gradient
@@ -265,6 +266,19 @@ def _micro_batch(
             laid_out = max(1.0, min(laid_out, lengths.largest_layout(training.batch_size, limit) / tokens))
     scored = _rounded_up(round(min(loss_tokens, tokens)), logits_multiple)
     return _MicroBatch(tokens, length, laid_out, scored, padded and not padding_free)
+
+
+def _rounded_weights(architecture: Architecture, config: Config, first_layer: int, checkpointing: bool) -> float:
+    """Return the bytes of rounded weights that QAT's backward pass needs: a float32 copy of each linear layer's from
+    the first trained decoder layer on. With checkpointing they exist for one layer at a time."""
+    if config.training.qat.format is None:
+        return 0.0
+    sizes: dict[int | None, int] = {}
+    for shape in architecture.weights:
+        number = layer_of(shape.name)
+        if number is None or number >= first_layer:
+            sizes[number] = sizes.get(number, 0) + shape.in_features * shape.out_features
+    return FLOAT32_BYTES * float(max(sizes.values()) if checkpointing else sum(sizes.values()))
 
 
 def _rounded_up(number: int, multiple: int) -> int:

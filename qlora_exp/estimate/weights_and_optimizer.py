@@ -10,9 +10,10 @@ from functools import lru_cache
 
 from qlora_exp.architecture.run_plan import adapter_dtype, compute_dtype
 from qlora_exp.architecture.shapes import DTYPES, Architecture, WeightShape
-from qlora_exp.architecture.tuned_weights import bottleneck_shapes, tuned_tensors
+from qlora_exp.architecture.tuned_weights import inserted_shapes, tuned_tensors
 from qlora_exp.config.allowed_values import QUANTIZED
 from qlora_exp.config.enums import AdapterInit, ComputeDtype, Method, Quantization
+from qlora_exp.config.peft_kinds import peft_kind_of
 from qlora_exp.config.schema import Config, LoraConfig, QuantizationConfig
 
 QUANTIZATION_BLOCK = 64
@@ -143,13 +144,13 @@ def trained_bytes(
     method, optimizer = config.method, config.training.optimizer
     if method.kind is Method.lora:
         return adapter_bytes(adapted, config.lora, optimizer)
-    inserted = method.kind is Method.bottleneck
-    if inserted:
-        shapes = bottleneck_shapes(architecture, method)
+    inserted = inserted_shapes(architecture, method, adapted)
+    if inserted is not None:
+        shapes = inserted
     else:
         shapes = tuple((tensor.name, tensor.shape) for tensor in tuned_tensors(architecture, method))
     masters = [(name, shape, "F32") for name, shape in shapes]
-    saved = masters if inserted else [(name, shape, SAFETENSORS_DTYPES[compute]) for name, shape in shapes]
+    saved = masters if inserted is not None else [(name, shape, SAFETENSORS_DTYPES[compute]) for name, shape in shapes]
     parameters = sum(math.prod(shape) for _, shape in shapes)
     states = optimizer_state_bytes(optimizer, [(shape, FLOAT32_WIDTH) for _, shape in shapes])
     size = FLOAT32_WIDTH * parameters
@@ -163,12 +164,19 @@ def trained_bytes(
     )
 
 
-def frozen_bytes(architecture: Architecture, config: Config, dtype: str) -> BaseBytes:
-    """Return the bytes of the base during training: without the tensors that the method replaces by its own."""
+def frozen_bytes(
+    architecture: Architecture, config: Config, dtype: str, adapted: Sequence[WeightShape] = ()
+) -> BaseBytes:
+    """Return the bytes of the base during training: without the tensors that the method replaces by its own, with what
+    adapters on ``adapted`` keep without training it."""
     base = base_bytes(architecture, config.quantization, dtype)
     column = DTYPES.index(dtype)
     tuned = tuned_tensors(architecture, config.method)
     replaced = sum(tensor.elements * tensor.element_bytes[column] for tensor in tuned)
+    found = peft_kind_of(config.method)
+    if found is not None and adapted:
+        sizes = [(shape.in_features, shape.out_features) for shape in adapted]
+        replaced -= FLOAT32_WIDTH * found[0].fixed(sizes, found[0].settings(found[1]))
     return replace(base, base_weight_bytes=base.base_weight_bytes - replaced)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from qlora_exp.export.results import Artefact, Export
-from qlora_exp.records.method_name import is_lora
+from qlora_exp.records.method_name import saves_adapter
 from qlora_exp.records.model_card import model_card
 from qlora_exp.records.types import RunRecord
 
@@ -25,13 +25,15 @@ def export_card(
         usage: the lines of :func:`~qlora_exp.export.usage.usage_chapter`.
         criteria: list every criterion of the phone case.
     """
-    return model_card(record, library, "\n".join([*usage, *_export_chapter(export, criteria, is_lora(record.config))]))
+    return model_card(
+        record, library, "\n".join([*usage, *_export_chapter(export, criteria, saves_adapter(record.config))])
+    )
 
 
-def _export_chapter(export: Export, criteria: bool, lora: bool) -> Iterator[str]:
+def _export_chapter(export: Export, criteria: bool, adapter: bool) -> Iterator[str]:
     yield "## What was exported"
     yield ""
-    added = "The adapter was added to the weights of" if lora else "The tuned weights replaced those of"
+    added = "The adapter was added to the weights of" if adapter else "The tuned weights replaced those of"
     yield f"Run `{export.run_id}`. {added} `{export.base}` in fp32, unquantized, then"
     yield f"stored as {export.merged_dtype}."
     if export.trained_against in ("int8", "nf4", "fp4"):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_exp.config.enums import Method
+from qlora_exp.config.peft_kinds import in_peft_format
 from qlora_exp.config.schema import Config
 from qlora_exp.errors import ExportError, ModelError
 from qlora_exp.export.compatibility import end_of_answers
@@ -48,10 +49,10 @@ def check_run(paths: RunPaths, to_gguf: bool = False) -> FinishedRun:
     if record.synthetic:
         raise ExportError("the run trained no model (training.engine=sleep)", record.run_id, "take a trained run")
     config = config_from_plain(record.config)
-    lora = config.method.kind is Method.lora
-    file = paths.adapter / "adapter_model.safetensors" if lora else paths.tuned / "tuned.safetensors"
+    in_adapter = in_peft_format(config.method)
+    file = paths.adapter / "adapter_model.safetensors" if in_adapter else paths.tuned / "tuned.safetensors"
     if not file.is_file():
-        what = f"the run has no {'adapter' if lora else 'tuned weights'}: {file.name} is missing"
+        what = f"the run has no {'adapter' if in_adapter else 'tuned weights'}: {file.name} is missing"
         raise ExportError(what, str(file.parent), f"restore it, or qlora-exp rerun {record.run_id}")
     if config.method.kind is Method.bottleneck:
         what = "bottleneck adapters are layers of their network: they can't be merged, and GGUF has no place for them"

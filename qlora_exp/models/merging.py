@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from qlora_exp.config.enums import ComputeDtype, Quantization
@@ -19,27 +21,29 @@ from qlora_exp.models.base import Base, load_base
 from qlora_exp.models.starting_adapters import retie_embeddings
 
 
-def merged_model(config: Config, adapter: Path) -> tuple[PreTrainedModel, str]:
+def merged_model(
+    config: Config, adapter: Path, load: Callable[[Base, Path], PeftModel] = load_adapter
+) -> tuple[PreTrainedModel, str]:
     """Return W + scale · B·A in fp32, on the CPU, from the *unquantized* base; and the fingerprint of that base.
 
-    W holds the adapters that the run started from.
+    W holds the adapters that the run started from. ``load`` reads the run's adapter.
 
     Raises:
         ModelError: the base can't be loaded, the adapter doesn't fit it, or the merged weights are not finite.
     """
     unquantized = replace(config.quantization, mode=Quantization.fp32, compute_dtype=ComputeDtype.auto)
     base = load_base(replace(config, quantization=unquantized), "cpu")
-    return merge_into(base, adapter), base.fingerprint
+    return merge_into(base, adapter, load), base.fingerprint
 
 
-def merge_into(base: Base, adapter: Path) -> PreTrainedModel:
+def merge_into(base: Base, adapter: Path, load: Callable[[Base, Path], PeftModel] = load_adapter) -> PreTrainedModel:
     """Return an unquantized base with the adapter merged into its weights.
 
     Raises:
         ModelError: the adapter doesn't fit, or the merged weights are not finite.
     """
     tied = bool(base.model.config.tie_word_embeddings)
-    adapted = load_adapter(base, adapter)
+    adapted = load(base, adapter)
     try:
         merged = adapted.merge_and_unload(safe_merge=True)
     except ValueError as error:  # PEFT: NaNs detected in the merged weights

@@ -6,7 +6,7 @@ under the names that these have in the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,9 @@ from transformers import PreTrainedModel
 from qlora_exp.architecture.shapes import Architecture
 from qlora_exp.architecture.tuned_weights import tuned_tensors
 from qlora_exp.config.enums import ComputeDtype, Method, Quantization
+from qlora_exp.config.peft_kinds import in_peft_format, peft_kind_of
 from qlora_exp.config.schema import Config
+from qlora_exp.data.items import Item
 from qlora_exp.errors import ModelError
 from qlora_exp.models.adapters import adapter_parameters, attach_adapters, load_adapter, recast_adapters, save_adapter
 from qlora_exp.models.base import Base, clone_sharing_weights, load_base
@@ -35,6 +37,7 @@ from qlora_exp.models.fake_quantization import (
 )
 from qlora_exp.models.inspect import describe
 from qlora_exp.models.merging import merged_model
+from qlora_exp.models.peft_adapters import attach_peft, load_peft
 from qlora_exp.records.files import write_json
 
 TUNED_FILE = "tuned.safetensors"
@@ -42,18 +45,29 @@ NAMES_ATTRIBUTE = "qlora_exp_tuned"
 """On a model that isn't PEFT's: the names of its trained parameters."""
 BASE_ATTRIBUTE = "qlora_exp_base_weights"
 """On a loaded model: the base's own tensors, by name."""
-START_ATTRIBUTE = "qlora_exp_start"
+START_VALUES = "qlora_exp_start_values"
 """On a model before training: float32 values, for :func:`restore_precision`."""
 
 
-def attach(model: PreTrainedModel, config: Config, modules: Sequence[str], architecture: Architecture) -> Any:
+def attach(
+    model: PreTrainedModel,
+    config: Config,
+    modules: Sequence[str],
+    architecture: Architecture,
+    items: Sequence[Item] = (),
+) -> Any:
     """Return ``model`` ready for training by ``config.method``. A base that shares its tensors doesn't change.
 
-    ``modules``: from ``trained_modules``. Weights that are trained are float32 copies.
+    ``modules``: from ``trained_modules``. Weights that are trained are float32 copies. ``items``: training rows, for
+    methods that choose what they train by gradients.
     """
     if config.method.kind is Method.lora:
         adapted = attach_adapters(model, config, modules)
         install_fake_quantization(adapted, config)
+        return adapted
+    if peft_kind_of(config.method) is not None:
+        adapted = attach_peft(model, config, modules, architecture, items)
+        set_trained(adapted, [name for name, parameter in adapted.named_parameters() if parameter.requires_grad])
         return adapted
     model.requires_grad_(False)
     if config.method.kind is Method.bottleneck:
@@ -62,12 +76,26 @@ def attach(model: PreTrainedModel, config: Config, modules: Sequence[str], archi
     else:
         names = [tensor.name for tensor in tuned_tensors(architecture, config.method)]
         _replace(model, {name: _parameter(model, name).detach().to(torch.float32, copy=True) for name in names})
+    set_trained(model, names)
+    setattr(model, START_VALUES, {name: value.detach().clone() for name, value in _bottleneck_parameters(model)})
+    install_fake_quantization(model, config)
+    return model
+
+
+def set_trained(model: nn.Module, names: Sequence[str]) -> None:
+    """Mark these parameters as those that the run trains, in float32. Their values are kept for
+    :func:`restore_precision`."""
     setattr(model, NAMES_ATTRIBUTE, tuple(names))
     for _, parameter in tuned_parameters(model):
         parameter.requires_grad_(True)
-    setattr(model, START_ATTRIBUTE, {name: value.detach().clone() for name, value in _bottleneck_parameters(model)})
-    install_fake_quantization(model, config)
-    return model
+        parameter.data = parameter.data.to(torch.float32)
+    if isinstance(model, PeftModel):
+        setattr(model, START_VALUES, {name: value.detach().clone() for name, value in tuned_parameters(model)})
+
+
+def adapter_loader(config: Config) -> Callable[[Base, Path], PeftModel]:
+    """Return what loads an adapter of ``RUN/adapter`` on a base."""
+    return load_adapter if config.method.kind is Method.lora else load_peft
 
 
 def is_peft(model: Any) -> bool:
@@ -77,7 +105,7 @@ def is_peft(model: Any) -> bool:
 
 def tuned_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the parameters that the run trains or trained, with their names."""
-    if isinstance(model, PeftModel):
+    if isinstance(model, PeftModel) and not hasattr(model, NAMES_ATTRIBUTE):
         yield from adapter_parameters(model)
         return
     for name in getattr(model, NAMES_ATTRIBUTE, ()):
@@ -87,10 +115,10 @@ def tuned_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def restore_precision(model: nn.Module, config: Config) -> None:
     """Restore dtype and values of what SFTTrainer casts to bfloat16 on a quantized base. Call it before an optimizer
     exists."""
-    if isinstance(model, PeftModel):
+    if isinstance(model, PeftModel) and config.method.kind is Method.lora:
         recast_adapters(model, config.lora)
         return
-    start: dict[str, torch.Tensor] = model.__dict__.pop(START_ATTRIBUTE, {})
+    start: dict[str, torch.Tensor] = model.__dict__.pop(START_VALUES, {})
     for name, parameter in tuned_parameters(model):
         value = start.get(name, parameter.data)
         at_start = torch.equal(value.to(parameter.dtype), parameter.detach())
@@ -132,6 +160,8 @@ def load_tuned(base: Base, config: Config, folder: Path) -> Any:
         adapted = load_adapter(base, folder)
         install_fake_quantization(adapted, config)
         return adapted
+    if peft_kind_of(config.method) is not None:
+        return load_peft(base, folder)
     saved = read_tuned(folder)
     model = clone_sharing_weights(base)
     if config.method.kind is Method.bottleneck:
@@ -220,8 +250,8 @@ def merged_tuned(config: Config, folder: Path) -> tuple[PreTrainedModel, str]:
 
 
 def _merged(config: Config, folder: Path) -> tuple[PreTrainedModel, str]:
-    if config.method.kind is Method.lora:
-        return merged_model(config, folder)
+    if in_peft_format(config.method):
+        return merged_model(config, folder, adapter_loader(config))
     if config.method.kind is Method.bottleneck:
         what = "bottleneck adapters are layers of their network, and can't be merged into the base's weights"
         raise ModelError(what, str(folder), "method=lora; or load the run with qlora_exp.load_run(RUN).model()")

@@ -16,7 +16,7 @@ from torch import Tensor
 from qlora_exp.errors import ConfigError, nearest
 from qlora_exp.quantizers.affine import AffineFormat, Granularity, quantize_affine
 
-GGUF_BLOCK = 32
+BLOCK_WEIGHTS = 32
 """Weights of a row that share a scale in GGUF's q8_0, q4_0 and q4_1."""
 GGUF_BITS = {"q8_0": 8.5, "q4_0": 4.5, "q4_1": 5.0}
 """Bits per weight, scales included."""
@@ -76,10 +76,10 @@ class BlockFormat:
     the weights before, holds the same numbers."""
 
     name: str
-    group: int | None = GGUF_BLOCK
+    group: int | None = BLOCK_WEIGHTS
 
     def rounded(self, weight: Tensor, search: bool = False) -> Tensor:
-        blocks = weight.float().reshape(-1, GGUF_BLOCK)
+        blocks = weight.float().reshape(-1, BLOCK_WEIGHTS)
         if self.name == "q8_0":
             scale = blocks.abs().amax(1, keepdim=True) / 127
             return (_half(scale) * _half_away(blocks * _inverse(scale))).reshape(weight.shape)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from qlora_exp.formatting import figure
-from qlora_exp.records.method_name import is_lora, method_name
+from qlora_exp.records.method_name import is_lora, method_name, saves_adapter
 from qlora_exp.records.model_name import model_place
 from qlora_exp.records.redaction import redact, redact_text
 from qlora_exp.records.types import Data, RunRecord, Scores
@@ -42,7 +42,8 @@ def model_card(record: RunRecord, library: str = "peft", chapter: str = "") -> s
     base = model_place(model)
     on_hub = base is not None and "/" in base and not base.startswith(("/", ".", "~"))
     lora = is_lora(config)
-    tags = ["lora" if lora else "full-finetuning", "qlora-exp"]
+    adapter = saves_adapter(config)
+    tags = ["lora" if lora else "peft" if adapter else "full-finetuning", "qlora-exp"]
     header = ModelCardData(
         base_model=base if on_hub else None,
         library_name=library,
@@ -51,6 +52,8 @@ def model_card(record: RunRecord, library: str = "peft", chapter: str = "") -> s
     lines = ["---", header.to_yaml(), "---", "", f"# {record.name}", ""]
     mode = (config.get("quantization") or {}).get("mode")
     what = "A LoRA adapter for" if lora else f"Weights tuned with method={method_name(config)} of"
+    if adapter and not lora:
+        what = f"An adapter ({method_name(config)}) for"
     lines.append(f"{what} `{base or model.get('family')}` ({model.get('variant')}, held in {mode}).")
     if model.get("adapter"):
         lines.append(f"Training started with the adapter in `{model['adapter']}` merged into the base's weights.")
@@ -170,7 +173,7 @@ def _settings(record: RunRecord, config: dict[str, Any]) -> Iterator[str]:
 
 
 def _limits(config: dict[str, Any]) -> Iterator[str]:
-    with_base = "The adapter works only with its base model; the" if is_lora(config) else "The"
+    with_base = "The adapter works only with its base model; the" if saves_adapter(config) else "The"
     yield f"{with_base} licences of the base model and of the training"
     yield "data apply. This card was written from the run's record and claims nothing beyond the scores above."
     lora = (config.get("lora") or {}) if is_lora(config) else {}

@@ -14,6 +14,7 @@ from typing import Any
 from qlora_exp.architecture.targets import rank_warning
 from qlora_exp.config.checks_method import TUNES_WEIGHTS
 from qlora_exp.config.enums import EvaluationSplit, Method, ShippedModel
+from qlora_exp.config.peft_kinds import in_peft_format, start_warning
 from qlora_exp.config.schema import Config
 from qlora_exp.errors import ModelError, QloraExpError
 from qlora_exp.estimate.budget import affordable_steps, budget_stop_message
@@ -125,6 +126,7 @@ def _run_pipeline(
     if config.method.kind is Method.lora:
         too_wide = rank_warning(prepared.architecture, prepared.modules, config.lora)
         progress.record = _with_warning(progress.record, too_wide)
+    progress.record = _with_warning(progress.record, start_warning(config.method))
 
     progress.enter("train", observer)
     progress.trained = _finished_training(paths)
@@ -132,7 +134,7 @@ def _run_pipeline(
         model = with_kernels(load_tuned(base, config, paths.weights), planned.kernels)
         progress.weights = weight_bytes(model)
     else:
-        model = attach(bases.model(base), config, prepared.modules, prepared.architecture)
+        model = attach(bases.model(base), config, prepared.modules, prepared.architecture, splits.train)
         model = with_kernels(model, planned.kernels)
         progress.weights = weight_bytes(model)
         model.train()
@@ -153,7 +155,7 @@ def _run_pipeline(
                 reporters,
             )
         end_training(model, planned.compute_dtype)
-        save_tuned(model, paths.adapter if config.method.kind is Method.lora else paths.tuned)
+        save_tuned(model, paths.adapter if in_peft_format(config.method) else paths.tuned)
         write_json(paths.trained, progress.trained)
 
     progress.record = _with_warning(progress.record, _budget_warning(progress.trained, planned))

@@ -13,7 +13,7 @@ from qlora_exp.estimate.weights_and_optimizer import base_bytes
 from qlora_exp.models.base import Base
 from qlora_exp.models.fake_quantization import body_linears, round_linears
 from qlora_exp.models.merging import dequantized_base, merge_into
-from qlora_exp.models.tuning import merged_tuned
+from qlora_exp.models.tuning import adapter_loader, merged_tuned
 from qlora_exp.quantizers.weight_formats import packed_bytes, weight_format
 from qlora_exp.records.shipped import Shipped
 from qlora_exp.records.types import Plan
@@ -41,7 +41,7 @@ def shipped_model(
         size = held + OTHER_BYTES * (0 if config.method.kind in TUNES_WEIGHTS else plan.trainable_parameters)
         return trained, Shipped(ship.model.value, None, None, size)
     if ship.model is ShippedModel.merged_into_dequantized:
-        merged = merge_into(dequantized_base(config, base), folder)
+        merged = merge_into(dequantized_base(config, base), folder, adapter_loader(config))
     else:
         merged, _ = merged_tuned(config, folder)
     parameters = sum(parameter.numel() for parameter in merged.parameters())

@@ -12,7 +12,7 @@ from typing import Any
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
 
 from qlora_exp.formatting import figure, flatten
-from qlora_exp.records.method_name import is_lora, method_name
+from qlora_exp.records.method_name import LORA, is_lora, method_name
 from qlora_exp.records.model_card import findings, score_rows
 from qlora_exp.records.model_name import model_name
 from qlora_exp.records.redaction import redact, redact_text
@@ -111,7 +111,7 @@ def run_params(record: RunRecord) -> dict[str, str]:
         values["quantization.double_quantization"] = None  # only 4-bit modes have it
     if not (lora := is_lora(config)):
         values = {key: value for key, value in values.items() if not key.startswith("lora.")}
-    values["method"] = method_name(config)
+    values["method"] = method_name(config) if method_name(config) != LORA else None  # as in earlier versions
     targets = config.get("targets") or {} if lora else {}
     values["targets"] = ",".join(targets.get("modules") or []) or targets.get("set")
     values["seed"] = record.seed if record.seed is not None else config.get("seed")
