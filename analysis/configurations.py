@@ -15,7 +15,7 @@ from qlora_exp.analysis.comparable import answering_scores, finite_score
 from qlora_exp.formatting import flatten
 from qlora_exp.records.method_name import LORA, adapter_name, is_lora, method_name
 from qlora_exp.records.types import Memory, RunRecord, Scores
-from qlora_exp.records.unread_settings import unread_prefixes
+from qlora_exp.records.unread_settings import said_in_a_word, unread_prefixes
 
 INTERVAL_CONFIDENCE = 0.95
 """Level of the two-sided intervals over seeds."""
@@ -30,6 +30,9 @@ IGNORED_KEYS = frozenset(
 
 TUNING = "tuning"
 """Key of a configuration's settings: its tuning method, unless it is LoRA on all layers."""
+
+SAID = ("ships", "qat", "teacher", "kept")
+"""Keys of what :func:`said_in_a_word` says; they are absent if they are off."""
 
 LABEL_KEYS = ("model.variant", "format", "quantization.mode", "lora.r", "targets.set")
 """Keys that every label shows (the format only where it differs)."""
@@ -227,6 +230,7 @@ def configuration_settings(record: RunRecord) -> dict[str, Any]:
     settings = {key: value for key, value in settings.items() if not key.startswith(unread)}
     if (name := method_name(record.config)) != LORA:
         settings[TUNING] = name
+    settings |= said_in_a_word(record.config)
     return {**settings, "format": record.plan.format if record.plan is not None else None}
 
 
@@ -348,6 +352,8 @@ def _label(flat: Mapping[str, Any], varying: Sequence[str]) -> str:
     implied = ("model.template_tokens_trained", "quantization.", "targets.", "method.", TUNING)
     names = {"training.learning_rate": "lr", "lora.alpha": "alpha", "ship.model": "ships", "training.qat.format": "qat"}
     for key in varying:
-        if key not in LABEL_KEYS and not key.startswith(implied):
+        if key in SAID:
+            parts += [flat[key]] if key in flat else []
+        elif key not in LABEL_KEYS and not key.startswith(implied):
             parts.append(f"{names.get(key, key.rsplit('.', 1)[-1])} {display_setting(flat.get(key))}")
     return " · ".join(parts)

@@ -146,8 +146,9 @@ def _vera(inputs: int, outputs: int, options: KindOptions, last: bool) -> Shapes
 
 
 def _vera_fixed(layers: Sequence[tuple[int, int]], options: KindOptions) -> int:
-    inputs, outputs = (max(sizes) for sizes in zip(*layers, strict=True))
-    return int(options["r"]) * (inputs + outputs)
+    inputs, outputs = (max(int(size) for size in sizes) for sizes in zip(*layers, strict=True))
+    r: int = options["r"]
+    return r * (inputs + outputs)
 
 
 def _randlora(inputs: int, outputs: int, options: KindOptions, last: bool) -> Shapes:
@@ -156,9 +157,9 @@ def _randlora(inputs: int, outputs: int, options: KindOptions, last: bool) -> Sh
 
 
 def _randlora_fixed(layers: Sequence[tuple[int, int]], options: KindOptions) -> int:
-    inputs, outputs = (max(sizes) for sizes in zip(*layers, strict=True))
+    inputs, outputs = (max(int(size) for size in sizes) for sizes in zip(*layers, strict=True))
     small, large = sorted((inputs, outputs))
-    r = int(options["r"])
+    r: int = options["r"]
     return r * small + large * math.ceil(small / r) * r
 
 
