@@ -48,8 +48,15 @@ from qlora_exp.records.types import RunRecord
 from qlora_exp.system.cards import Price, price_of
 
 BYTES_PER_WEIGHT = {
-    "adapter": 0.0, "merged": 2.0,
-    "q8_0": 1.07, "q5_1": 0.76, "q5_0": 0.7, "q4_1": 0.64, "q4_0": 0.57, "tq2_0": 0.3, "tq1_0": 0.25,
+    "adapter": 0.0,
+    "merged": 2.0,
+    "q8_0": 1.07,
+    "q5_1": 0.76,
+    "q5_0": 0.7,
+    "q4_1": 0.64,
+    "q4_0": 0.57,
+    "tq2_0": 0.3,
+    "tq1_0": 0.25,
 }
 """Format → bytes per weight of the merged model or of a GGUF file: a block of 32 weights has a scale (the _1 types also
 a minimum) in 16 bits."""
