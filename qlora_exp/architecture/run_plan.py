@@ -33,7 +33,7 @@ def effective_alpha(lora: LoraConfig) -> float:
 
 
 def alpha_pattern(lora: LoraConfig) -> dict[str, float]:
-    """Return alpha by module of ``lora.rank_pattern``, as PEFT's regular expressions. The scale is that of all modules."""
+    """Return alpha by module of ``lora.rank_pattern``, as PEFT's regular expressions: one scale for all modules."""
     factor = effective_alpha(lora) / lora.r
     return {re.escape(key): factor * rank for key, rank in (lora.rank_pattern or {}).items()}
 
@@ -136,6 +136,8 @@ def config_fingerprint(config: Config) -> str:
     plain.pop("method")
     if method := method_settings(config):
         plain["method"] = method
+    if plain["distillation"]["teacher"] is None:
+        del plain["distillation"]
     if plain.pop("ship")["model"] is not None:
         plain["ship"] = to_plain(config)["ship"]
     for group in ("tracking", "notify", "budget", "sweep", "workers", "name", "output_root"):
@@ -175,7 +177,7 @@ def base_fingerprint(config: Config, format: str) -> str:
     )
 
 
-EARLIER_MODEL_DEFAULTS: dict[str, Any] = dict.fromkeys(("id", "instruct_id", "instruct_path", "adapter"))
+EARLIER_MODEL_DEFAULTS: dict[str, Any] = dict.fromkeys(("id", "instruct_id", "instruct_path", "adapter", "layers"))
 """What a model was before these keys existed."""
 
 
@@ -207,6 +209,15 @@ EARLIER_TRAINING_DEFAULTS: dict[str, Any] = {
     "qat": {"format": None, "symmetric": False, "group": "64", "start_step": 0, "warmup_ratio": 0.0},
 }
 """What a training did before these keys existed."""
+
+EARLIER_DISTILLATION: dict[str, Any] = {
+    "teacher": None,
+    "divergence": "forward",
+    "temperature": 1.0,
+    "gold_weight": 0.5,
+    "top_k": 64,
+}
+"""Before a run could have a teacher."""
 
 EARLIER_SHIP: dict[str, Any] = {
     "model": None,

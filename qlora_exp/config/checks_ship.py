@@ -39,6 +39,15 @@ def ship_problems(config: Config) -> Iterator[ConfigError]:
         yield config_error(what, "ship.model", str(ship.model), "ship=trained, or method=lora")
     if qat.format is not None:
         yield from _qat(config)
+    distillation = config.distillation
+    if distillation.temperature <= 0:
+        yield config_error("a temperature is above 0", "distillation.temperature", distillation.temperature, "e.g. 2")
+    if not 0 <= distillation.gold_weight <= 1:
+        what = "a weight lies between 0 and 1"
+        yield config_error(what, "distillation.gold_weight", distillation.gold_weight, "e.g. 0.5")
+    if distillation.top_k < 1:
+        what = "at least one of the teacher's probabilities is kept"
+        yield config_error(what, "distillation.top_k", distillation.top_k, "e.g. 64")
 
 
 def _qat(config: Config) -> Iterator[ConfigError]:

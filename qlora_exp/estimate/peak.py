@@ -19,20 +19,20 @@ from qlora_exp.architecture.padding import FLASH_ATTENTION
 from qlora_exp.architecture.run_plan import adapter_dtype, compute_dtype, optimizer_on, shape_multiples
 from qlora_exp.architecture.shapes import Architecture
 from qlora_exp.architecture.targets import rank_of
-from qlora_exp.architecture.tuned_weights import layer_of
+from qlora_exp.architecture.tuned_weights import layer_of, tuned_tensors
 from qlora_exp.config.allowed_values import QUANTIZED
+from qlora_exp.config.checks_method import TUNES_WEIGHTS
 from qlora_exp.config.enums import Checkpointing, Method, Quantization
 from qlora_exp.config.schema import Config
 from qlora_exp.estimate.activations import (
     FLOAT32_BYTES,
-    SavedActivations,
     TrainingPass,
     is_eager,
     layers_of,
     saved_bytes_per_token,
     traits_of,
 )
-from qlora_exp.estimate.backward import backward_of
+from qlora_exp.estimate.backward import SavedActivations, backward_of
 from qlora_exp.estimate.selective_checkpointing import kept_attention_bytes
 from qlora_exp.estimate.weights_and_optimizer import (
     WIDTHS_OF,
@@ -140,7 +140,8 @@ def predicted_peak(
     is_lora = config.method.kind is Method.lora
     trained_dtype = adapter_dtype(config.lora) if is_lora else "float32"
     flash = config.model.attention.startswith(FLASH_ATTENTION)  # it takes the bounds of rows
-    autocast = cuda and compute != "float32"  # as in training/trainer.py: bf16 or fp16
+    tunes_weights = config.method.kind in TUNES_WEIGHTS
+    autocast = (cuda or tunes_weights) and compute != "float32"  # as in training/trainer.py: bf16 or fp16
     setting = TrainingPass(
         r=max((rank_of(config.lora, name) for name in modules), default=0) if is_lora else 0,
         compute_bytes=width,
@@ -167,6 +168,8 @@ def predicted_peak(
     recomputed = batch.tokens * activations.layer * 2 if checkpointing else 0.0
     hidden_gradient = batch.loss_tokens * architecture.hidden_size * FLOAT32_BYTES
     logits = _logits_tile(architecture, batch.loss_tokens, width, cuda) + hidden_gradient
+    if config.distillation.teacher is not None:  # logits, their log-softmax and its gradient, of all learned tokens
+        logits += 3 * FLOAT32_BYTES * batch.loss_tokens * architecture.vocabulary_size
     # Before the first backward pass of a step the gradients of the last step are freed. From the second micro-batch of
     # a batch on, gradients of the earlier ones exist.
     accumulates = config.training.batch_size * batch.length > batch.tokens
@@ -174,7 +177,10 @@ def predicted_peak(
     # gradient, which is larger. With checkpointing they exist until forward ends, i.e. before the head's gradient; then
     # those of the recomputed layer alone.
     copied = autocast and trained_dtype != compute
-    copies = width * adapters.trainable_parameters if copied else 0
+    cast = adapters.trainable_parameters
+    if tunes_weights:  # of the base's own tensors, those of linear layers
+        cast = sum(tensor.elements for tensor in tuned_tensors(architecture, config.method) if tensor.matrix)
+    copies = width * cast if copied else 0
     copies_at_head, copies_in_layer = copies, copies if accumulates else 0
     if checkpointing:
         copies_at_head = max(copies - hidden_gradient, 0)

@@ -151,7 +151,7 @@ def test_the_data_file_keeps_what_the_answers_need(findings: Any, tmp_path: Path
 
 
 def test_the_page_is_that_of_its_data_file(findings: Any) -> None:
-    assert findings.page(findings.load(DOCS / "findings.csv")) == (DOCS / "findings.md").read_text(encoding="utf-8")
+    assert findings.whole_page(DOCS / "findings.csv") == (DOCS / "findings.md").read_text(encoding="utf-8")
 
 
 def test_the_planned_settings_are_valid(findings: Any) -> None:
