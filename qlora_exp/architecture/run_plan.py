@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from qlora_exp.architecture.shapes import Architecture, WeightShape
+from qlora_exp.architecture.targets import rank_of
 from qlora_exp.architecture.tuned_weights import inserted_shapes, tuned_tensors
 from qlora_exp.config.allowed_values import NATIVE_DTYPES
 from qlora_exp.config.enums import ComputeDtype, Method, Quantization
@@ -30,6 +32,12 @@ def effective_alpha(lora: LoraConfig) -> float:
     return float(lora.alpha)
 
 
+def alpha_pattern(lora: LoraConfig) -> dict[str, float]:
+    """Return alpha by module of ``lora.rank_pattern``, as PEFT's regular expressions: one scale for all modules."""
+    factor = effective_alpha(lora) / lora.r
+    return {re.escape(key): factor * rank for key, rank in (lora.rank_pattern or {}).items()}
+
+
 def scale(lora: LoraConfig) -> float:
     """Return the factor of B·A: alpha / r (Hu et al. 2021), or alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023)."""
     return effective_alpha(lora) / (math.sqrt(lora.r) if lora.rslora else lora.r)
@@ -46,7 +54,7 @@ def lora_parameters(shape: WeightShape, r: int, dora: bool) -> int:
 def trainable_parameters(architecture: Architecture, adapted: Sequence[WeightShape], config: Config) -> int:
     """Return the number of parameters that ``config.method`` trains. ``adapted``: the layers with a LoRA adapter."""
     if config.method.kind is Method.lora:
-        return sum(lora_parameters(shape, config.lora.r, config.lora.dora) for shape in adapted)
+        return sum(lora_parameters(shape, rank_of(config.lora, shape.name), config.lora.dora) for shape in adapted)
     inserted = inserted_shapes(architecture, config.method, adapted)
     if inserted is not None:
         return sum(math.prod(shape) for _, shape in inserted)
@@ -225,7 +233,7 @@ EARLIER_EVALUATION_DEFAULTS: dict[str, Any] = {"keep_texts": True}
 """What an evaluation did before these keys existed: it kept answers."""
 
 
-EARLIER_LORA_DEFAULTS: dict[str, Any] = {"loraplus_lr_ratio": None}
+EARLIER_LORA_DEFAULTS: dict[str, Any] = {"loraplus_lr_ratio": None, "rank_pattern": None}
 """What adapters had before these keys existed."""
 
 

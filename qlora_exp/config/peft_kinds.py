@@ -146,9 +146,8 @@ def _vera(inputs: int, outputs: int, options: KindOptions, last: bool) -> Shapes
 
 
 def _vera_fixed(layers: Sequence[tuple[int, int]], options: KindOptions) -> int:
-    inputs, outputs = (max(int(size) for size in sizes) for sizes in zip(*layers, strict=True))
-    r: int = options["r"]
-    return r * (inputs + outputs)
+    inputs, outputs = max(size for size, _ in layers), max(size for _, size in layers)
+    return int(options["r"]) * (inputs + outputs)
 
 
 def _randlora(inputs: int, outputs: int, options: KindOptions, last: bool) -> Shapes:
@@ -157,9 +156,8 @@ def _randlora(inputs: int, outputs: int, options: KindOptions, last: bool) -> Sh
 
 
 def _randlora_fixed(layers: Sequence[tuple[int, int]], options: KindOptions) -> int:
-    inputs, outputs = (max(int(size) for size in sizes) for sizes in zip(*layers, strict=True))
-    small, large = sorted((inputs, outputs))
-    r: int = options["r"]
+    small, large = sorted((max(size for size, _ in layers), max(size for _, size in layers)))
+    r = int(options["r"])
     return r * small + large * math.ceil(small / r) * r
 
 

@@ -104,6 +104,9 @@ class LoraConfig:
     init: AdapterInit
     loraplus_lr_ratio: float | None
     """LoRA+ (Hayou et al. 2024): the learning rate of B over ``training.learning_rate``, which A has."""
+    rank_pattern: Any
+    """A mapping of the last parts of a module's name to its rank; the first that fits counts. ``r`` is the rank of
+    other modules. With ``alpha_policy`` 2r or r, alpha follows each module's rank."""
 
     def __post_init__(self) -> None:
         if self.alpha_policy is None:

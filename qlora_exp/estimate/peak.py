@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from qlora_exp.architecture.padding import FLASH_ATTENTION
 from qlora_exp.architecture.run_plan import adapter_dtype, compute_dtype, optimizer_on, shape_multiples
 from qlora_exp.architecture.shapes import Architecture
+from qlora_exp.architecture.targets import rank_of
 from qlora_exp.architecture.tuned_weights import layer_of, tuned_tensors
 from qlora_exp.config.allowed_values import QUANTIZED
 from qlora_exp.config.checks_method import TUNES_WEIGHTS
@@ -141,7 +142,7 @@ def predicted_peak(
     tunes_weights = config.method.kind in TUNES_WEIGHTS
     autocast = (cuda or tunes_weights) and compute != "float32"  # as in training/trainer.py: bf16 or fp16
     setting = TrainingPass(
-        r=config.lora.r if is_lora else 0,  # a trained layer saves its input alone
+        r=max((rank_of(config.lora, name) for name in modules), default=0) if is_lora else 0,
         compute_bytes=width,
         adapter_bytes=WIDTHS_OF[trained_dtype] if is_lora else width,
         int8=config.quantization.mode is Quantization.int8,

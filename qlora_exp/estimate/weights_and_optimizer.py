@@ -10,6 +10,7 @@ from functools import lru_cache
 
 from qlora_exp.architecture.run_plan import adapter_dtype, compute_dtype
 from qlora_exp.architecture.shapes import DTYPES, Architecture, WeightShape
+from qlora_exp.architecture.targets import rank_of
 from qlora_exp.architecture.tuned_weights import inserted_shapes, tuned_tensors
 from qlora_exp.config.allowed_values import FROM_WEIGHTS, QUANTIZED
 from qlora_exp.config.enums import ComputeDtype, Method, Quantization
@@ -37,7 +38,8 @@ FLOAT32_WIDTH = WIDTHS["F32"]
 WIDTHS_OF = {dtype: WIDTHS[name] for dtype, name in SAFETENSORS_DTYPES.items()}
 
 Shape = tuple[int, ...]
-AdaptedLayer = tuple[str, int, int]
+AdaptedLayer = tuple[str, int, int, int]
+"""Name, in, out, rank."""
 """A layer with an adapter: full name, input width, output width."""
 
 
@@ -127,12 +129,13 @@ def quantization_state(shape: WeightShape, mode: Quantization, double_quantizati
 def adapter_bytes(adapted: Sequence[WeightShape], lora: LoraConfig, optimizer: str) -> AdapterBytes:
     """Return the bytes of adapters on ``adapted``, of their gradients (in the adapters' dtype) and of their optimizer
     states."""
-    layers = tuple((shape.name, shape.in_features, shape.out_features) for shape in adapted)
-    sizes = _adapter_bytes(layers, lora.r, lora.dora, adapter_dtype(lora), optimizer)
+    layers = tuple((shape.name, shape.in_features, shape.out_features, rank_of(lora, shape.name)) for shape in adapted)
+    sizes = _adapter_bytes(layers, lora.dora, adapter_dtype(lora), optimizer)
     if lora.init not in FROM_WEIGHTS:
         return sizes
     # The file also holds the initial adapter.
-    written = _adapter_bytes(layers, 2 * lora.r, lora.dora, "float32", optimizer)
+    doubled = tuple((name, inputs, outputs, 2 * rank) for name, inputs, outputs, rank in layers)
+    written = _adapter_bytes(doubled, lora.dora, "float32", optimizer)
     return replace(sizes, file_bytes=written.file_bytes)
 
 
@@ -181,8 +184,8 @@ def frozen_bytes(
 
 
 @lru_cache(maxsize=1024)
-def _adapter_bytes(layers: tuple[AdaptedLayer, ...], r: int, dora: bool, dtype: str, optimizer: str) -> AdapterBytes:
-    tensors = [tensor for layer in layers for tensor in _adapter_tensors(layer, r, dora, dtype)]
+def _adapter_bytes(layers: tuple[AdaptedLayer, ...], dora: bool, dtype: str, optimizer: str) -> AdapterBytes:
+    tensors = [tensor for layer in layers for tensor in _adapter_tensors(layer, dora, dtype)]
     size = sum(math.prod(shape) * WIDTHS[kind] for _, shape, kind in tensors)
     states = optimizer_state_bytes(optimizer, [(shape, WIDTHS[kind]) for _, shape, kind in tensors])
     file = size + _safetensors_header(tensors)
@@ -231,9 +234,9 @@ def temporaries_bytes(optimizer: str, adapters: AdapterBytes) -> int:
     return adapters.adapter_bytes if optimizer in _FOREACH_OPTIMIZERS else 0
 
 
-def _adapter_tensors(layer: AdaptedLayer, r: int, dora: bool, dtype: str) -> list[tuple[str, Shape, str]]:
+def _adapter_tensors(layer: AdaptedLayer, dora: bool, dtype: str) -> list[tuple[str, Shape, str]]:
     """Return (name in the adapter's file, shape, safetensors' name of the dtype) of each tensor."""
-    name, in_features, out_features = layer
+    name, in_features, out_features, r = layer
     kind = SAFETENSORS_DTYPES[dtype]
     prefix = f"base_model.model.{name}.lora_"
     tensors: list[tuple[str, Shape, str]] = [

@@ -40,6 +40,7 @@ def usage_of(record: RunRecord, model: ModelSource, end_token: int | None, adapt
     """Return a run's usage. ``adapter``: the content of its ``adapter_config.json``."""
     task = record.config.get("task") or {}
     after = record.scores.after
+    rank = int(adapter.get("r") or (record.config.get("lora") or {}).get("r") or 0)
     return Usage(
         base=model.name if model.name.startswith("embedded:") else model.path_or_id,
         gguf_file=model.gguf_file,
@@ -48,7 +49,7 @@ def usage_of(record: RunRecord, model: ModelSource, end_token: int | None, adapt
         system=task.get("system"),
         end_token=end_token,
         new_tokens=(after.max_new_tokens if after is not None else None) or DEFAULT_NEW_TOKENS,
-        rank=int(adapter.get("r") or (record.config.get("lora") or {}).get("r") or 0),
+        rank=max(rank, *map(int, (adapter.get("rank_pattern") or {"": 0}).values())),
         dora=bool(adapter.get("use_dora")),
         peft_type=str(adapter.get("peft_type") or "LORA"),
     )

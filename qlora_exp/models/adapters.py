@@ -23,7 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qlora_exp.architecture.run_plan import adapter_dtype, effective_alpha
+from qlora_exp.architecture.run_plan import adapter_dtype, alpha_pattern, effective_alpha
 from qlora_exp.config.allowed_values import FROM_WEIGHTS
 from qlora_exp.config.enums import AdapterInit
 from qlora_exp.config.schema import Config, LoraConfig
@@ -64,6 +64,8 @@ def attach_adapters(model: PreTrainedModel, config: Config, modules: Sequence[st
     settings = peft.LoraConfig(
         r=lora.r,
         lora_alpha=effective_alpha(lora),
+        rank_pattern={re.escape(key): rank for key, rank in (lora.rank_pattern or {}).items()},
+        alpha_pattern=alpha_pattern(lora),
         lora_dropout=lora.dropout,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
@@ -222,7 +224,7 @@ def _draw_a(model: PeftModel, lora: LoraConfig, seed: int) -> None:
         weight = layer.lora_A[ADAPTER].weight
         drawn = torch.empty(weight.shape, dtype=torch.float32)
         if lora.init is AdapterInit.gaussian:
-            nn.init.normal_(drawn, std=1 / lora.r, generator=generator)
+            nn.init.normal_(drawn, std=1 / weight.shape[0], generator=generator)
         else:
             nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
         dtype = getattr(torch, adapter_dtype(lora))

@@ -17,7 +17,7 @@ from trl.models import enable_selective_activation_checkpointing
 
 from qlora_exp.architecture.run_plan import optimizer_on
 from qlora_exp.config.checks_method import TUNES_WEIGHTS
-from qlora_exp.config.enums import Checkpointing
+from qlora_exp.config.enums import Checkpointing, Method
 from qlora_exp.config.schema import Config
 from qlora_exp.data.items import Item
 from qlora_exp.data.load import to_training_dataset
@@ -169,7 +169,9 @@ def train(
     trainer = _trainer(plan, model, tokenizer, train_items, validation_items, config, folder, callbacks, meter, teacher)
     trainer.per_item = report.per_item
     autocast = trainer.accelerator.native_amp and not config.lora.dora
-    casts = autocast_casts_inputs(model, active=autocast) if is_peft(model) else nullcontext()
+    # Only LoRA's layers have the switch; other adapters cast as PEFT does.
+    is_lora = config.method.kind is Method.lora
+    casts = autocast_casts_inputs(model, active=autocast) if is_lora else nullcontext()
     attention = attention_by_rows(model) if plan.padding_free else nullcontext()
     with interrupt, bitsandbytes_optimizers(), casts, attention:
         meter.began = time.perf_counter()

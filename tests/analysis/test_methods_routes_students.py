@@ -103,7 +103,7 @@ def test_the_share_of_the_gap_has_an_interval_only_if_there_is_a_gap() -> None:
     assert found is not None
     share = found.results[1].share
     assert share is not None
-    assert share[0] == pytest.approx(0.5, abs=0.02)
+    assert share[0] == pytest.approx(0.46, abs=0.02)
     assert share[1] is not None
     assert share[2] is not None
     assert share[1] < share[0] < share[2]

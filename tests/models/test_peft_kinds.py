@@ -68,13 +68,15 @@ def logits(model: Any) -> torch.Tensor:
         return model(TOKENS).logits.float()
 
 
-def train_a_little(model: Any) -> None:
+def train_a_little(model: Any, autocast: bool) -> None:
     model.train()
     parameters = [parameter for _, parameter in tuned_parameters(model)]
     optimizer = torch.optim.AdamW(parameters, lr=3e-3)
     for _ in range(2):
         optimizer.zero_grad()
-        model(TOKENS, labels=TOKENS).loss.backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):  # as on a GPU
+            loss = model(TOKENS, labels=TOKENS).loss
+        loss.backward()
         assert all(parameter.grad is not None for parameter in parameters)
         optimizer.step()
     model.eval()
@@ -118,7 +120,7 @@ def test_an_allowed_kind_starts_at_the_base_trains_saves_and_merges_as_its_row_s
     else:
         assert counted.base_weight_bytes == frozen
 
-    train_a_little(model)
+    train_a_little(model, autocast=column == "16 bit")
     trained = logits(model)
     assert not torch.equal(trained, untuned)
     with without_tuning(model):
@@ -221,7 +223,7 @@ RUN = [
     "given",
     [
         ["method=peft", "method.peft_type=oft", "quantization=nf4"],
-        ["method=selective", "method.parameters=gradient:0.01", "quantization=fp32"],
+        ["method=selective", "method.parameters=gradient:0.01", "quantization=bf16"],
     ],
 )
 def test_a_run_records_what_its_plan_says_and_merges(tmp_path: Path, given: list[str]) -> None:

@@ -28,6 +28,7 @@ VARIANTS = [
     ["lora.dora=true"],
     ["lora.init=pissa"],
     ["lora.init=olora"],
+    ["lora.rank_pattern={q_proj: 2, c_attn: 2, qkv_proj: 2, layers.0.mlp.down_proj: 16}"],
     ["lora.init=pissa", "lora.rslora=true"],
     ["lora.init=pissa", "lora.dora=true"],
     ["lora.alpha_policy=fixed", "lora.alpha=5", "lora.rslora=true"],

@@ -150,11 +150,13 @@ def test_bottlenecks_begin_as_the_base_in_every_quantization_and_gradient_checkp
     assert plain.scores == recomputed.scores
 
 
-@pytest.mark.parametrize("name", ["layerwise", "bottleneck"])
+@pytest.mark.parametrize("name", ["layerwise", "bottleneck", "gradient"])
 def test_a_training_that_was_interrupted_goes_on_to_the_same_weights(
     output: Path, bases: BaseCache, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = [*QUICK, *METHODS[name], "training.save_every_steps=2", f"output_root={output}", "training.max_steps=6"]
+    gradient = ["method=selective", "method.parameters=gradient:0.01", "quantization=fp32"]
+    given = [*QUICK, *METHODS.get(name, gradient), "training.save_every_steps=2", f"output_root={output}"]
+    given.append("training.max_steps=6")
     whole = execute(compose(given), bases=bases)
     from qlora_exp.training import trainer
 
