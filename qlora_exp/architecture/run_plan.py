@@ -122,9 +122,14 @@ def config_fingerprint(config: Config) -> str:
     plain = to_plain(config)
     plain["model"] = _without_newer_model_defaults(plain["model"])
     plain["task"] = _without_newer_defaults(plain["task"])
+    for key, value in EARLIER_LORA_DEFAULTS.items():
+        if plain["lora"][key] == value:
+            del plain["lora"][key]
     plain.pop("method")
     if method := method_settings(config):
         plain["method"] = method
+    if plain["distillation"]["teacher"] is None:
+        del plain["distillation"]
     if plain.pop("ship")["model"] is not None:
         plain["ship"] = to_plain(config)["ship"]
     for group in ("tracking", "notify", "budget", "sweep", "workers", "name", "output_root"):
@@ -164,7 +169,7 @@ def base_fingerprint(config: Config, format: str) -> str:
     )
 
 
-EARLIER_MODEL_DEFAULTS: dict[str, Any] = dict.fromkeys(("id", "instruct_id", "instruct_path", "adapter"))
+EARLIER_MODEL_DEFAULTS: dict[str, Any] = dict.fromkeys(("id", "instruct_id", "instruct_path", "adapter", "layers"))
 """What a model was before these keys existed."""
 
 
@@ -197,6 +202,15 @@ EARLIER_TRAINING_DEFAULTS: dict[str, Any] = {
 }
 """What a training did before these keys existed."""
 
+EARLIER_DISTILLATION: dict[str, Any] = {
+    "teacher": None,
+    "divergence": "forward",
+    "temperature": 1.0,
+    "gold_weight": 0.5,
+    "top_k": 64,
+}
+"""Before a run could have a teacher."""
+
 EARLIER_SHIP: dict[str, Any] = {
     "model": None,
     "format": None,
@@ -209,6 +223,10 @@ EARLIER_SHIP: dict[str, Any] = {
 
 EARLIER_EVALUATION_DEFAULTS: dict[str, Any] = {"keep_texts": True}
 """What an evaluation did before these keys existed: it kept answers."""
+
+
+EARLIER_LORA_DEFAULTS: dict[str, Any] = {"loraplus_lr_ratio": None}
+"""What adapters had before these keys existed."""
 
 
 EARLIER_METHOD: dict[str, Any] = {

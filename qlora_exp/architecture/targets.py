@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from qlora_exp.architecture.shapes import Architecture, WeightShape
-from qlora_exp.config.allowed_values import TARGET_SETS
+from qlora_exp.config.allowed_values import FROM_WEIGHTS, TARGET_SETS
 from qlora_exp.config.enums import AdapterInit
 from qlora_exp.config.schema import LoraConfig, TargetsConfig
 from qlora_exp.errors import ModelError, nearest, raise_all
@@ -47,9 +47,13 @@ def rank_warning(architecture: Architecture, modules: Sequence[str], lora: LoraC
     A change of a weight can't have a higher rank than its smaller dimension.
 
     Raises:
-        ModelError: so high a rank with PiSSA, which needs ``lora.r`` singular values.
+        ModelError: so high a rank with PiSSA or OLoRA, which need ``lora.r`` directions; OLoRA on GPT-2's layers.
     """
     names = set(modules)
+    transposed = next((shape for shape in architecture.weights if shape.name in names and shape.kind == "conv1d"), None)
+    if lora.init is AdapterInit.olora and transposed is not None:
+        what = f"PEFT's OLoRA takes transposed layers such as {transposed.name} for others, and can't compute"
+        raise ModelError(what, "lora.init = olora", "lora.init=pissa, or lora.init=kaiming")
     widths = {
         min(shape.in_features, shape.out_features): shape for shape in architecture.weights if shape.name in names
     }
@@ -58,8 +62,9 @@ def rank_warning(architecture: Architecture, modules: Sequence[str], lora: LoraC
         return None
     layer = widths[narrowest]
     what = f"{layer.name} is {layer.in_features} × {layer.out_features}: the rank of its update is {narrowest} at most"
-    if lora.init is AdapterInit.pissa:
-        what = f"PiSSA can't take {lora.r} principal directions from {layer.name}, which has {narrowest}"
+    if lora.init in FROM_WEIGHTS:
+        name = {"pissa": "PiSSA", "olora": "OLoRA"}[lora.init.value]
+        what = f"{name} can't take {lora.r} directions from {layer.name}, which has {narrowest}"
         raise ModelError(what, f"lora.r = {lora.r}", f"lora.r={narrowest} or less, or lora.init=kaiming")
     return f"lora.r={lora.r} is more than a layer can use: {what}"
 

@@ -108,17 +108,26 @@ def tuned_layers(architecture: Architecture, method: MethodConfig) -> frozenset[
     """
     if method.layers is None:
         return None
-    count = architecture.layers
-    if isinstance(method.layers, str):
-        end, _, number = method.layers.partition(":")
+    return chosen_layers(method.layers, architecture.layers, architecture.model_type, "method.layers")
+
+
+def chosen_layers(layers: object, count: int, model_type: str, key: str) -> frozenset[int]:
+    """Return the numbers that ``layers`` (``last:2``, ``first:4`` or a list) chooses of ``count`` decoder layers.
+
+    Raises:
+        ModelError: the model has no such layer. ``key``: the setting, for the message.
+    """
+    if isinstance(layers, str):
+        end, _, number = layers.partition(":")
         wanted = int(number)
         numbers = list(range(count - wanted, count) if end == "last" else range(wanted))
     else:
-        numbers = [int(number) for number in method.layers]
+        assert isinstance(layers, list | tuple)
+        numbers = [int(number) for number in layers]
         wanted = max(numbers) + 1
     if wanted > count:
-        what = f"{architecture.model_type} has {count} layers, numbered 0 to {count - 1}"
-        raise ModelError(what, f"method.layers = {method.layers}", f"method.layers=last:{max(1, count // 2)}")
+        what = f"{model_type} has {count} layers, numbered 0 to {count - 1}"
+        raise ModelError(what, f"{key} = {layers}", f"{key}=last:{max(1, count // 2)}")
     return frozenset(numbers)
 
 

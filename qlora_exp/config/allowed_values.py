@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 
-from qlora_exp.config.enums import Quantization
+from qlora_exp.config.enums import AdapterInit, Quantization
 from qlora_exp.config.other_values import value_here
 from qlora_exp.errors import ConfigError, nearest
 
@@ -15,6 +15,8 @@ ALPHA_POLICIES = ("2r", "r", "fixed")
 ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 MASKED_ATTENTIONS = ("eager", "flex_attention")
 """They mask all pairs of a batch's tokens, so that they need padded rows."""
+FROM_WEIGHTS = (AdapterInit.pissa, AdapterInit.olora)
+"""Starts that take A and B from the base's weights, and subtract them there."""
 QUANTIZED = (Quantization.int8, Quantization.nf4, Quantization.fp4)
 NATIVE_DTYPES = {Quantization.fp32: "float32", Quantization.bf16: "bfloat16", Quantization.fp16: "float16"}
 FOUR_BIT = (Quantization.nf4, Quantization.fp4)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 
 from qlora_exp.config.allowed_values import (
     EPSILON_IN_ADAPTER_DTYPE,
+    FROM_WEIGHTS,
     NATIVE_DTYPES,
     QUANTIZED,
     TARGET_SETS,
@@ -88,10 +90,17 @@ def lora_problems(config: Config) -> Iterator[ConfigError]:
     if lora.dtype is ComputeDtype.float16 and optimizer in EPSILON_IN_ADAPTER_DTYPE:
         what = f"{optimizer} can't train float16 adapters: it divides by at least 1e-8, which is 0 in float16"
         yield config_error(what, "lora.dtype", lora.dtype.value, "lora.dtype=float32, or bfloat16")
-    if lora.init is AdapterInit.pissa and mode in QUANTIZED:
-        what = f"PiSSA is initialized from the base's exact weights, which {mode.value} has rounded"
+    ratio = lora.loraplus_lr_ratio
+    if ratio is not None and not (ratio > 0 and math.isfinite(ratio)):
+        yield config_error("a ratio of learning rates is positive", "lora.loraplus_lr_ratio", ratio, "16, or null")
+    if lora.init in FROM_WEIGHTS and mode in QUANTIZED:
+        name = INIT_NAMES[lora.init]
+        what = f"{name} is initialized from the base's exact weights, which {mode.value} has rounded"
         hint = "quantization=bf16 (or fp16, fp32), or lora.init=kaiming"
         yield config_error(what, "lora.init", lora.init.value, hint)
+
+
+INIT_NAMES = {AdapterInit.pissa: "PiSSA", AdapterInit.olora: "OLoRA"}
 
 
 def _alpha(lora: LoraConfig) -> Iterator[ConfigError]:

@@ -28,6 +28,9 @@ def method_problems(config: Config) -> Iterator[ConfigError]:
     if problem := scaled_16_bit_weights(config) if config.training.device is DeviceChoice.cpu else None:
         yield problem
     yield from _layers(config)
+    kept = config.model.layers
+    if kept is not None and not are_layers(kept):
+        yield config_error("these can't be layers", "model.layers", kept, LAYERS_HINT.replace("method", "model"))
     if method.kind is Method.peft:
         yield from _peft_problems(config)
     if method.kind is Method.selective and not isinstance(method.parameters, list | None):
@@ -62,6 +65,9 @@ def method_problems(config: Config) -> Iterator[ConfigError]:
         for key, used in (("dora", config.lora.dora), ("rslora", config.lora.rslora)):
             if used:
                 yield config_error(f"method={name} has no LoRA adapters", f"lora.{key}", True, "method=lora")
+        if config.lora.loraplus_lr_ratio is not None:
+            what, ratio = f"method={name} has no LoRA adapters", config.lora.loraplus_lr_ratio
+            yield config_error(what, "lora.loraplus_lr_ratio", ratio, "method=lora, or null")
         if config.lora.init is not AdapterInit.kaiming:
             what = f"method={name} has no LoRA adapters"
             yield config_error(what, "lora.init", config.lora.init.value, "method=lora, or lora.init=kaiming")
@@ -129,10 +135,15 @@ def _layers(config: Config) -> Iterator[ConfigError]:
     if method.kind is Method.full:
         hint = "method.layers=null, or method=layerwise"
         yield config_error("method=full trains all layers", "method.layers", layers, hint)
-    if isinstance(layers, str):
-        valid = re.fullmatch(r"(first|last):[1-9]\d*", layers) is not None
-    else:
-        numbers = layers if isinstance(layers, list) else ()
-        valid = bool(numbers) and all(type(number) is int and number >= 0 for number in numbers)
+    valid = are_layers(layers)
     if not valid:
         yield config_error("these can't be layers", "method.layers", layers, LAYERS_HINT)
+
+
+def are_layers(layers: object) -> bool:
+    """Return whether ``layers`` is ``first:N``, ``last:N`` or a list of different numbers."""
+    if isinstance(layers, str):
+        return re.fullmatch(r"(first|last):[1-9]\d*", layers) is not None
+    if not isinstance(layers, list) or not layers or len(set(layers)) < len(layers):
+        return False
+    return all(type(number) is int and number >= 0 for number in layers)

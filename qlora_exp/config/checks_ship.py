@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from qlora_exp.config.allowed_values import QUANTIZED, config_error
-from qlora_exp.config.enums import AdapterInit, Method, ShippedModel
+from qlora_exp.config.allowed_values import FROM_WEIGHTS, QUANTIZED, config_error
+from qlora_exp.config.enums import Method, ShippedModel
 from qlora_exp.config.peft_kinds import peft_kind_of
 from qlora_exp.config.schema import Config
 from qlora_exp.errors import ConfigError, nearest
@@ -39,6 +39,15 @@ def ship_problems(config: Config) -> Iterator[ConfigError]:
         yield config_error(what, "ship.model", str(ship.model), "ship=trained, or method=lora")
     if qat.format is not None:
         yield from _qat(config)
+    distillation = config.distillation
+    if distillation.temperature <= 0:
+        yield config_error("a temperature is above 0", "distillation.temperature", distillation.temperature, "e.g. 2")
+    if not 0 <= distillation.gold_weight <= 1:
+        what = "a weight lies between 0 and 1"
+        yield config_error(what, "distillation.gold_weight", distillation.gold_weight, "e.g. 0.5")
+    if distillation.top_k < 1:
+        what = "at least one of the teacher's probabilities is kept"
+        yield config_error(what, "distillation.top_k", distillation.top_k, "e.g. 64")
 
 
 def _qat(config: Config) -> Iterator[ConfigError]:
@@ -60,7 +69,7 @@ def _qat(config: Config) -> Iterator[ConfigError]:
     for key, used, hint in (
         ("lora.dora", lora and config.lora.dora, "lora.dora=false"),
         ("lora.dropout", lora and config.lora.dropout > 0, "lora.dropout=0"),
-        ("lora.init", lora and config.lora.init is AdapterInit.pissa, "lora.init=kaiming"),
+        ("lora.init", lora and config.lora.init in FROM_WEIGHTS, "lora.init=kaiming"),
     ):
         if used:
             what = "training.qat rounds W + scale · B · A, which this setting changes"

@@ -63,10 +63,22 @@ class RangeChoice(Enum):
     mse = "mse"
 
 
+class Divergence(Enum):
+    """How far the student's distribution is from the teacher's."""
+
+    forward = "forward"
+    """KL(teacher || student): the student covers all that the teacher finds likely."""
+    reverse = "reverse"
+    """KL(student || teacher): the student keeps to what the teacher finds most likely."""
+    jsd = "jsd"
+    """The mean of both against their mixture."""
+
+
 class AdapterInit(Enum):
     kaiming = "kaiming"
     gaussian = "gaussian"
     pissa = "pissa"
+    olora = "olora"
 
 
 class TaskSource(Enum):

@@ -14,6 +14,7 @@ from qlora_exp.config.enums import (
     Checkpointing,
     ComputeDtype,
     DeviceChoice,
+    Divergence,
     Engine,
     Enum,
     EvaluationSplit,
@@ -52,6 +53,9 @@ class ModelConfig:
     """A directory (safetensors) or a GGUF file on disk; only for ``model=local``."""
     instruct_path: str | None
     """That of the pair's instruct model; ``None``: ``path`` is the only model, of either variant."""
+    layers: Any
+    """Decoder layers that are kept: ``first:2``, ``last:2`` or a list; ``None``: all. A pruned model is a student for
+    distillation."""
     adapter: str | None
     """The folder of an adapter that is merged into the weights before training."""
     revision: str | None
@@ -98,6 +102,8 @@ class LoraConfig:
     rslora: bool
     dora: bool
     init: AdapterInit
+    loraplus_lr_ratio: float | None
+    """LoRA+ (Hayou et al. 2024): the learning rate of B over ``training.learning_rate``, which A has."""
 
     def __post_init__(self) -> None:
         if self.alpha_policy is None:
@@ -205,6 +211,20 @@ class ShipConfig:
     group: str
     """Inputs that share a scale: a number, ``channel`` or ``tensor``."""
     calibration: RangeChoice
+
+
+@dataclass
+class DistillationConfig:
+    """Learning from a teacher's probabilities. Records of earlier versions lack it."""
+
+    teacher: str | None
+    """A finished run: an id, a folder, or last. ``None``: the rows' own answers are learned alone."""
+    divergence: Divergence
+    temperature: float
+    gold_weight: float
+    """Weight of the rows' own answers, from 0 to 1."""
+    top_k: int
+    """Probabilities of the teacher that are kept for each token; all others count as one outcome."""
 
 
 @dataclass
@@ -437,6 +457,7 @@ class Config:
     targets: TargetsConfig
     task: TaskConfig
     training: TrainingConfig
+    distillation: DistillationConfig
     ship: ShipConfig
     evaluation: EvaluationConfig
     tracking: TrackingConfig

@@ -167,6 +167,8 @@ def predicted_peak(
     recomputed = batch.tokens * activations.layer * 2 if checkpointing else 0.0
     hidden_gradient = batch.loss_tokens * architecture.hidden_size * FLOAT32_BYTES
     logits = _logits_tile(architecture, batch.loss_tokens, width, cuda) + hidden_gradient
+    if config.distillation.teacher is not None:  # logits, their log-softmax and its gradient, of all learned tokens
+        logits += 3 * FLOAT32_BYTES * batch.loss_tokens * architecture.vocabulary_size
     # Before the first backward pass of a step the gradients of the last step are freed. From the second micro-batch of
     # a batch on, gradients of the earlier ones exist.
     accumulates = config.training.batch_size * batch.length > batch.tokens

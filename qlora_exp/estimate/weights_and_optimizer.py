@@ -11,8 +11,8 @@ from functools import lru_cache
 from qlora_exp.architecture.run_plan import adapter_dtype, compute_dtype
 from qlora_exp.architecture.shapes import DTYPES, Architecture, WeightShape
 from qlora_exp.architecture.tuned_weights import inserted_shapes, tuned_tensors
-from qlora_exp.config.allowed_values import QUANTIZED
-from qlora_exp.config.enums import AdapterInit, ComputeDtype, Method, Quantization
+from qlora_exp.config.allowed_values import FROM_WEIGHTS, QUANTIZED
+from qlora_exp.config.enums import ComputeDtype, Method, Quantization
 from qlora_exp.config.peft_kinds import peft_kind_of
 from qlora_exp.config.schema import Config, LoraConfig, QuantizationConfig
 
@@ -129,7 +129,7 @@ def adapter_bytes(adapted: Sequence[WeightShape], lora: LoraConfig, optimizer: s
     states."""
     layers = tuple((shape.name, shape.in_features, shape.out_features) for shape in adapted)
     sizes = _adapter_bytes(layers, lora.r, lora.dora, adapter_dtype(lora), optimizer)
-    if lora.init is not AdapterInit.pissa:
+    if lora.init not in FROM_WEIGHTS:
         return sizes
     # The file also holds the initial adapter.
     written = _adapter_bytes(layers, 2 * lora.r, lora.dora, "float32", optimizer)

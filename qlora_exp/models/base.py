@@ -25,6 +25,7 @@ from qlora_exp.models.causality import check_causal
 from qlora_exp.models.gguf_header import gguf_parts
 from qlora_exp.models.gguf_tensors import weights_of_parts
 from qlora_exp.models.inspect import build_meta, check_weights
+from qlora_exp.models.layer_pruning import prune_layers
 from qlora_exp.models.quiet_loading import quiet_loading
 from qlora_exp.models.sources import ModelSource, fingerprint, model_config, resolve_source
 from qlora_exp.models.starting_adapters import merge_adapter
@@ -82,7 +83,9 @@ def load_model(
     check_weights(source)
     with quiet_loading():
         try:
-            loaded = _from_files(source, arguments)
+            loaded = _from_files(replace(source, layers=()), arguments)
+            if source.layers:
+                loaded = prune_layers(loaded, source.layers, source.where)
         except Exception as error:  # transformers and safetensors raise every kind for weights that don't fit
             if isinstance(error, ModelError) or is_device_error(error):
                 raise

@@ -177,9 +177,10 @@ def _limits(config: dict[str, Any]) -> Iterator[str]:
     yield f"{with_base} licences of the base model and of the training"
     yield "data apply. This card was written from the run's record and claims nothing beyond the scores above."
     lora = (config.get("lora") or {}) if is_lora(config) else {}
-    if lora.get("init") == "pissa":
-        yield "PiSSA changes the base weights before training. The saved adapter undoes this change, which doubles its"
-        yield "rank: with the published base weights W, the trained model is W + alpha/r · B·A."
+    if lora.get("init") in ("pissa", "olora"):
+        start = "PiSSA" if lora["init"] == "pissa" else "OLoRA"
+        yield f"{start} changes the base weights before training. The saved adapter undoes this change, which doubles"
+        yield "its rank: with the published base weights W, the trained model is W + alpha/r · B·A."
     if lora.get("dora"):
         yield "DoRA's magnitudes are read by PEFT; vLLM and llama.cpp refuse them. Merge the adapter for these."
     if (config.get("task") or {}).get("source") == "embedded":

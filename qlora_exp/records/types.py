@@ -14,6 +14,7 @@ from typing import Any
 
 from qlora_exp.records.fit_types import Fit
 from qlora_exp.records.shipped import Shipped
+from qlora_exp.records.teacher import TeacherRun
 
 SCHEMA_VERSION = 2
 
@@ -474,6 +475,7 @@ class RunRecord:
     training: Training | None = None
     scores: ScoreTable = field(default_factory=ScoreTable)
     shipped: Shipped | None = None
+    teacher: TeacherRun | None = None
     baselines: Baselines | None = None
     goal: Goal | None = None
     failure: Failure | None = None

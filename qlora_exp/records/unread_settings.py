@@ -22,6 +22,8 @@ def unread_prefixes(config: Mapping[str, Any]) -> tuple[str, ...]:
         prefixes.append("ship.")
     if model == "trained":
         prefixes += ["ship.format", "ship.symmetric", "ship.group", "ship.calibration"]
+    if (config.get("distillation") or {}).get("teacher") is None:
+        prefixes.append("distillation.")
     if ((config.get("training") or {}).get("qat") or {}).get("format") is None:
         prefixes.append("training.qat.")
     return tuple(prefixes)

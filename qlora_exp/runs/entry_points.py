@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from qlora_exp.architecture.run_plan import (
+    EARLIER_DISTILLATION,
     EARLIER_EVALUATION_DEFAULTS,
+    EARLIER_LORA_DEFAULTS,
     EARLIER_METHOD,
     EARLIER_MODEL_DEFAULTS,
     EARLIER_SHIP,
@@ -109,7 +111,9 @@ def config_from_plain(plain: dict[str, Any]) -> Config:
         # Records don't hold the sweep's settings.
         plain = {"sweep": None, "workers": None, "notify": None, **plain}
         plain["budget"] = {**dict.fromkeys(STUDY_LIMITS), "force": False, **plain.get("budget", {})}
+        plain["distillation"] = {**EARLIER_DISTILLATION, **plain.get("distillation", {})}
         plain["ship"] = {**EARLIER_SHIP, **plain.get("ship", {})}
+        plain["lora"] = {**EARLIER_LORA_DEFAULTS, **plain.get("lora", {})}
         plain["method"] = {**EARLIER_METHOD, **plain.get("method", {})}
         plain["model"] = {**EARLIER_MODEL_DEFAULTS, **plain.get("model", {})}  # older records lack some keys of these
         plain["task"] = {**EARLIER_TASK_DEFAULTS, **plain.get("task", {})}

@@ -39,6 +39,7 @@ from qlora_exp.records.types import Failure, Plan, RunRecord, ScoreTable, Status
 from qlora_exp.runs.prepare import Prepared, plan_for_model
 from qlora_exp.runs.record_figures import RunFigures
 from qlora_exp.runs.ship import ship_of, shipped_model
+from qlora_exp.runs.teacher import find_teacher, teacher_targets
 from qlora_exp.system.device_errors import is_cuda_error
 from qlora_exp.training import meter as measurement
 from qlora_exp.training.checkpoints import newest_valid, step_of
@@ -139,6 +140,13 @@ def _run_pipeline(
         progress.weights = weight_bytes(model)
         model.train()
         validation = limit_items(splits.validation, config)
+        targets = None
+        if (teacher := find_teacher(config, planned.format, tokenizer)) is not None:
+            progress.record = progress.record.replace(teacher=teacher.recorded())
+            progress.enter("ask the teacher", observer)
+            asked = (config, splits.train, splits.record.fingerprint, planned.device, cache)
+            targets = teacher_targets(teacher, *asked, _wait("teacher", observer))
+            progress.enter("train", observer)
         with meter.phase("train"):
             progress.trained = train(
                 planned,
@@ -153,6 +161,7 @@ def _run_pipeline(
                 progress.watching,
                 lambda: progress.exhausted(config.budget),
                 reporters,
+                targets,
             )
         end_training(model, planned.compute_dtype)
         save_tuned(model, paths.adapter if in_peft_format(config.method) else paths.tuned)

@@ -36,6 +36,7 @@ from qlora_exp.models.tokenizers import load_tokenizer
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records.find import EndedRuns
 from qlora_exp.records.types import Environment, Plan
+from qlora_exp.runs.teacher import find_teacher
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def prepare(
     tokenizer = load_tokenizer(config.model)
     length = config.training.max_length
     splits = bases.memoize("splits", (task_key, model_id, length), lambda: load_data(config, tokenizer, length, rows))
+    find_teacher(config, splits.format, tokenizer)
     check_vocabulary(splits, tokenizer, architecture.vocabulary_size)
     check_positions(splits, architecture.positions)
     if config.evaluation.generate and not splits.whole_texts:

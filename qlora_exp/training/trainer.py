@@ -42,6 +42,7 @@ from qlora_exp.training.callbacks import (
     StepMeter,
     TokenBudget,
 )
+from qlora_exp.training.distillation import TeacherTargets
 from qlora_exp.training.light_trainer import LOSS_POSITIONS, TOKENS, CountingCollator, LightTrainer
 from qlora_exp.training.micro_batches import PARTS, MicroBatchCollator, padded_tokens
 from qlora_exp.training.outcome import Diverged, Interrupted, NullObserver, Observer, PruneCheck, no_pruning
@@ -115,6 +116,7 @@ def train(
     watching: Callable[[TrainingState], None] = lambda state: None,
     exhausted: Callable[[], str | None] = lambda: None,
     reporters: Sequence[Reporter] = (),
+    teacher: TeacherTargets | None = None,
 ) -> Trained:
     """Train ``model`` (from models.tuning.attach; changed in place) on ``train_items``.
 
@@ -124,6 +126,7 @@ def train(
         watching: gets the training's state before the first step, so that a failed run's record has its figures.
         exhausted: called after each step; returns the limit of ``budget`` that is spent.
         reporters: get the training's log, as callbacks.
+        teacher: what a teacher says of ``train_items``, for distillation.
 
     Raises:
         Diverged: a loss, gradient or adapter weight is not finite.
@@ -163,7 +166,7 @@ def train(
     if config.training.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(config.training.early_stopping_patience))
     folder = paths.checkpoints
-    trainer = _trainer(plan, model, tokenizer, train_items, validation_items, config, folder, callbacks, meter)
+    trainer = _trainer(plan, model, tokenizer, train_items, validation_items, config, folder, callbacks, meter, teacher)
     trainer.per_item = report.per_item
     autocast = trainer.accelerator.native_amp and not config.lora.dora
     casts = autocast_casts_inputs(model, active=autocast) if is_peft(model) else nullcontext()
@@ -304,6 +307,7 @@ def _trainer(
     folder: Path,
     callbacks: list[Any],
     meter: StepMeter,
+    teacher: TeacherTargets | None,
 ) -> _MeteredTrainer:
     evaluates = config.training.evaluate_every_steps is not None
     if plan.gradient_checkpointing and config.training.gradient_checkpointing is Checkpointing.selective:
@@ -314,7 +318,7 @@ def _trainer(
     trainer = _TokenTrainer(
         model=model,
         args=trainer_arguments(plan, config, folder),
-        train_dataset=to_training_dataset(train_items),
+        train_dataset=to_training_dataset(train_items, numbered=teacher is not None),
         eval_dataset=to_training_dataset(validation_items) if evaluates else None,
         processing_class=tokenizer,
         callbacks=callbacks,
@@ -324,7 +328,11 @@ def _trainer(
     if plan.padding_free and (plan.length_multiple, plan.logits_multiple) != (1, 1):
         collate = RoundedBatches(trainer.data_collator.collate, plan.logits_multiple, plan.length_multiple)
         trainer.data_collator = CountingCollator(collate)
+    if teacher is not None:
+        trainer.data_collator = replace(trainer.data_collator, teacher=teacher)
+        trainer.distillation = config.distillation
     trainer.meter = meter
+    trainer.loraplus_lr_ratio = config.lora.loraplus_lr_ratio
     trainer.logits_multiple = plan.logits_multiple
     trainer.micro_batch_tokens, trainer.length_multiple = plan.micro_batch_tokens, plan.length_multiple
     # Remove the Trainer's console output: the observer shows progress.

@@ -263,3 +263,12 @@ def test_the_largest_entries_are_trained_by_size_or_by_gradient(tiny: Path, base
     assert masks["magnitude"] == set(weight.abs().flatten().topk(len(masks["magnitude"])).indices.tolist())
     assert len(masks["gradient"]) == len(masks["magnitude"])
     assert masks["gradient"] != masks["magnitude"]
+
+
+def test_the_documentation_has_the_table() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "peft.md").read_text(encoding="utf-8")
+    for name, kind in PEFT_KINDS.items():
+        cells = [f"`{name}`", *("no" if column in kind.refused else "yes" for column in MODES)]
+        cells += ["yes" if kind.starts_at_base else "no", ", ".join(f"`{option}`" for option in kind.options) or "–"]
+        assert f"| {' | '.join(cells)} |" in text
+    assert f"PEFT {MEASURED_WITH}" in text
