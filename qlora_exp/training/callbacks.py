@@ -35,6 +35,19 @@ MAX_SCALER_SKIPS = 10
 """Consecutive non-finite gradients that are allowed under a loss scaler (fp16)."""
 
 
+class NoInputGradients(TrainerCallback):  # type: ignore[misc]
+    """Lets the backward pass end at the first trained layer.
+
+    With gradient checkpointing transformers gives the embeddings' output a gradient, which only reentrant checkpointing
+    needs. Layers before the first trained one would then be kept, recomputed, and passed backward for nothing.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        hooks = model.get_input_embeddings()._forward_hooks
+        for key in [key for key, hook in hooks.items() if getattr(hook, "__name__", "") == "make_inputs_require_grads"]:
+            del hooks[key]
+
+
 class QatCallback(TrainerCallback):  # type: ignore[misc]
     """Sets the strength of fake quantization before each step, and to its full at the end."""
 
