@@ -14,7 +14,7 @@ from qlora_exp.analysis.comparable import answering_scores
 from qlora_exp.analysis.configurations import INTERVAL_CONFIDENCE, Configuration, Measure, known_mean, mean
 from qlora_exp.analysis.contrasts import Difference, ItemScores, stratified_difference
 from qlora_exp.analysis.report_content import Section, value_table
-from qlora_exp.records.teacher import TeacherRun
+from qlora_exp.records.teacher_run import TeacherRun
 from qlora_exp.records.types import RunRecord
 
 

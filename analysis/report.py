@@ -145,6 +145,7 @@ def build(
         )
     margin, views = margin or study_margin(studies), ladder_views(studies, records)
     confirmed = _confirmed(records, studies, items)
+    searched_before = any(study.confirmation is not None for study in studies)
     shown = []
     for group in groups[:MAX_GROUPS]:
         measure = measure_of(group.records)
@@ -157,7 +158,7 @@ def build(
             choice = confirmed_choice or choose(candidates, views, measure)
             quantizations = compare_quantizations(candidates, measure, items, margin)
             targets = compare_targets(candidates, measure, items, margin)
-            methods = compare_methods(candidates, measure, items)
+            methods = compare_methods(candidates, measure, items, searched_before)
             routes = compare_routes(candidates, measure, items)
             students = compare_students(candidates, measure, items)
             decided = choice is not None and (choice.ladder is not None or choice is confirmed_choice)

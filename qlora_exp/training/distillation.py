@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qlora_exp.config.enums import Divergence
-from qlora_exp.config.schema import DistillationConfig
+from qlora_exp.config.shipping import DistillationConfig
 
 ITEM = "item"
 """Column of a training row: its place among the items."""

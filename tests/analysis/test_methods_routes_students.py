@@ -20,7 +20,7 @@ from qlora_exp.analysis.distilled import compare_students, fieller, student_sent
 from qlora_exp.analysis.routes import compare_routes, route_sentence, routes_section
 from qlora_exp.analysis.tuning_methods import compare_methods, method_sentence, methods_section
 from qlora_exp.records.shipped import Shipped
-from qlora_exp.records.teacher import TeacherRun
+from qlora_exp.records.teacher_run import TeacherRun
 from qlora_exp.records.types import RunRecord
 
 LOSS = Measure("loss_per_item", False)
