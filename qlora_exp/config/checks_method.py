@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from qlora_exp.config.allowed_values import QUANTIZED, config_error
 from qlora_exp.config.enums import AdapterInit, DeviceChoice, Method, Quantization, Sampler
-from qlora_exp.config.peft_kinds import BASES, MEASURED_WITH, PEFT_KINDS, peft_kind_of, sparse_parameters
+from qlora_exp.config.peft_kinds import BASES, MEASURED_WITH, PEFT_KINDS, sparse_parameters
 from qlora_exp.config.schema import Config
 from qlora_exp.errors import ConfigError, nearest
 
@@ -117,16 +117,6 @@ def _value_problem(value: object, default: object) -> str | None:
     assert isinstance(value, int | float)
     positive = isinstance(default, int) and default > 0
     return "this is at least 1" if positive and value < 1 else None
-
-
-def float32_alone(config: Config, compute_dtype: str) -> ConfigError | None:
-    """Return the problem of an adapter whose values can't meet activations in ``compute_dtype``, or ``None``."""
-    found = peft_kind_of(config.method)
-    if compute_dtype == "float32" or found is None or "16 bit" not in found[0].refused:
-        return None
-    hint = "quantization.compute_dtype=float32, or another method.peft_type"
-    what = f"{config.method.peft_type} can't compute in {compute_dtype}: {found[0].refused['16 bit']}"
-    return config_error(what, "method.peft_type", config.method.peft_type, hint)
 
 
 def _layers(config: Config) -> Iterator[ConfigError]:

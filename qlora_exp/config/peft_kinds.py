@@ -241,8 +241,6 @@ def _never(config: str, why: str) -> PeftKind:
     return PeftKind(config, {}, _nothing, dict.fromkeys(set(BASES.values()), why))
 
 
-FLOAT32_ALONE = "PEFT multiplies its float32 values with 16-bit activations, which torch refuses"
-
 PEFT_KINDS: dict[str, PeftKind] = {
     "ia3": PeftKind("IA3Config", {}, _ia3, transposed=True),
     "oft": PeftKind(
@@ -271,7 +269,6 @@ PEFT_KINDS: dict[str, PeftKind] = {
         "VeraConfig",
         {"r": 256, "vera_dropout": 0.0, "d_initial": 0.1, "projection_prng_key": 0},
         _vera,
-        {"16 bit": FLOAT32_ALONE},
         fixed=_vera_fixed,
         transposed=True,
     ),
@@ -318,7 +315,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
         {"4 bit": PACKED, "int8": "PEFT multiplies the int8 weights without their scales"},
         fixed=_supertuning_fixed,
     ),
-    "ln_tuning": PeftKind("LNTuningConfig", {}, _norm, {"16 bit": FLOAT32_ALONE}, on_norms=True),
+    "ln_tuning": PeftKind("LNTuningConfig", {}, _norm, on_norms=True),
     "adalora": _never("AdaLoraConfig", "AdaLoRA removes ranks while it trains, which needs a trainer that calls it"),
     "prompt": _never("PromptTuningConfig", PROMPT),
     "p_tuning": _never("PromptEncoderConfig", PROMPT),
