@@ -91,7 +91,10 @@ replay-measure: $(STAMP)
 findings: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/findings.py --output $(FINDINGS_OUTPUT) \
 	  $(if $(MINUTES),--minutes $(MINUTES))
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/findings_methods.py --output $(FINDINGS_OUTPUT) \
+	  $(if $(MINUTES),--minutes $(MINUTES))
 	$(BIN)/python tests/benchmarks/findings.py --output $(FINDINGS_OUTPUT) --collect docs/findings.csv
+	$(BIN)/python tests/benchmarks/findings_methods.py --output $(FINDINGS_OUTPUT) --collect docs/findings_methods.csv
 	$(BIN)/python tests/benchmarks/findings.py --from docs/findings.csv --page docs/findings.md
 
 # On a GPU machine; called again, it goes on. MINUTES=9: start nothing that may not end within nine minutes.

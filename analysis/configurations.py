@@ -15,7 +15,7 @@ from qlora_exp.analysis.comparable import answering_scores, finite_score
 from qlora_exp.formatting import flatten
 from qlora_exp.records.method_name import LORA, adapter_name, is_lora, method_name
 from qlora_exp.records.types import Memory, RunRecord, Scores
-from qlora_exp.records.unread_settings import unread_prefixes
+from qlora_exp.records.unread_settings import said_in_a_word, unread_prefixes
 
 INTERVAL_CONFIDENCE = 0.95
 """Level of the two-sided intervals over seeds."""
@@ -31,6 +31,9 @@ IGNORED_KEYS = frozenset(
 TUNING = "tuning"
 """Key of a configuration's settings: its tuning method, unless it is LoRA on all layers."""
 
+SAID = ("ships", "qat", "teacher", "kept")
+"""Keys of what :func:`said_in_a_word` says; they are absent if they are off."""
+
 LABEL_KEYS = ("model.variant", "format", "quantization.mode", "lora.r", "targets.set")
 """Keys that every label shows (the format only where it differs)."""
 
@@ -44,6 +47,8 @@ MEASURES = {
 }
 """Score → whether higher is better, the most telling first."""
 
+OF_LORA = "lora."
+"""Keys that runs of other methods don't have."""
 PEAK_PARTS = ("weights", "quantization state", "adapters", "gradients", "optimizer", "activations")
 
 
@@ -173,6 +178,8 @@ def configurations(records: Sequence[RunRecord], measure: Measure) -> list[Confi
     settings = [configuration_settings(record) for record in records]
     keys = dict.fromkeys(key for flat in settings for key in flat)
     varying = [key for key in keys if len({str(flat.get(key)) for flat in settings}) > 1]
+    read = {key: {str(flat[key]) for flat in settings if key in flat} for key in varying}
+    labelled = [key for key in varying if len(read[key]) > 1 or not key.startswith(OF_LORA)]
     groups: dict[tuple[str, ...], dict[int | None, RunRecord]] = defaultdict(dict)
     settings_of: dict[tuple[str, ...], dict[str, Any]] = {}
     for record, flat in zip(records, settings, strict=True):
@@ -196,7 +203,7 @@ def configurations(records: Sequence[RunRecord], measure: Measure) -> list[Confi
             quality = Estimate(float(np.mean(scores)), len(scores), se, df or None)
         memory = [run.memory.peak_train_bytes if peak_is_known else run.memory.model_state_bytes for run in runs]
         configuration = Configuration(
-            label=_label(flat, varying),
+            label=_label(flat, labelled),
             settings={key: flat.get(key) for key in varying},
             runs=runs,
             quality=quality,
@@ -227,6 +234,7 @@ def configuration_settings(record: RunRecord) -> dict[str, Any]:
     settings = {key: value for key, value in settings.items() if not key.startswith(unread)}
     if (name := method_name(record.config)) != LORA:
         settings[TUNING] = name
+    settings |= said_in_a_word(record.config)
     return {**settings, "format": record.plan.format if record.plan is not None else None}
 
 
@@ -346,8 +354,11 @@ def _label(flat: Mapping[str, Any], varying: Sequence[str]) -> str:
         *adapters,
     ]
     implied = ("model.template_tokens_trained", "quantization.", "targets.", "method.", TUNING)
-    names = {"training.learning_rate": "lr", "lora.alpha": "alpha", "ship.model": "ships", "training.qat.format": "qat"}
+    names = {"training.learning_rate": "lr", "lora.alpha": "alpha"}
     for key in varying:
-        if key not in LABEL_KEYS and not key.startswith(implied):
+        unread = key.startswith(OF_LORA) and key not in flat
+        if key in SAID:
+            parts += [flat[key]] if key in flat else []
+        elif key not in LABEL_KEYS and not key.startswith(implied) and not unread:
             parts.append(f"{names.get(key, key.rsplit('.', 1)[-1])} {display_setting(flat.get(key))}")
     return " · ".join(parts)

@@ -36,6 +36,7 @@ from qlora_exp.analysis.confirmation_words import (
     unanswered_sentence,
 )
 from qlora_exp.analysis.contrasts import ItemScores
+from qlora_exp.analysis.distilled import Distilled, compare_students, students_section
 from qlora_exp.analysis.goals import GoalAnswer, goal_answer, goal_recommendation
 from qlora_exp.analysis.instruct_base import InstructBase, compare_variants
 from qlora_exp.analysis.instruct_base_words import instruct_section, variant_recommendation
@@ -100,6 +101,7 @@ class _Compared:
     goal: GoalAnswer | None
     methods: MethodComparison | None
     routes: RouteComparison | None
+    students: Distilled | None
 
 
 def build(
@@ -143,24 +145,26 @@ def build(
         )
     margin, views = margin or study_margin(studies), ladder_views(studies, records)
     confirmed = _confirmed(records, studies, items)
+    searched_before = any(study.confirmation is not None for study in studies)
     shown = []
     for group in groups[:MAX_GROUPS]:
         measure = measure_of(group.records)
         candidates = configurations(group.records, measure or Measure("loss_per_item", False))
         of_first = budgeted if group is groups[0] else ()
         comparison = compare_variants(candidates, items, margin, runs.pilots, of_first, ladder_rank_of(views))
-        choice = quantizations = targets = goal = methods = routes = None
+        choice = quantizations = targets = goal = methods = routes = students = None
         if measure is not None:
             confirmed_choice = _of_confirmation(confirmed, candidates)
             choice = confirmed_choice or choose(candidates, views, measure)
             quantizations = compare_quantizations(candidates, measure, items, margin)
             targets = compare_targets(candidates, measure, items, margin)
-            methods = compare_methods(candidates, measure, items)
+            methods = compare_methods(candidates, measure, items, searched_before)
             routes = compare_routes(candidates, measure, items)
+            students = compare_students(candidates, measure, items)
             decided = choice is not None and (choice.ladder is not None or choice is confirmed_choice)
             goal = goal_answer(candidates, choice.configuration if choice is not None and decided else None, items)
         metric = task_metric_of(candidates)
-        answered = (comparison, choice, metric, quantizations, targets, goal, methods, routes)
+        answered = (comparison, choice, metric, quantizations, targets, goal, methods, routes, students)
         shown.append(_Compared(group, measure, candidates, *answered))
     first = shown[0]
     headline, why_none = [], None
@@ -361,6 +365,7 @@ def _group_sections(compared: _Compared, groups: Sequence[Group]) -> list[Sectio
             sections.tradeoff_section(candidates, measure),
             methods_section(compared.methods) if compared.methods is not None else None,
             routes_section(compared.routes) if compared.routes is not None else None,
+            students_section(compared.students) if compared.students is not None else None,
         ]
     parts += [sections.memory_section(candidates, group.records), sections.speed_section(group.records)]
     known = [replace(part, folded=True) for part in parts if part is not None]

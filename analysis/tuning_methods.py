@@ -52,6 +52,8 @@ class MethodComparison:
     measure: Measure
     chosen_on_test_rows: bool
     """The rates were chosen by the score that is shown."""
+    searched_before: bool = False
+    """The runs confirm a search with other seeds, which chose the rates."""
 
     @property
     def reference(self) -> MethodResult:
@@ -59,7 +61,10 @@ class MethodComparison:
 
 
 def compare_methods(
-    configurations: Sequence[Configuration], measure: Measure, items: ItemScores | None = None
+    configurations: Sequence[Configuration],
+    measure: Measure,
+    items: ItemScores | None = None,
+    searched_before: bool = False,
 ) -> MethodComparison | None:
     """Compare each method with LoRA; ``None`` if fewer than two methods have a score. Without LoRA, the first method is
     the reference.
@@ -83,7 +88,7 @@ def compare_methods(
         results.append(MethodResult(name, best[name], tuple(sorted(rates)), quality, forgetting))
     searched = any(len(own) > 1 for own in by_name.values())
     on_validation = all(run.scores.test is None for c in best.values() for run in c.runs)
-    return MethodComparison(tuple(results), measure, searched and on_validation)
+    return MethodComparison(tuple(results), measure, searched and on_validation, searched_before)
 
 
 def method_sentence(comparison: MethodComparison) -> str:
@@ -158,9 +163,9 @@ def _limits(comparison: MethodComparison) -> list[str]:
         "Each method has its own learning rate: at one rate for all, the table would show which method the rate suits."
     ]
     if all(len(result.rates) == 1 for result in comparison.results):
-        points = [
-            "Each method was run at one learning rate here. Unless a search chose it, this compares guesses of rates."
-        ]
+        points = ["At guessed rates: each method was run at one learning rate, and no search chose it."]
+        if comparison.searched_before:
+            points = ["Each rate is the best of the search that these runs confirm, chosen on validation, other seeds."]
     for result in comparison.results:
         if result.at_edge:
             points.append(

@@ -12,7 +12,7 @@ from trl.experimental.gkd import GKDTrainer
 from qlora_exp.architecture.run_plan import trainable_parameters
 from qlora_exp.config.compose import compose
 from qlora_exp.config.enums import Divergence
-from qlora_exp.config.schema import DistillationConfig
+from qlora_exp.config.shipping import DistillationConfig
 from qlora_exp.errors import QloraExpError
 from qlora_exp.models.base import load_base
 from qlora_exp.models.base_cache import BaseCache
@@ -20,7 +20,7 @@ from qlora_exp.models.inspect import describe
 from qlora_exp.models.tuning import merged_tuned
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records.types import RunRecord, Status
-from qlora_exp.runs import teacher as teachers
+from qlora_exp.runs import ask_teacher as teachers
 from qlora_exp.runs.execute import execute
 from qlora_exp.training.distillation import divergences, top_log_probs
 from tests.conftest import save_tiny_model

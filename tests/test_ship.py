@@ -13,7 +13,7 @@ import torch
 from qlora_exp.config.checks_ship import WEIGHT_FORMATS
 from qlora_exp.config.compose import compose
 from qlora_exp.config.enums import Quantization
-from qlora_exp.config.schema import QatConfig
+from qlora_exp.config.shipping import QatConfig
 from qlora_exp.errors import Problems, QloraExpError
 from qlora_exp.export.export import export_run, load_settings
 from qlora_exp.models.base_cache import BaseCache

@@ -25,14 +25,13 @@ from qlora_exp.config.checks_method import TUNES_WEIGHTS
 from qlora_exp.config.enums import Checkpointing, Method, Quantization
 from qlora_exp.config.schema import Config
 from qlora_exp.estimate.activations import (
-    FLOAT32_BYTES,
     TrainingPass,
     is_eager,
     layers_of,
     saved_bytes_per_token,
     traits_of,
 )
-from qlora_exp.estimate.backward import SavedActivations, backward_of
+from qlora_exp.estimate.backward import FLOAT32_BYTES, SavedActivations, backward_of
 from qlora_exp.estimate.selective_checkpointing import kept_attention_bytes
 from qlora_exp.estimate.weights_and_optimizer import (
     WIDTHS_OF,

@@ -18,7 +18,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from qlora_exp.config.schema import Config, QatConfig
+from qlora_exp.config.schema import Config
+from qlora_exp.config.shipping import QatConfig
 from qlora_exp.errors import ModelError
 from qlora_exp.quantizers.weight_formats import WeightFormat, weight_format
 

@@ -35,7 +35,8 @@ def prune_layers(model: PreTrainedModel, layers: tuple[int, ...], where: str) ->
     for place, layer in enumerate(kept):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = place  # the key-value cache has one entry a layer
+                cached: Any = module
+                cached.layer_idx = place  # the key-value cache has one entry a layer
     setattr(parent, name, kept)
     config.num_hidden_layers = len(layers)
     for key in PER_LAYER_LISTS:

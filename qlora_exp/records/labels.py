@@ -11,7 +11,7 @@ from qlora_exp.records.method_name import LORA, method_name
 from qlora_exp.records.model_name import model_name
 from qlora_exp.records.redaction import redact
 from qlora_exp.records.types import RunRecord
-from qlora_exp.records.unread_settings import unread_prefixes
+from qlora_exp.records.unread_settings import said_in_a_word, unread_prefixes
 
 MIN_ID_LENGTH = 4
 """Characters of a short id: an id's last four are random."""
@@ -45,9 +45,10 @@ SPELLINGS = {
     "training.epochs": "epochs",
     "seed": "s",
     "evaluation.split": "",
-    "ship.model": "",
-    "ship.format": "",
-    "training.qat.format": "qat=",
+    "ships": "ships ",
+    "qat": "qat ",
+    "teacher": "teacher ",
+    "kept": "",
 }
 """Setting → what precedes its value in a label, in the order of labels. Others read ``name=value`` and come last."""
 
@@ -143,6 +144,7 @@ def named_settings(row: Mapping[str, Any]) -> dict[str, Any]:
     settings = {key: value for key, value in settings.items() if not key.startswith(unread)}
     if (method := method_name(config)) != LORA:
         settings["method.kind"] = method
+    settings |= said_in_a_word(config)
     if isinstance(model := config.get("model"), Mapping) and "family" in model:
         settings["model.family"] = model_name(model, short=True)
         settings = {key: value for key, value in settings.items() if key not in IN_THE_NAME}

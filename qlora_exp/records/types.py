@@ -14,7 +14,7 @@ from typing import Any
 
 from qlora_exp.records.fit_types import Fit
 from qlora_exp.records.shipped import Shipped
-from qlora_exp.records.teacher import TeacherRun
+from qlora_exp.records.teacher_run import TeacherRun
 
 SCHEMA_VERSION = 2
 

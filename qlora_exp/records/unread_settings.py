@@ -1,4 +1,4 @@
-"""Settings of a configuration that its run doesn't read: those of another method, of no shipped model, of no QAT."""
+"""What a configuration's rarer settings say in a word: how its model ships, and from whom it learns."""
 
 from __future__ import annotations
 
@@ -7,23 +7,46 @@ from typing import Any
 
 from qlora_exp.records.method_name import is_lora
 
+SHIPS, QAT, TEACHER = "ships", "qat", "teacher"
+"""Keys of :func:`said_in_a_word`."""
+
 
 def unread_prefixes(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the beginnings of dotted keys that say nothing about the run. Earlier records lack these keys, and are
-    equal to new ones with their defaults.
+    """Return the beginnings of dotted keys that a comparison of runs leaves out: those of :func:`said_in_a_word` and of
+    the method, and LoRA's for another method. Earlier records lack the newer ones, and equal new ones with their
+    defaults."""
+    newer = ("method.", "ship.", "training.qat.", "distillation.", "model.layers")
+    return newer if is_lora(config) else (*newer, "lora.", "targets.")
 
-    ``method.*`` is always among them: :func:`~qlora_exp.records.method_name.method_name` says it in one word.
+
+def said_in_a_word(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the settings of shipping, QAT, distillation and pruning that the run reads, each in a word; nothing for
+    what is off.
+
+    Example: ``{"ships": "merged int4", "qat": "q4_0", "teacher": "3f2a, gold 0.5", "kept": "0+3"}``.
     """
-    prefixes = ["method."]
-    if not is_lora(config):
-        prefixes += ["lora.", "targets."]
-    model = (config.get("ship") or {}).get("model")
-    if model is None:
-        prefixes.append("ship.")
-    if model == "trained":
-        prefixes += ["ship.format", "ship.symmetric", "ship.group", "ship.calibration"]
-    if (config.get("distillation") or {}).get("teacher") is None:
-        prefixes.append("distillation.")
-    if ((config.get("training") or {}).get("qat") or {}).get("format") is None:
-        prefixes.append("training.qat.")
-    return tuple(prefixes)
+    said: dict[str, str] = {}
+    ship, training = config.get("ship") or {}, config.get("training") or {}
+    qat, distillation = training.get("qat") or {}, config.get("distillation") or {}
+    if ship.get("model") is not None:
+        rounded = ship.get("format") if ship["model"] != "trained" else None
+        said[SHIPS] = f"{ship['model']} {_format(ship)}" if rounded is not None else str(ship["model"])
+    if qat.get("format") is not None:
+        warm = f" from step {qat['start_step']}" if qat.get("start_step") else ""
+        warm += f" warm-up {qat['warmup_ratio']:g}" if qat.get("warmup_ratio") else ""
+        said[QAT] = f"{_format(qat)}{warm}"
+    if distillation.get("teacher") is not None:
+        kind = "" if distillation.get("divergence") == "forward" else f" {distillation.get('divergence')}"
+        soft = "" if distillation.get("temperature") == 1.0 else f" T={distillation.get('temperature'):g}"
+        said[TEACHER] = f"{str(distillation['teacher'])[-4:]} gold {distillation.get('gold_weight'):g}{kind}{soft}"
+    layers = (config.get("model") or {}).get("layers")
+    if layers is not None:
+        said["kept"] = layers if isinstance(layers, str) else "layers " + "+".join(map(str, layers))
+    return said
+
+
+def _format(settings: Mapping[str, Any]) -> str:
+    name = str(settings["format"])
+    if not name.startswith("int"):
+        return name
+    return f"{name}{' symmetric' if settings.get('symmetric') else ''} g{settings.get('group')}"

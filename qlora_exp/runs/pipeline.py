@@ -36,10 +36,10 @@ from qlora_exp.records.files import write_json
 from qlora_exp.records.redaction import redact_text
 from qlora_exp.records.schema import from_dict
 from qlora_exp.records.types import Failure, Plan, RunRecord, ScoreTable, Status
+from qlora_exp.runs.ask_teacher import find_teacher, teacher_targets
 from qlora_exp.runs.prepare import Prepared, plan_for_model
 from qlora_exp.runs.record_figures import RunFigures
 from qlora_exp.runs.ship import ship_of, shipped_model
-from qlora_exp.runs.teacher import find_teacher, teacher_targets
 from qlora_exp.system.device_errors import is_cuda_error
 from qlora_exp.training import meter as measurement
 from qlora_exp.training.checkpoints import newest_valid, step_of

@@ -36,7 +36,7 @@ from qlora_exp.models.tokenizers import load_tokenizer
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records.find import EndedRuns
 from qlora_exp.records.types import Environment, Plan
-from qlora_exp.runs.teacher import find_teacher
+from qlora_exp.runs.ask_teacher import find_teacher
 
 
 @dataclass(frozen=True)

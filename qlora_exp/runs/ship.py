@@ -8,7 +8,8 @@ from typing import Any
 from qlora_exp.architecture.shapes import Architecture
 from qlora_exp.config.checks_method import TUNES_WEIGHTS
 from qlora_exp.config.enums import RangeChoice, ShippedModel
-from qlora_exp.config.schema import Config, ShipConfig
+from qlora_exp.config.schema import Config
+from qlora_exp.config.shipping import ShipConfig
 from qlora_exp.estimate.weights_and_optimizer import base_bytes
 from qlora_exp.models.base import Base
 from qlora_exp.models.fake_quantization import body_linears, round_linears

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from qlora_exp.config.enums import Divergence
-from qlora_exp.config.schema import DistillationConfig
+from qlora_exp.config.shipping import DistillationConfig
 
 ITEM = "item"
 """Column of a training row: its place among the items."""
 TEACHER_TOKENS, TEACHER_LOG_PROBS = "teacher_tokens", "teacher_log_probs"
 """Keys of a batch, one row for each learned token: the teacher's likely tokens and their log-probabilities."""
-SMALLEST = 1e-9
+SMALLEST_REST = 1e-9
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def divergences(logits: Tensor, tokens: Tensor, teacher: Tensor, settings: Disti
 
 def _rest(log_probs: Tensor) -> Tensor:
     """Return the log-probability of all tokens that aren't kept, (rows, 1)."""
-    return torch.log((1 - log_probs.exp().sum(-1, keepdim=True)).clamp(min=SMALLEST))
+    return torch.log((1 - log_probs.exp().sum(-1, keepdim=True)).clamp(min=SMALLEST_REST))
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from transformers import masking_utils
 from trl import SFTTrainer
 
-from qlora_exp.config.schema import DistillationConfig
+from qlora_exp.config.shipping import DistillationConfig
 from qlora_exp.models.tuning import is_peft, restore_tuned, save_tuned
 from qlora_exp.training.batches import REAL_ROWS, token_count
 from qlora_exp.training.distillation import (

@@ -36,6 +36,7 @@ from qlora_exp.training.callbacks import (
     Budget,
     GracefulInterrupt,
     LossCurve,
+    NoInputGradients,
     PilotCallback,
     PruningCallback,
     QatCallback,
@@ -161,6 +162,8 @@ def train(
         checkpoints.ChecksumCallback(current_counters),
         *reporters,
     ]
+    if plan.gradient_checkpointing and (config.method.layers is not None or config.method.kind in TUNES_WEIGHTS):
+        callbacks.append(NoInputGradients())
     if (fake := fake_quantization_of(model)) is not None:
         callbacks.append(QatCallback(fake, config.training.qat))
     if config.training.early_stopping_patience is not None:

@@ -65,7 +65,8 @@ more: its loss on general text grows more, in nats per byte. {settings}
 
 {grids}
 
-The best rate and its interval are found as in the section above, also where a grid is too narrow.
+The best rate and its interval are found as in the section above. Forgetting depends on the rate, too: a lower one with
+nearly the same test loss may forget less.
 
 {forgetting}
 
@@ -145,6 +146,8 @@ def method_grid(method: str, runs: Sequence[MethodRun]) -> tuple[list[float], np
 class MethodAnswers:
     rates: dict[str, tuple[list[float], list[float], Estimate, bool]]
     """Method → rates, their mean losses, the best rate, whether the grid contains its interval."""
+    grown: dict[str, list[float]]
+    """Method → mean growth of the loss on general text at each rate, nats per byte."""
     ratio: Estimate
     """Best rate of LoRA over that of full tuning."""
     best: dict[str, list[MethodRun]]
@@ -171,7 +174,7 @@ def method_answers(runs: Sequence[MethodRun], draws: int = DRAWS) -> MethodAnswe
     grids = {method: method_grid(method, runs) for method in CENTRES}
     generator = np.random.default_rng(1)
     items = generator.multinomial(ITEMS, np.full(ITEMS, 1 / ITEMS), size=draws) / ITEMS
-    rates, best, logs, drawn = {}, {}, {}, {}
+    rates, growth, best, logs, drawn = {}, {}, {}, {}, {}
     for method, grid in grids.items():
         if grid is None:
             return None
@@ -180,12 +183,13 @@ def method_answers(runs: Sequence[MethodRun], draws: int = DRAWS) -> MethodAnswe
         estimate = Estimate(*(float(2.0**log) for log in (found.log, low, high)))
         rates[method] = (grid[0], list(found.means), estimate, found.resolved)
         logs[method], drawn[method] = found.log, found.draws
+        growth[method] = [
+            float(np.mean([run.forgetting if run.forgetting is not None else math.nan for run in at_rate]))
+            for each in grid[0]
+            if (at_rate := [run for run in runs if _at(run, method, each) and run.point.seed <= RATE_SEEDS])
+        ]
         chosen = grid[0][int(np.argmin(found.means))]
-        best[method] = {
-            run.point.seed: run
-            for run in runs
-            if (run.point.method, run.point.learning_rate) == (method, chosen) and run.losses is not None
-        }
+        best[method] = {run.point.seed: run for run in runs if _at(run, method, chosen) and run.losses is not None}
     ratio = logs["lora"] - logs["full"]
     half = t_half_width(drawn["lora"] - drawn["full"], 2 * (RATE_SEEDS - 1))
     seeds = sorted(best["lora"].keys() & best["full"].keys())
@@ -194,11 +198,16 @@ def method_answers(runs: Sequence[MethodRun], draws: int = DRAWS) -> MethodAnswe
     losses = {method: np.array([run.losses for run in own], dtype=float) for method, own in paired.items()}
     return MethodAnswers(
         rates,
+        growth,
         Estimate(*(float(2.0**log) for log in (ratio, ratio - half, ratio + half))),
         paired,
         mean_over_seeds(grown["full"] - grown["lora"]),
         relative_difference(losses["full"], losses["lora"]),
     )
+
+
+def _at(run: MethodRun, method: str, learning_rate: float) -> bool:
+    return (run.point.method, run.point.learning_rate) == (method, learning_rate)
 
 
 # The page.
@@ -238,7 +247,8 @@ def methods_part(runs: Sequence[MethodRun]) -> Part | None:
 def _grids_table(found: MethodAnswers) -> str:
     def rows() -> Iterator[Sequence[object]]:
         for method, (rates, losses, best, resolved) in found.rates.items():
-            grid = ", ".join(f"{rate:.2g}: {loss:.3f}" for rate, loss in zip(rates, losses, strict=True))
+            cells = zip(rates, losses, found.grown[method], strict=True)
+            grid = ", ".join(f"{rate:.2g}: {loss:.3f} ({grown:.2f})" for rate, loss, grown in cells)
             interval = f"{best.value:.2g} ({best.low:.2g} to {best.high:.2g})"
             yield (
                 NAMES[method],
@@ -249,7 +259,14 @@ def _grids_table(found: MethodAnswers) -> str:
                 "wide enough" if resolved else "too narrow",
             )
 
-    titles = ("method", "seeds", "rate: mean test loss, nats per item", "lowest", "best rate (95 % CI)", "grid")
+    titles = (
+        "method",
+        "seeds",
+        "rate: mean test loss in nats per item, grows by",
+        "lowest",
+        "best rate (95 % CI)",
+        "grid",
+    )
     return table(titles, rows())
 
 
@@ -274,7 +291,7 @@ def _sentences(found: MethodAnswers, ratio: str, forgets: str, narrow: Sequence[
     said = f"The best rate of LoRA is {ratio} times that of full tuning: the first claim {verbs.get(verdict, verdict)}."
     if narrow:
         said += f" The grid is too narrow for the best rate's interval of {' and of '.join(narrow)}."
-    said += f" Full tuning forgets more by {forgets}: the second claim {verbs.get(other, other)}."
+    said += f" Forgetting of full tuning minus that of LoRA is {forgets}: the second claim {verbs.get(other, other)}."
     diverged = sum(run.losses is None for run in runs)
     minutes = sum(run.train_seconds or 0.0 for run in runs) / 60
     days = sorted({run.measured for run in runs})

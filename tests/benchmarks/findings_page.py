@@ -192,7 +192,7 @@ def _name(found: ModelAnswers) -> str:
 
 
 def _of_other(count: int) -> str:
-    return f"\nof {count} runs in [findings_methods.csv](findings_methods.csv)" if count else ""
+    return f"\nand of {count} in [findings_methods.csv](findings_methods.csv)" if count else ""
 
 
 def _summary(found: Sequence[ModelAnswers], other: Part | None) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from qlora_exp.architecture.families import known_architecture
 from qlora_exp.architecture.tuned_weights import trained_modules
@@ -22,6 +24,8 @@ from qlora_exp.estimate.weights_and_optimizer import trained_bytes
 from qlora_exp.models.base_cache import BaseCache
 from qlora_exp.models.inspect import describe
 from qlora_exp.models.tuning import attach
+from qlora_exp.records.types import Status
+from qlora_exp.runs.execute import execute
 from tests.plan.test_activations import cuda_autocast
 
 ROWS, LENGTH = 2, 128
@@ -100,6 +104,32 @@ def test_layers_before_the_first_trained_one_cost_nothing_with_checkpointing_eit
     backward = backward_of(architecture, config.method, modules)
     setting = TrainingPass(0, 2, 2, False, LENGTH, False, cuda=True, autocast=True)
     assert saved_bytes_per_token(architecture, modules, setting, backward).inputs == 5 * architecture.hidden_size * 2
+
+
+@pytest.mark.parametrize("method", ["method=layerwise", "method=lora"])
+def test_checkpointing_recomputes_no_layer_before_the_first_trained_one(
+    bases: BaseCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    calls, forward, layers, steps = [0], LlamaMLP.forward, 4, 2
+
+    def counted(self: Any, *args: Any) -> Any:
+        calls[0] += self.training
+        return forward(self, *args)
+
+    monkeypatch.setattr(LlamaMLP, "forward", counted)
+    given = [
+        *(method, "method.layers=last:1", "quantization=fp32", f"training.max_steps={steps}", "training.batch_size=4"),
+        *("evaluation=quick", "evaluation.before=false", "evaluation.max_items=8", "tracking=off", "seed=1"),
+        *("task.max_train_items=64", "training.device=cpu", f"output_root={tmp_path}"),
+    ]
+    scores = {}
+    for choice, recomputed in (("on", 1), ("off", 0)):
+        calls[0] = 0
+        record = execute(compose([*given, f"training.gradient_checkpointing={choice}"]), bases=bases)
+        assert record.status is Status.COMPLETED, record.failure
+        assert calls[0] == steps * (layers + recomputed)
+        scores[choice] = record.scores.after
+    assert scores["on"] == scores["off"]
 
 
 def test_a_published_configuration_in_numbers() -> None:

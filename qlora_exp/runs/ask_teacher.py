@@ -25,7 +25,7 @@ from qlora_exp.paths import OutputPaths, RunPaths
 from qlora_exp.progress import report_progress
 from qlora_exp.records.files import read_record, write_json
 from qlora_exp.records.find import find_run
-from qlora_exp.records.teacher import TeacherRun, teacher_run
+from qlora_exp.records.teacher_run import TeacherRun, teacher_run
 from qlora_exp.records.types import RunRecord, Status
 from qlora_exp.training.distillation import TeacherTargets, top_log_probs
 
