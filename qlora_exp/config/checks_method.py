@@ -111,12 +111,16 @@ def _peft_problems(config: Config) -> Iterator[ConfigError]:
 
 def _value_problem(value: object, default: object) -> str | None:
     if isinstance(default, bool | str):
-        return None if type(value) is type(default) else f"this is {type(default).__name__}"
+        return (
+            None
+            if type(value) is type(default)
+            else f"{'true or false' if isinstance(default, bool) else 'a text'} is needed"
+        )
     if type(value) not in (int, float) or (isinstance(default, int) and type(value) is not int):
-        return "this is an integer" if isinstance(default, int) else "this is a number"
+        return "an integer is needed" if isinstance(default, int) else "a number is needed"
     assert isinstance(value, int | float)
     positive = isinstance(default, int) and default > 0
-    return "this is at least 1" if positive and value < 1 else None
+    return "at least 1 is needed" if positive and value < 1 else None
 
 
 def _layers(config: Config) -> Iterator[ConfigError]:

@@ -204,6 +204,10 @@ def _hra(inputs: int, outputs: int, options: KindOptions, last: bool) -> Shapes:
 
 def _supertuning(inputs: int, outputs: int, options: KindOptions, last: bool) -> Shapes:
     count = int(inputs * outputs * (1 - options["sparsity"]))
+    if not 0 <= options["sparsity"] < 1:
+        raise ModelError(
+            "a share lies between 0 and 1", f"method.options.sparsity = {options['sparsity']}", "e.g. 0.99"
+        )
     if count < 1:
         what = f"no entry of a layer with {inputs * outputs:,} weights would be trained"
         raise ModelError(what, f"a share of {1 - options['sparsity']:g}", "a larger share")

@@ -175,6 +175,7 @@ def test_random_values_are_equal_on_each_base_in_float32_or_quantized(tiny: Path
         (["method=peft", "method.peft_type=oft", "method.options={block_size: 8}"], "no option", "oft_block_size"),
         (["method=peft", "method.peft_type=miss", "method.options={r: 0}"], "at least 1", "64"),
         (["method=peft", "method.peft_type=miss", "method.options={r: x}"], "an integer", "64"),
+        (["method=peft", "method.peft_type=oft", "method.options={coft: 1}"], "true or false", "False"),
         (["method=peft", "method.peft_type=loha", "quantization=nf4"], "packed", "quantization=fp32"),
         (["method=peft", "method.peft_type=adalora", "quantization=fp32"], "removes ranks", "method=lora"),
         (["method=peft", "method.peft_type=prefix", "quantization=fp32"], "virtual tokens", "ia3"),
@@ -197,6 +198,7 @@ def test_options_that_fit_no_layer_are_refused_by_the_plan(tiny: Path) -> None:
         ["method.peft_type=road", "method.options={group_size: 7}"],
         ["method.peft_type=shira", "method.options={r: 500}"],
         ["method.peft_type=hra", "method.options={r: 3}"],
+        ["method.peft_type=supertuning", "method.options={sparsity: 1.5}"],
         ["method.peft_type=road", "method.options={group_size: 8, variant: road_9}"],
     ):
         config = compose([*local, *given])
