@@ -102,7 +102,14 @@ def route_sentence(comparison: RouteComparison) -> str:
 def routes_section(comparison: RouteComparison) -> Section:
     """Return the section: the sentence, one table, and what it can't say."""
     columns = (
-        *("way", ("seeds", "integer"), ("training peak", "bytes"), ("shipped", "bytes"), ("bits per weight", "figure")),
+        *(
+            "way",
+            ("seeds", "integer"),
+            ("predicted peak", "bytes"),
+            ("measured peak", "bytes"),
+            ("shipped", "bytes"),
+            ("bits per weight", "figure"),
+        ),
         *((comparison.measure.words, "figure"), ("better than the first by", "figure"), ("low", "figure")),
         *(("high", "figure"), ("accuracy", "figure"), ("forgetting", "figure"), ("before rounding", "figure")),
     )
@@ -112,7 +119,9 @@ def routes_section(comparison: RouteComparison) -> Section:
         shipped = runs[0].shipped
         rows.append(
             (
-                *(result.name, len(runs), known_mean(run.memory.train_working_set_bytes for run in runs)),
+                *(result.name, len(runs)),
+                known_mean(run.plan.predicted_peak_train_bytes if run.plan else None for run in runs),
+                known_mean(run.memory.train_working_set_bytes for run in runs),
                 *(result.shipped_bytes, shipped.bits_per_weight if shipped is not None else None),
                 mean(comparison.measure.of(answering_scores(run)) for run in runs),
                 *((difference.value, difference.low, difference.high) if difference else (None, None, None)),

@@ -62,8 +62,9 @@ def run(bases: BaseCache, output: Path, *given: str) -> RunRecord:
         (["training.qat.format=q4_0", "targets=attention_qv", "training.gradient_checkpointing=on"], 16, 32),
         (["training.qat.format=ternary", "method=full", "training.qat.warmup_ratio=0.5"], 3, None),
         (["training.qat.format=int3", "method=layerwise", "quantization=bf16"], 8, 64),
+        (["training.qat.format=int4", "quantization=bf16", "targets=mlp"], 16, 64),
     ],
-    ids=["int4", "q4_0", "ternary", "int3 in bf16"],
+    ids=["int4", "q4_0", "ternary", "int3 in bf16", "LoRA in bf16"],
 )
 def test_what_qat_trained_is_what_ships(
     bases: BaseCache, output: Path, given: list[str], levels: int, group: Any

@@ -39,9 +39,9 @@ class FakeQuantization:
         """Return the weight to compute with; its gradient is that of ``exact``."""
         if self.strength == 0.0:
             return exact
-        fixed = exact.detach()
-        step = (self.format.rounded(fixed).to(fixed.dtype) - fixed) * self.strength
-        return exact + step
+        # In float32: in 16 bits the sum would not be the rounded weight.
+        fixed = exact.detach().float()
+        return exact.float() + (self.format.rounded(fixed) - fixed) * self.strength
 
 
 def qat_format(qat: QatConfig) -> WeightFormat | None:
@@ -121,20 +121,20 @@ def strength_at(step: int, steps: int, qat: QatConfig) -> float:
 
 
 def merged_weight(layer: Any) -> Tensor:
-    """Return W + s·B·A of a layer with one active adapter, as merging computes it."""
+    """Return W + s·B·A of a layer with one active adapter in float32, as merging computes it."""
     base = layer.get_base_layer().weight
     if layer.disable_adapters or not layer.active_adapters:
-        return base  # type: ignore[no-any-return]
+        return base.float()  # type: ignore[no-any-return]
     name = layer.active_adapters[0]
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    return base + (b @ a).to(base.dtype) * layer.scaling[name]  # type: ignore[no-any-return]
+    return base.float() + (b.float() @ a.float()) * layer.scaling[name]  # type: ignore[no-any-return]
 
 
 def _plain_forward(state: FakeQuantization) -> Any:
     cache = _Rounded(state)
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        return linear(x, cache(self.weight, (self.weight,)), self.bias)
+        return linear(x, cache(self.weight, (self.weight,)).to(x.dtype), self.bias)
 
     return forward
 
@@ -149,7 +149,7 @@ def _adapted_forward(state: FakeQuantization) -> Any:
         name = self.active_adapters[0]
         tensors = (base.weight, self.lora_A[name].weight, self.lora_B[name].weight)
         weight = merged_weight(self)
-        return linear(x, cache(weight, tensors), base.bias)
+        return linear(x, cache(weight, tensors).to(x.dtype), base.bias)
 
     return forward
 
