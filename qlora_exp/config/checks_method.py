@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from qlora_exp.config.allowed_values import QUANTIZED, config_error
 from qlora_exp.config.enums import AdapterInit, DeviceChoice, Method, Quantization, Sampler
-from qlora_exp.config.peft_kinds import BASES, MEASURED_WITH, PEFT_KINDS, peft_kind_of, sparse_parameters
+from qlora_exp.config.peft_kinds import BASES, MEASURED_WITH, PEFT_KINDS, sparse_parameters
 from qlora_exp.config.schema import Config
 from qlora_exp.errors import ConfigError, nearest
 
@@ -111,22 +111,16 @@ def _peft_problems(config: Config) -> Iterator[ConfigError]:
 
 def _value_problem(value: object, default: object) -> str | None:
     if isinstance(default, bool | str):
-        return None if type(value) is type(default) else f"this is {type(default).__name__}"
+        return (
+            None
+            if type(value) is type(default)
+            else f"{'true or false' if isinstance(default, bool) else 'a text'} is needed"
+        )
     if type(value) not in (int, float) or (isinstance(default, int) and type(value) is not int):
-        return "this is an integer" if isinstance(default, int) else "this is a number"
+        return "an integer is needed" if isinstance(default, int) else "a number is needed"
     assert isinstance(value, int | float)
     positive = isinstance(default, int) and default > 0
-    return "this is at least 1" if positive and value < 1 else None
-
-
-def float32_alone(config: Config, compute_dtype: str) -> ConfigError | None:
-    """Return the problem of an adapter whose values can't meet activations in ``compute_dtype``, or ``None``."""
-    found = peft_kind_of(config.method)
-    if compute_dtype == "float32" or found is None or "16 bit" not in found[0].refused:
-        return None
-    hint = "quantization.compute_dtype=float32, or another method.peft_type"
-    what = f"{config.method.peft_type} can't compute in {compute_dtype}: {found[0].refused['16 bit']}"
-    return config_error(what, "method.peft_type", config.method.peft_type, hint)
+    return "at least 1 is needed" if positive and value < 1 else None
 
 
 def _layers(config: Config) -> Iterator[ConfigError]:

@@ -204,6 +204,10 @@ def _hra(inputs: int, outputs: int, options: KindOptions, last: bool) -> Shapes:
 
 def _supertuning(inputs: int, outputs: int, options: KindOptions, last: bool) -> Shapes:
     count = int(inputs * outputs * (1 - options["sparsity"]))
+    if not 0 <= options["sparsity"] < 1:
+        raise ModelError(
+            "a share lies between 0 and 1", f"method.options.sparsity = {options['sparsity']}", "e.g. 0.99"
+        )
     if count < 1:
         what = f"no entry of a layer with {inputs * outputs:,} weights would be trained"
         raise ModelError(what, f"a share of {1 - options['sparsity']:g}", "a larger share")
@@ -241,8 +245,6 @@ def _never(config: str, why: str) -> PeftKind:
     return PeftKind(config, {}, _nothing, dict.fromkeys(set(BASES.values()), why))
 
 
-FLOAT32_ALONE = "PEFT multiplies its float32 values with 16-bit activations, which torch refuses"
-
 PEFT_KINDS: dict[str, PeftKind] = {
     "ia3": PeftKind("IA3Config", {}, _ia3, transposed=True),
     "oft": PeftKind(
@@ -271,7 +273,6 @@ PEFT_KINDS: dict[str, PeftKind] = {
         "VeraConfig",
         {"r": 256, "vera_dropout": 0.0, "d_initial": 0.1, "projection_prng_key": 0},
         _vera,
-        {"16 bit": FLOAT32_ALONE},
         fixed=_vera_fixed,
         transposed=True,
     ),
@@ -318,7 +319,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
         {"4 bit": PACKED, "int8": "PEFT multiplies the int8 weights without their scales"},
         fixed=_supertuning_fixed,
     ),
-    "ln_tuning": PeftKind("LNTuningConfig", {}, _norm, {"16 bit": FLOAT32_ALONE}, on_norms=True),
+    "ln_tuning": PeftKind("LNTuningConfig", {}, _norm, on_norms=True),
     "adalora": _never("AdaLoraConfig", "AdaLoRA removes ranks while it trains, which needs a trainer that calls it"),
     "prompt": _never("PromptTuningConfig", PROMPT),
     "p_tuning": _never("PromptEncoderConfig", PROMPT),

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qlora_exp.architecture.families import known_architecture
-from qlora_exp.architecture.run_plan import compute_dtype
 from qlora_exp.architecture.shapes import Architecture, WeightShape
 from qlora_exp.architecture.targets import rank_warning
 from qlora_exp.architecture.tuned_weights import trained_modules
 from qlora_exp.config.checks_lora import int8_dora
-from qlora_exp.config.checks_method import float32_alone, scaled_16_bit_weights
+from qlora_exp.config.checks_method import scaled_16_bit_weights
 from qlora_exp.config.enums import DeviceChoice, Isolation, Method, PaddingFree
 from qlora_exp.config.schema import Config, ModelConfig, to_plain
 from qlora_exp.data.splits import load_rows
@@ -219,9 +218,6 @@ class Planner:
     def _planned(self, params: dict[str, Any], config: Config) -> PlannedRun:
         device, budget = self.device(config), config.budget
         if device.kind == "cpu" and (problem := int8_dora(config) or scaled_16_bit_weights(config)):
-            raise problem
-        computed = compute_dtype(config.quantization, device.kind, device.bf16)
-        if problem := float32_alone(config, computed):
             raise problem
         rows = self._counter.of(config) if self._counter is not None else None
         estimate = self.estimate(config if rows is not None else self._with_steps(config), rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -14,8 +14,10 @@ import peft
 import torch
 from peft import PeftModel
 from peft.tuners.supertuning import SupertuningLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_exp.architecture.shapes import Architecture
@@ -76,6 +78,7 @@ def attach_peft(
         layer: Any = adapted.get_base_model().get_submodule(name)
         assert isinstance(layer, SupertuningLayer)
         layer.supertuning_indices[ADAPTER] = indices.to(layer.supertuning_indices[ADAPTER])
+    _compute_in_input_dtype(adapted)
     return adapted
 
 
@@ -105,7 +108,26 @@ def load_peft(base: Base, folder: Path) -> PeftModel:
         unmatched = peft.set_peft_model_state_dict(adapted, saved).unexpected_keys
     if unmatched:
         raise ModelError(f"the adapter doesn't fit the model: {unmatched[0]} has no place in it", str(folder))
+    _compute_in_input_dtype(adapted)
     return adapted.eval()
+
+
+def _compute_in_input_dtype(model: PeftModel) -> None:
+    """Let each adapted layer multiply in the dtype of its 16-bit input and return that dtype. PEFT multiplies its
+    float32 values with 16-bit activations, which torch refuses outside of autocast."""
+    for layer in [module for module in model.modules() if isinstance(module, BaseTunerLayer)]:
+        assert isinstance(layer, nn.Module)
+        layer.forward = _in_input_dtype(layer, layer.forward)
+
+
+def _in_input_dtype(layer: Any, forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def computed(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if hidden.dtype is torch.float32 or layer.disable_adapters:
+            return forward(hidden, *args, **kwargs)
+        with torch.autocast(hidden.device.type, hidden.dtype):
+            return forward(hidden, *args, **kwargs).to(hidden.dtype)
+
+    return computed
 
 
 def largest_gradients(

@@ -13,7 +13,7 @@ from qlora_exp.architecture.shapes import Architecture
 from qlora_exp.architecture.targets import rank_warning
 from qlora_exp.architecture.tuned_weights import trained_modules
 from qlora_exp.config.checks_lora import int8_dora, scaled_16_bit_adapters
-from qlora_exp.config.checks_method import float32_alone, scaled_16_bit_weights
+from qlora_exp.config.checks_method import scaled_16_bit_weights
 from qlora_exp.config.checks_task import GENERATED_METRICS, parse_goal
 from qlora_exp.config.enums import EvaluationSplit, Method, PaddingFree
 from qlora_exp.config.schema import Config
@@ -64,8 +64,6 @@ def prepare(
         raise problem
     device = environment.device
     computed_in = run_plan.compute_dtype(config.quantization, device.kind, device.bf16)
-    if problem := float32_alone(config, computed_in):
-        raise problem
     if device.kind == "cuda" and (problem := scaled_16_bit_adapters(config, computed_in)):
         raise problem  # a card without bfloat16 computes quantized weights in float16
     if environment.device.kind == "cpu" and config.model.attention == "flex_attention":
