@@ -12,9 +12,10 @@ from typing import Any
 from qlora_exp.architecture.shapes import Architecture, WeightShape
 from qlora_exp.architecture.targets import rank_of
 from qlora_exp.architecture.tuned_weights import inserted_shapes, tuned_tensors
-from qlora_exp.config.allowed_values import NATIVE_DTYPES
+from qlora_exp.config.allowed_values import INTEGER_MODES, NATIVE_DTYPES
 from qlora_exp.config.enums import ComputeDtype, Method, Quantization
 from qlora_exp.config.schema import Config, LoraConfig, QuantizationConfig, to_plain
+from qlora_exp.errors import ModelError
 from qlora_exp.records.types import Environment, Plan
 
 CPU_SHAPE_MULTIPLES = (16, 64)
@@ -133,6 +134,8 @@ def config_fingerprint(config: Config) -> str:
     for key, value in EARLIER_LORA_DEFAULTS.items():
         if plain["lora"][key] == value:
             del plain["lora"][key]
+    if config.quantization.mode not in INTEGER_MODES:  # no other mode reads it
+        del plain["quantization"]["group"]
     plain.pop("method")
     if method := method_settings(config):
         plain["method"] = method
@@ -233,6 +236,23 @@ EARLIER_EVALUATION_DEFAULTS: dict[str, Any] = {"keep_texts": True}
 """What an evaluation did before these keys existed: it kept answers."""
 
 
+def check_integer_groups(architecture: Architecture, quantization: QuantizationConfig) -> None:
+    """Raise :class:`ModelError` if a mode such as ``int4_asym`` can't divide the inputs of a layer into groups."""
+    if quantization.mode not in INTEGER_MODES:
+        return
+    group = quantization.group
+    for shape in architecture.weights:
+        if shape.quantizable and shape.in_features % group:
+            widths = {other.in_features for other in architecture.weights if other.quantizable}
+            common = math.gcd(*widths)
+            fitting = next((size for size in (128, 64, 32, 16, 8, 4) if size <= group and common % size == 0), None)
+            what = f"{shape.name} has {shape.in_features} inputs, which can't be divided into groups of {group}"
+            hint = f"quantization.group={fitting}, or quantization=nf4" if fitting else "quantization=nf4"
+            raise ModelError(what, f"quantization.group = {group}", hint)
+
+
+EARLIER_GROUP = 64
+"""``quantization.group`` of runs before it existed: only integer modes read it."""
 EARLIER_LORA_DEFAULTS: dict[str, Any] = {"loraplus_lr_ratio": None, "rank_pattern": None}
 """What adapters had before these keys existed."""
 
@@ -288,9 +308,13 @@ def make_plan(
     ``checkpointing``: whether it uses gradient checkpointing, from ``Estimator.checkpointing``. ``padded_because``: why
     rows are padded, from ``Estimator.padding_reason``.
 
+    Raises:
+        ModelError: ``quantization.group`` doesn't divide a layer's width.
+
     With a budget of tokens alone, ``max_steps`` is an upper bound (every sequence has at least one token). With
     ``training.epochs`` it is 1: the caller knows the rows.
     """
+    check_integer_groups(architecture, config.quantization)
     shapes = {shape.name: shape for shape in architecture.weights}
     adapted, is_lora = [shapes[name] for name in modules], config.method.kind is Method.lora
     training, device = config.training, environment.device

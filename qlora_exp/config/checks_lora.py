@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from qlora_exp.config.allowed_values import (
     EPSILON_IN_ADAPTER_DTYPE,
     FROM_WEIGHTS,
+    INTEGER_MODES,
     MAX_RANK,
     NATIVE_DTYPES,
     QUANTIZED,
@@ -53,6 +54,9 @@ def model_problems(model: ModelConfig) -> Iterator[ConfigError]:
 
 def quantization_problems(quantization: QuantizationConfig) -> Iterator[ConfigError]:
     mode, choice = quantization.mode, quantization.compute_dtype
+    if quantization.group < 2:
+        what = "at least two weights share a scale"
+        yield config_error(what, "quantization.group", quantization.group, "quantization.group=64")
     native = NATIVE_DTYPES.get(mode)
     if native and choice is not ComputeDtype.auto and choice.value != native:
         matching_mode = next(name.value for name, dtype in NATIVE_DTYPES.items() if dtype == choice.value)
@@ -86,6 +90,9 @@ def lora_problems(config: Config) -> Iterator[ConfigError]:
     computed_in = NATIVE_DTYPES.get(mode, config.quantization.compute_dtype.value)
     if config.training.device is DeviceChoice.cuda and (problem := scaled_16_bit_adapters(config, computed_in)):
         yield problem
+    if lora.dora and mode in INTEGER_MODES:
+        what = f"DoRA reads the base's weights, which PEFT can't unpack from {mode.value}"
+        yield config_error(what, "lora.dora", lora.dora, "quantization=nf4, or lora.dora=false")
     yield from _alpha(lora)
     optimizer = config.training.optimizer
     if lora.dtype is ComputeDtype.float16 and optimizer in EPSILON_IN_ADAPTER_DTYPE:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from qlora_exp.config.allowed_values import QUANTIZED, config_error
+from qlora_exp.config.allowed_values import INTEGER_MODES, QUANTIZED, config_error
 from qlora_exp.config.enums import AdapterInit, DeviceChoice, Method, Quantization, Sampler
 from qlora_exp.config.peft_kinds import BASES, MEASURED_WITH, PEFT_KINDS, sparse_parameters
 from qlora_exp.config.schema import Config
@@ -101,7 +101,10 @@ def _peft_problems(config: Config) -> Iterator[ConfigError]:
             yield config_error(f"{method.peft_type} has no option {name}", key, value, hint)
         elif problem := _value_problem(value, kind.options[name]):
             yield config_error(problem, key, value, f"e.g. {kind.options[name]}")
-    if reason := kind.refused.get(BASES[mode]):
+    if mode in INTEGER_MODES:
+        what = f"PEFT can't unpack the weights of {mode.value} for {config.method.peft_type or 'sparse parameters'}"
+        yield config_error(what, "quantization.mode", mode.value, "quantization=nf4 or bf16, or method=lora")
+    elif reason := kind.refused.get(BASES[mode]):
         allowed = [base.value for base in Quantization if BASES[base] not in kind.refused]
         others = sorted(name for name, other in PEFT_KINDS.items() if BASES[mode] not in other.refused)
         hint = f"quantization={allowed[0]}" if allowed else f"method.peft_type={', '.join(others)}, or method=lora"

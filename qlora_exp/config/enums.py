@@ -26,6 +26,12 @@ class Quantization(Enum):
     int8 = "int8"
     nf4 = "nf4"
     fp4 = "fp4"
+    int8_sym = "int8_sym"
+    int8_asym = "int8_asym"
+    int4_sym = "int4_sym"
+    int4_asym = "int4_asym"
+    int3_asym = "int3_asym"
+    int2_asym = "int2_asym"
 
 
 class ComputeDtype(Enum):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from qlora_exp.config.allowed_values import INTEGER_MODES
 from qlora_exp.config.enums import Method, Quantization
 from qlora_exp.config.schema import MethodConfig
 from qlora_exp.errors import ModelError
@@ -24,6 +25,7 @@ BASES = {
     Quantization.int8: "int8",
     Quantization.nf4: "4 bit",
     Quantization.fp4: "4 bit",
+    **dict.fromkeys(INTEGER_MODES, "4 bit"),  # PEFT sees a linear layer with a packed weight
 }
 """The column of the table that a quantization mode has."""
 PACKED = "PEFT computes with the packed 4-bit weights as if they were numbers"

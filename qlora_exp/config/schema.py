@@ -82,6 +82,8 @@ class QuantizationConfig:
     compute_dtype: ComputeDtype
     double_quantization: bool
     int8_threshold: float
+    group: int
+    """Inputs of a row that share a scale, in the modes ``int2_asym`` to ``int8_sym``."""
 
 
 def default_alpha_policy(alpha: Any) -> str:

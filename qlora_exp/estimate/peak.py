@@ -20,7 +20,7 @@ from qlora_exp.architecture.run_plan import adapter_dtype, compute_dtype, optimi
 from qlora_exp.architecture.shapes import Architecture
 from qlora_exp.architecture.targets import rank_of
 from qlora_exp.architecture.tuned_weights import layer_of, tuned_tensors
-from qlora_exp.config.allowed_values import QUANTIZED
+from qlora_exp.config.allowed_values import INTEGER_MODES, QUANTIZED
 from qlora_exp.config.checks_method import TUNES_WEIGHTS
 from qlora_exp.config.enums import Checkpointing, Method, Quantization
 from qlora_exp.config.schema import Config
@@ -189,6 +189,8 @@ def predicted_peak(
     quantized = [weight for weight in architecture.weights if weight.quantizable]
     largest = max((weight.in_features * weight.out_features for weight in quantized), default=0)
     dequantized = largest * width if config.quantization.mode in QUANTIZED else 0
+    if config.quantization.mode in INTEGER_MODES:  # in float32 first, from one byte for each code
+        dequantized = largest * (FLOAT32_BYTES + (width if width < FLOAT32_BYTES else 1))
     heap = TUNED_HEAP if joined_heap else DEFAULT_HEAP
     slack = 0.0 if cuda else _heap_fragmentation(heap, architecture, batch, width, activations, logits)
 

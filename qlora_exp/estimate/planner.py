@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qlora_exp.architecture.families import known_architecture
+from qlora_exp.architecture.run_plan import check_integer_groups
 from qlora_exp.architecture.shapes import Architecture, WeightShape
 from qlora_exp.architecture.targets import rank_warning
 from qlora_exp.architecture.tuned_weights import trained_modules
@@ -219,6 +220,7 @@ class Planner:
         device, budget = self.device(config), config.budget
         if device.kind == "cpu" and (problem := int8_dora(config) or scaled_16_bit_weights(config)):
             raise problem
+        check_integer_groups(self.architecture(config.model), config.quantization)
         rows = self._counter.of(config) if self._counter is not None else None
         estimate = self.estimate(config if rows is not None else self._with_steps(config), rows)
         architecture, modules = estimate.estimator.architecture, estimate.estimator.modules

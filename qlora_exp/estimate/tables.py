@@ -12,6 +12,7 @@ import jinja2
 from rich.table import Table
 
 from qlora_exp.architecture.run_plan import compute_dtype
+from qlora_exp.config.allowed_values import INTEGER_MODES
 from qlora_exp.config.enums import Method
 from qlora_exp.config.overrides import hydra_value
 from qlora_exp.config.schema import Config
@@ -330,6 +331,8 @@ def sizes_of(config: Config, planner: Planner) -> Sizes:
     adapters = adapter_bytes(adapted, config.lora, config.training.optimizer)
     modes = []
     for mode, bits in BITS_PER_WEIGHT.items():
+        if mode in INTEGER_MODES:  # for experiments with rounding; nf4 is as small
+            continue
         quantization = in_mode(config.quantization, mode)
         dtype = compute_dtype(quantization, device.kind, device.bf16)
         base = base_bytes(architecture, quantization, dtype)

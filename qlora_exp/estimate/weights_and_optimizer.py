@@ -12,7 +12,7 @@ from qlora_exp.architecture.run_plan import adapter_dtype, compute_dtype
 from qlora_exp.architecture.shapes import DTYPES, Architecture, WeightShape
 from qlora_exp.architecture.targets import rank_of
 from qlora_exp.architecture.tuned_weights import inserted_shapes, tuned_tensors
-from qlora_exp.config.allowed_values import FROM_WEIGHTS, QUANTIZED
+from qlora_exp.config.allowed_values import FROM_WEIGHTS, INTEGER_MODES, QUANTIZED, codes_per_byte
 from qlora_exp.config.enums import ComputeDtype, Method, Quantization
 from qlora_exp.config.peft_kinds import peft_kind_of
 from qlora_exp.config.schema import Config, LoraConfig, QuantizationConfig
@@ -31,6 +31,7 @@ BITS_PER_WEIGHT = {
     Quantization.int8: 8,
     Quantization.nf4: 4,
     Quantization.fp4: 4,
+    **{mode: 8 // codes_per_byte(bits) for mode, (bits, _) in INTEGER_MODES.items()},
 }
 SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 WIDTHS = {"F32": 4, "BF16": 2, "F16": 2}
@@ -72,11 +73,13 @@ class AdapterBytes:
 def base_bytes(architecture: Architecture, quantization: QuantizationConfig, dtype: str) -> BaseBytes:
     """Return the bytes of the base. ``dtype`` is ``run_plan.compute_dtype``: also the dtype of everything that isn't
     quantized: embeddings, norms, biases, the head, and layers that bitsandbytes doesn't support."""
-    return _base_bytes(architecture, quantization.mode, quantization.double_quantization, dtype)
+    return _base_bytes(architecture, quantization.mode, quantization.double_quantization, quantization.group, dtype)
 
 
 @lru_cache(maxsize=256)
-def _base_bytes(architecture: Architecture, mode: Quantization, double_quantization: bool, dtype: str) -> BaseBytes:
+def _base_bytes(
+    architecture: Architecture, mode: Quantization, double_quantization: bool, group: int, dtype: str
+) -> BaseBytes:
     column = DTYPES.index(dtype)
     weights = sum(tensor.elements * tensor.element_bytes[column] for tensor in architecture.others)
     state = 0
@@ -84,8 +87,8 @@ def _base_bytes(architecture: Architecture, mode: Quantization, double_quantizat
         matrix = shape.in_features * shape.out_features
         weights += (shape.parameters - matrix) * shape.element_bytes[column]
         if mode in QUANTIZED and shape.quantizable:
-            weights += matrix if mode is Quantization.int8 else math.ceil(matrix / 2)
-            state += quantization_state(shape, mode, double_quantization)
+            weights += math.ceil(matrix * BITS_PER_WEIGHT[mode] / 8)
+            state += quantization_state(shape, mode, double_quantization, group)
         else:
             weights += matrix * shape.element_bytes[column]
     return BaseBytes(weights, state)
@@ -105,11 +108,11 @@ def smallest_base(
         candidate = in_mode(quantization, mode)
         return base_bytes(architecture, candidate, compute_dtype(candidate, device_kind, bf16)).total_bytes
 
-    mode = min(Quantization, key=size)
+    mode = min((mode for mode in Quantization if mode not in INTEGER_MODES), key=size)
     return mode, size(mode)
 
 
-def quantization_state(shape: WeightShape, mode: Quantization, double_quantization: bool) -> int:
+def quantization_state(shape: WeightShape, mode: Quantization, double_quantization: bool, group: int = 64) -> int:
     """Return the bytes kept with one quantized matrix.
 
     * int8 (LLM.int8(), Dettmers et al. 2022): a float32 scale per row. Outlier columns are found in each forward pass,
@@ -117,7 +120,11 @@ def quantization_state(shape: WeightShape, mode: Quantization, double_quantizati
     * 4 bit: a code book, and a float32 constant per block of 64.
     * 4 bit with double quantization (QLoRA, Dettmers et al. 2023): a code book, and 8 bits per constant. The constants
       have their float32 mean, a code book, and a float32 constant per 256 of them.
+    * integers (int4_asym …): per group of a row's inputs a float16 scale and, if asymmetric, a zero point of a byte.
     """
+    if mode in INTEGER_MODES:
+        groups = shape.out_features * math.ceil(shape.in_features / group)
+        return groups * (2 if INTEGER_MODES[mode][1] else 3)
     if mode is Quantization.int8:
         return 4 * shape.out_features
     blocks = math.ceil(shape.in_features * shape.out_features / QUANTIZATION_BLOCK)

@@ -217,6 +217,11 @@ def _weights(model: PreTrainedModel) -> Iterator[WeightShape]:
         )
 
 
+def quantizable_linears(model: PreTrainedModel) -> set[str]:
+    """Return the names of the linear layers that a quantized mode replaces: all but the output head and experts."""
+    return {weight.name for weight in _weights(model) if weight.quantizable}
+
+
 def _names_without_adapters(model: PreTrainedModel) -> frozenset[str]:
     """Return the last parts of names that PEFT doesn't adapt in this architecture.
 

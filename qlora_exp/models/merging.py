@@ -9,15 +9,17 @@ from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from qlora_exp.config.enums import ComputeDtype, Quantization
 from qlora_exp.config.schema import Config
 from qlora_exp.errors import ModelError
 from qlora_exp.models.adapters import load_adapter
-from qlora_exp.models.base import Base, load_base
+from qlora_exp.models.base import QUANTIZED_LINEARS, Base, load_base
+from qlora_exp.models.integer_linear import IntegerLinear
 from qlora_exp.models.starting_adapters import retie_embeddings
 
 
@@ -59,15 +61,18 @@ def dequantized_base(config: Config, base: Base) -> Base:
     unquantized = replace(config.quantization, mode=Quantization.fp32, compute_dtype=ComputeDtype.auto)
     exact = load_base(replace(config, quantization=unquantized), "cpu")
     for name, module in base.model.named_modules():
-        if isinstance(module, Linear4bit | Linear8bitLt):
+        if isinstance(module, QUANTIZED_LINEARS):
             layer = exact.model.get_submodule(name.removesuffix(".base_layer"))  # without its adapter
-            layer.weight.data = _dequantized_weight(module).to("cpu", torch.float32)
+            weight = _dequantized_weight(module).to("cpu", torch.float32)
+            layer.weight.data = weight.T.contiguous() if isinstance(layer, Conv1D) else weight
     return exact
 
 
 def _dequantized_weight(module: Any) -> torch.Tensor:
-    """Return the weight with which a layer of bitsandbytes computes, (rows, columns). LLM.int8() has a scale for each
+    """Return the weight with which a quantized layer computes, (rows, columns). LLM.int8() has a scale for each
     row, in 127ths (Dettmers et al. 2022)."""
+    if isinstance(module, IntegerLinear):
+        return module.dequantized_weight()
     if isinstance(module, Linear4bit):
         weight: torch.Tensor = dequantize_4bit(module.weight.data, module.weight.quant_state)
         return weight

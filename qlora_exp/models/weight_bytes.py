@@ -10,6 +10,7 @@ from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear8bitLt
 from torch import nn
 
+from qlora_exp.models.integer_linear import IntegerLinear
 from qlora_exp.models.tuning import tuned_parameters
 
 
@@ -28,9 +29,10 @@ def weight_bytes(model: nn.Module) -> WeightBytes:
     """Count the bytes of ``model``, quantized or not, with adapters or without."""
     adapter = _bytes_by_storage(parameter for _, parameter in tuned_parameters(model))
     tensors = _bytes_by_storage([*model.parameters(), *model.buffers()])
-    base = {key: size for key, size in tensors.items() if key not in adapter}
     state = _bytes_by_storage(tensor for module in model.modules() for tensor in _quantization_state(module))
-    state = {key: size for key, size in state.items() if key not in tensors}
+    weights = _bytes_by_storage(model.parameters())
+    state = {key: size for key, size in state.items() if key not in weights}
+    base = {key: size for key, size in tensors.items() if key not in adapter and key not in state}
     return WeightBytes(sum(base.values()), sum(state.values()), sum(adapter.values()))
 
 
@@ -47,6 +49,8 @@ def _quantization_state(module: nn.Module) -> Iterator[torch.Tensor]:
         scales = getattr(parameter, "SCB", None)
         if isinstance(scales, torch.Tensor):
             yield scales
+    if isinstance(module, IntegerLinear):
+        yield from module.buffers(recurse=False)
     if isinstance(module, Linear8bitLt):
         yield from (value for value in (module.state.CB, module.state.SCB) if isinstance(value, torch.Tensor))
 

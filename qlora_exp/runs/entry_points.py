@@ -10,6 +10,7 @@ from typing import Any
 from qlora_exp.architecture.run_plan import (
     EARLIER_DISTILLATION,
     EARLIER_EVALUATION_DEFAULTS,
+    EARLIER_GROUP,
     EARLIER_LORA_DEFAULTS,
     EARLIER_METHOD,
     EARLIER_MODEL_DEFAULTS,
@@ -113,6 +114,7 @@ def config_from_plain(plain: dict[str, Any]) -> Config:
         plain["budget"] = {**dict.fromkeys(STUDY_LIMITS), "force": False, **plain.get("budget", {})}
         plain["distillation"] = {**EARLIER_DISTILLATION, **plain.get("distillation", {})}
         plain["ship"] = {**EARLIER_SHIP, **plain.get("ship", {})}
+        plain["quantization"] = {"group": EARLIER_GROUP, **plain.get("quantization", {})}
         plain["lora"] = {**EARLIER_LORA_DEFAULTS, **plain.get("lora", {})}
         plain["method"] = {**EARLIER_METHOD, **plain.get("method", {})}
         plain["model"] = {**EARLIER_MODEL_DEFAULTS, **plain.get("model", {})}  # older records lack some keys of these

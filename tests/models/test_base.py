@@ -162,7 +162,7 @@ def test_every_mode_passes_the_self_test_on_this_machine(mode: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("mode", ["fp32", "fp16", "int8", "nf4"])
+@pytest.mark.parametrize("mode", ["fp32", "fp16", "int8", "nf4", "int4_sym"])
 def test_training_on_a_shell_shares_tensors_and_leaves_the_base_as_it_was(
     family: str, mode: str, tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
