@@ -149,7 +149,7 @@ def use_sentence(choice: ChosenConfiguration, configurations: Sequence[Configura
         f"r = {chosen.rank}" if chosen.rank else method_name(chosen.first.config),
         mode_of(chosen.first),
         *([targets_of(chosen.first)] if len(targets) > 1 and chosen.rank else []),
-        *(chosen.settings[key] for key in SAID if key in chosen.settings),
+        *(str(chosen.settings[key]) for key in SAID if chosen.settings.get(key)),
         f"learning rate {rate:.4g}",
     ]
     return f"Use {', '.join(settings)}: {'; '.join(_results(choice, configurations, measure))}."
