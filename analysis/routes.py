@@ -146,6 +146,7 @@ def routes_section(comparison: RouteComparison) -> Section:
             "Sizes count packed weights, scales and zero points by formula; embeddings, head and norms in 16 bits."
             " qlora-exp export writes files of GGUF's types and measures them.",
             "All ways have the same learning rate: the best one may differ between them.",
+            "The first sentence names the closest of several ways: its interval doesn't count that choice.",
         ),
     )
 
