@@ -12,7 +12,7 @@ from scipy import stats
 
 from qlora_exp.analysis import figures
 from qlora_exp.analysis.comparable import answering_scores, cell_of, finite_score, is_pilot
-from qlora_exp.analysis.configurations import INTERVAL_CONFIDENCE, Configuration, Measure, known_mean
+from qlora_exp.analysis.configurations import INTERVAL_CONFIDENCE, SAID, Configuration, Measure, known_mean
 from qlora_exp.analysis.report_content import Section
 from qlora_exp.records.method_name import is_lora, method_name
 from qlora_exp.records.types import RunRecord, Status
@@ -140,7 +140,8 @@ def _mean_line(
     shared = sorted(set.intersection(*(set(curve) for curve in of_seeds)))
     means = [math.exp(float(np.mean([math.log(curve[step]) for curve in of_seeds]))) for step in shared]
     tuning = f"r {configuration.rank}" if configuration.rank else method_name(configuration.first.config)
-    name = f"{_group(configuration.first)}, {tuning}"
+    said = "".join(f", {configuration.settings[key]}" for key in SAID if configuration.settings.get(key))
+    name = f"{_group(configuration.first)}, {tuning}{said}"
     if rates:
         name += f", lr {configuration.first.config['training']['learning_rate']:.3g}"
     bounds: dict[str, Any] = {}

@@ -181,12 +181,14 @@ def build(
         if is_search_on_validation(first.choice, first.candidates, groups[0].protocol.split):
             line, why = hedged_sentence(line, first.candidates, _confirm_command(studies)), []
         headline = [line, *why, *_cautions(groups, studies)]
+    headline = [*(section.paragraphs[0] for section in _asked_sections(first)), *headline]
     completed = [record for record in records if record.status is Status.COMPLETED]
     chosen = first.choice.configuration if first.choice is not None else None
     chosen = confirmed[0].use if confirmed is not None else chosen
     command = command_of(chosen.first) if chosen is not None and command_of is not None else None
     parts = [
         confirmation_section(*confirmed) if confirmed is not None else None,
+        *(replace(section, folded=False) for section in _asked_sections(first)),
         *_first_sections(first, runs, views, curves, command),
         _answers_section(first, answers),
         *ladder_sections(views),
@@ -262,6 +264,16 @@ def _first_sections(
         sections.rank_section(first.candidates, first.measure, views, first.metric),
         curves_section(first.candidates, runs.records, first.measure, drawn, curves),
         sections.configurations_section(first.candidates, first.measure, first.metric, chosen, command),
+    ]
+
+
+def _asked_sections(compared: _Compared) -> list[Section]:
+    """Return the sections on methods, on ways to a small model, and on students: what the study is about if it has
+    such runs. The first paragraph of each is its answer."""
+    return [
+        *([methods_section(compared.methods)] if compared.methods is not None else []),
+        *([routes_section(compared.routes)] if compared.routes is not None else []),
+        *([students_section(compared.students)] if compared.students is not None else []),
     ]
 
 
@@ -363,9 +375,7 @@ def _group_sections(compared: _Compared, groups: Sequence[Group]) -> list[Sectio
             instruct_section(compared.comparison) if compared.comparison else None,
             sections.equal_everything_section(candidates, measure, *levels),
             sections.tradeoff_section(candidates, measure),
-            methods_section(compared.methods) if compared.methods is not None else None,
-            routes_section(compared.routes) if compared.routes is not None else None,
-            students_section(compared.students) if compared.students is not None else None,
+            *(() if group is groups[0] else _asked_sections(compared)),
         ]
     parts += [sections.memory_section(candidates, group.records), sections.speed_section(group.records)]
     known = [replace(part, folded=True) for part in parts if part is not None]

@@ -86,9 +86,15 @@ def route_sentence(comparison: RouteComparison) -> str:
         return "No way to a rounded model was scored."
     best = max(others, key=lambda result: result.difference.value if result.difference is not None else 0.0)
     assert best.difference is not None
-    verb = "loses" if best.difference.value < 0 else "gains"
+    difference, unit = best.difference, comparison.measure.label
+    if difference.low is not None and difference.low > 0:
+        how = f"it is better by {difference} in {unit}"
+    elif difference.high is not None and difference.high < 0:
+        how = f"it is worse by {_loss(difference)} in {unit}"
+    else:
+        how = f"a difference isn't shown ({difference} in {unit}; above 0 it would be better)"
     size = _ratio(best, comparison.results[0])
-    sentence = f"{best.name} comes closest to {comparison.results[0].name}: it {verb} {_loss(best.difference)}"
+    sentence = f"{best.name} comes closest to {comparison.results[0].name}: {how}"
     sentence += f", at {100 * size:.0f} % of its size" if size is not None else ""
     alpha = joint_alpha(len(others))
     worse = [
@@ -140,6 +146,7 @@ def routes_section(comparison: RouteComparison) -> Section:
             "Sizes count packed weights, scales and zero points by formula; embeddings, head and norms in 16 bits."
             " qlora-exp export writes files of GGUF's types and measures them.",
             "All ways have the same learning rate: the best one may differ between them.",
+            "The first sentence names the closest of several ways: its interval doesn't count that choice.",
         ),
     )
 

@@ -231,6 +231,8 @@ def _weight_sizes(records: Sequence[RunRecord]) -> Table:
     measured: dict[str, float] = {}
     for record in records:
         weights, state = record.memory.base_weight_bytes, record.memory.quantization_state_bytes
+        if not is_lora(record.config):
+            continue  # what the run trains of the base doesn't count as the base
         if record.plan is not None and record.plan.total_parameters == parameters and weights is not None:
             measured.setdefault(mode_of(record), weights + (state or 0))
     rows: list[tuple[DisplayedValue, ...]] = []

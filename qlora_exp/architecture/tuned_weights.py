@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -131,6 +132,7 @@ def chosen_layers(layers: object, count: int, model_type: str, key: str) -> froz
     return frozenset(numbers)
 
 
+@functools.lru_cache(maxsize=1 << 16)  # one plan asks a million times for some hundred names
 def layer_of(name: str) -> int | None:
     """Return the number of the decoder layer that a tensor or module is in, by its name; ``None``: in none."""
     match = LAYER_NUMBER.match(f"{name}.")

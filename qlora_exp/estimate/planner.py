@@ -374,7 +374,7 @@ def _settings(config: Config) -> dict[str, Any]:
         "quantization": config.quantization.mode.value,
         "r": config.lora.r,
         "targets": config.targets.modules or config.targets.set,
-        **to_plain(config)["training"],
+        **to_plain(training),
         "micro_batch_size": training.micro_batch_size or training.batch_size,
     }
 

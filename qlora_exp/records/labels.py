@@ -45,9 +45,9 @@ SPELLINGS = {
     "training.epochs": "epochs",
     "seed": "s",
     "evaluation.split": "",
-    "ships": "ships ",
-    "qat": "qat ",
-    "teacher": "teacher ",
+    "ships": "",
+    "qat": "",
+    "teacher": "",
     "kept": "",
 }
 """Setting → what precedes its value in a label, in the order of labels. Others read ``name=value`` and come last."""

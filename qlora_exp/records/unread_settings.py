@@ -23,22 +23,25 @@ def said_in_a_word(config: Mapping[str, Any]) -> dict[str, str]:
     """Return the settings of shipping, QAT, distillation and pruning that the run reads, each in a word; nothing for
     what is off.
 
-    Example: ``{"ships": "merged int4", "qat": "q4_0", "teacher": "3f2a, gold 0.5", "kept": "0+3"}``.
+    Example: ``{"ships": "ships merged int4 g64", "teacher": "taught by 3f2a gold 0.5", "kept": "layers 0+3"}``.
     """
     said: dict[str, str] = {}
     ship, training = config.get("ship") or {}, config.get("training") or {}
     qat, distillation = training.get("qat") or {}, config.get("distillation") or {}
     if ship.get("model") is not None:
         rounded = ship.get("format") if ship["model"] != "trained" else None
-        said[SHIPS] = f"{ship['model']} {_format(ship)}" if rounded is not None else str(ship["model"])
+        words = {"trained": "as trained", "merged_into_dequantized": "remerged"}.get(ship["model"], ship["model"])
+        said[SHIPS] = f"ships {words} {_format(ship)}" if rounded is not None else f"ships {words}"
     if qat.get("format") is not None:
         warm = f" from step {qat['start_step']}" if qat.get("start_step") else ""
         warm += f" warm-up {qat['warmup_ratio']:g}" if qat.get("warmup_ratio") else ""
-        said[QAT] = f"{_format(qat)}{warm}"
+        said[QAT] = f"QAT {_format(qat)}{warm}"
     if distillation.get("teacher") is not None:
         kind = "" if distillation.get("divergence") == "forward" else f" {distillation.get('divergence')}"
         soft = "" if distillation.get("temperature") == 1.0 else f" T={distillation.get('temperature'):g}"
-        said[TEACHER] = f"{str(distillation['teacher'])[-4:]} gold {distillation.get('gold_weight'):g}{kind}{soft}"
+        said[TEACHER] = (
+            f"taught by {str(distillation['teacher'])[-4:]} gold {distillation.get('gold_weight'):g}{kind}{soft}"
+        )
     layers = (config.get("model") or {}).get("layers")
     if layers is not None:
         said["kept"] = layers if isinstance(layers, str) else "layers " + "+".join(map(str, layers))

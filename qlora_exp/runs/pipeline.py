@@ -130,6 +130,8 @@ def _run_pipeline(
     progress.record = _with_warning(progress.record, start_warning(config.method))
 
     progress.enter("train", observer)
+    if (teacher := find_teacher(config, planned.format, tokenizer)) is not None:
+        progress.record = progress.record.replace(teacher=teacher.recorded())
     progress.trained = _finished_training(paths)
     if progress.trained is not None:  # the run was interrupted after its training
         model = with_kernels(load_tuned(base, config, paths.weights), planned.kernels)
@@ -141,8 +143,7 @@ def _run_pipeline(
         model.train()
         validation = limit_items(splits.validation, config)
         targets = None
-        if (teacher := find_teacher(config, planned.format, tokenizer)) is not None:
-            progress.record = progress.record.replace(teacher=teacher.recorded())
+        if teacher is not None:
             progress.enter("ask the teacher", observer)
             asked = (config, splits.train, splits.record.fingerprint, planned.device, cache)
             targets = teacher_targets(teacher, *asked, _wait("teacher", observer))

@@ -281,6 +281,7 @@ def test_wilcoxon_compares_the_same_items_at_the_same_step(tmp_path: Path) -> No
     assert not study.report(claimed(study), 20, 0.9, worse)
 
 
+@pytest.mark.long
 def test_eight_processes_start_cold_on_one_fresh_database_and_none_fails_or_doubles(tmp_path: Path) -> None:
     spec = a_spec(tmp_path, n_trials=16)
     code = "print(json.dumps([claim.number for claim in finish(study)]))"
