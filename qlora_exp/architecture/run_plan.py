@@ -134,8 +134,7 @@ def config_fingerprint(config: Config) -> str:
     for key, value in EARLIER_LORA_DEFAULTS.items():
         if plain["lora"][key] == value:
             del plain["lora"][key]
-    if config.quantization.mode not in INTEGER_MODES:  # no other mode reads it
-        del plain["quantization"]["group"]
+    plain["quantization"] = _quantization_settings(config.quantization)
     plain.pop("method")
     if method := method_settings(config):
         plain["method"] = method
@@ -170,7 +169,7 @@ def base_fingerprint(config: Config, format: str) -> str:
     return _digest(
         {
             "model": _without_newer_model_defaults(plain["model"]),
-            "quantization": plain["quantization"],
+            "quantization": _quantization_settings(config.quantization),
             "task": task,
             "evaluation": evaluation,
             "max_length": plain["training"]["max_length"],
@@ -182,6 +181,14 @@ def base_fingerprint(config: Config, format: str) -> str:
 
 EARLIER_MODEL_DEFAULTS: dict[str, Any] = dict.fromkeys(("id", "instruct_id", "instruct_path", "adapter", "layers"))
 """What a model was before these keys existed."""
+
+
+def _quantization_settings(quantization: QuantizationConfig) -> dict[str, Any]:
+    """Return the settings without ``group``, unless the mode reads it: earlier versions didn't have it."""
+    plain: dict[str, Any] = to_plain(quantization)
+    if quantization.mode not in INTEGER_MODES:
+        del plain["group"]
+    return plain
 
 
 def _without_newer_model_defaults(model: dict[str, Any]) -> dict[str, Any]:

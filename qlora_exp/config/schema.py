@@ -466,8 +466,8 @@ def absolute_store(uri: str | None) -> str | None:
     return f"sqlite:///{absolute_path(name)}" if relative else uri
 
 
-def to_plain(config: Config | TrainingConfig) -> dict[str, Any]:
-    """Return the configuration, or its ``training``, as JSON types; enums by name, as on the command line."""
+def to_plain(config: Config | TrainingConfig | QuantizationConfig) -> dict[str, Any]:
+    """Return the configuration, or a part of it, as JSON types; enums by name, as on the command line."""
     return {field.name: _plain(getattr(config, field.name)) for field in fields(config)}
 
 
