@@ -196,3 +196,19 @@ def test_what_cannot_ship_is_refused_with_what_would_do(given: list[str], what: 
         compose(given)
     errors = refused.value.errors if isinstance(refused.value, Problems) else [refused.value]
     assert any(what in str(error) and hint in str(error) for error in errors), str(refused.value)
+
+
+def test_a_format_that_does_not_fit_the_layers_is_refused_before_anything_is_loaded(
+    output: Path, tmp_path: Path
+) -> None:
+    folder = save_tiny_model("gpt2", tmp_path / "gpt2")
+    for given, what in (
+        (["ship=merged", "ship.format=int4", "ship.group=100"], "192 inputs.*groups of 100"),
+        (["training.qat.format=int4", "training.qat.group=48"], "512 inputs.*groups of 48"),
+        (["ship=merged", "model=local", f"model.path={folder}"], "stored transposed"),
+    ):
+        before = set(OutputPaths.of(output).runs.iterdir()) if OutputPaths.of(output).runs.is_dir() else set()
+        with pytest.raises(QloraExpError, match=what):
+            execute(compose([*QUICK, "quantization=fp32", *given, f"output_root={output}"]))
+        after = set(OutputPaths.of(output).runs.iterdir()) if OutputPaths.of(output).runs.is_dir() else set()
+        assert before == after

@@ -37,6 +37,7 @@ from qlora_exp.paths import OutputPaths
 from qlora_exp.records.find import EndedRuns
 from qlora_exp.records.types import Environment, Plan
 from qlora_exp.runs.ask_teacher import find_teacher
+from qlora_exp.runs.ship import check_format
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def prepare(
     length = config.training.max_length
     splits = bases.memoize("splits", (task_key, model_id, length), lambda: load_data(config, tokenizer, length, rows))
     find_teacher(config, splits.format, tokenizer)
+    check_format(architecture, config)
     check_vocabulary(splits, tokenizer, architecture.vocabulary_size)
     check_positions(splits, architecture.positions)
     if config.evaluation.generate and not splits.whole_texts:

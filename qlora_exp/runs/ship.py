@@ -10,6 +10,7 @@ from qlora_exp.config.checks_method import TUNES_WEIGHTS
 from qlora_exp.config.enums import RangeChoice, ShippedModel
 from qlora_exp.config.schema import Config
 from qlora_exp.config.shipping import ShipConfig
+from qlora_exp.errors import ConfigError
 from qlora_exp.estimate.weights_and_optimizer import base_bytes
 from qlora_exp.models.base import Base
 from qlora_exp.models.fake_quantization import body_linears, round_linears
@@ -29,6 +30,31 @@ def ship_of(config: Config) -> ShipConfig | None:
     if qat.format is not None:
         return ShipConfig(ShippedModel.merged, qat.format, qat.symmetric, qat.group, RangeChoice.minmax)
     return config.ship if config.ship.model is not None else None
+
+
+def check_format(architecture: Architecture, config: Config) -> None:
+    """Check that the format to which weights are rounded fits the model's layers, before anything is loaded.
+
+    Raises:
+        ConfigError: a layer's inputs aren't divisible by the group, or the layers are GPT-2's transposed ones.
+    """
+    ship = ship_of(config)
+    if ship is None or ship.format is None or ship.model is ShippedModel.trained:
+        return
+    key = "training.qat" if config.training.qat.format is not None else "ship"
+    format = weight_format(ship.format, ship.symmetric, ship.group)
+    if any(shape.kind == "conv1d" for shape in architecture.weights):
+        what = f"the linear layers of {architecture.model_type} are stored transposed, and can't be rounded here"
+        raise ConfigError(what, f"{key}.format = {ship.format}", "export --formats q8_0 or quantize, after the run")
+    widths = sorted({shape.in_features for shape in architecture.weights})
+    odd = [width for width in widths if format.group is not None and width % format.group]
+    if odd:
+        what = f"a layer has {odd[0]} inputs, which {format.name} can't divide into groups of {format.group}"
+        fits = [str(size) for size in (256, 128, 64, 32, 16) if not any(width % size for width in widths)]
+        hint = (
+            f"{key}.group={fits[0] if fits else 'channel'}" if ship.format.startswith("int") else f"{key}.format=int4"
+        )
+        raise ConfigError(what, f"{key}.format = {ship.format}", hint)
 
 
 def shipped_model(
