@@ -1,4 +1,4 @@
-"""PEFT's adapters beside LoRA: for each kind, the bases that it trains right on, its options and its tensors.
+"""PEFT's adapters other than LoRA's: for each kind, the bases that it trains right on, its options and its tensors.
 
 A new kind is one row of :data:`PEFT_KINDS`; tests/models/test_peft_kinds.py measures each row with a small model.
 """

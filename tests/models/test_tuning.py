@@ -1,4 +1,4 @@
-"""Methods beside LoRA: what they train, what a plan says of it, and that the base they started from stays as it was."""
+"""Methods other than LoRA: what they train, what a plan says of it, and that the base they started from stays as it was."""
 
 from __future__ import annotations
 
