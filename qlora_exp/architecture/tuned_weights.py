@@ -242,7 +242,7 @@ def bottleneck_shapes(architecture: Architecture, method: MethodConfig) -> tuple
 def inserted_shapes(
     architecture: Architecture, method: MethodConfig, adapted: Sequence[WeightShape]
 ) -> tuple[tuple[str, tuple[int, ...]], ...] | None:
-    """Return name and shape of each tensor that the method inserts in addition to the base's own: bottleneck adapters, or
+    """Return name and shape of each tensor that the method adds to the base's own: bottleneck adapters, or
     PEFT's other than LoRA's. ``None``: it trains the base's own, or LoRA.
 
     ``adapted``: the layers that get an adapter.

@@ -13,7 +13,7 @@ from qlora_exp.formatting import UNKNOWN_CELL, bytes_text, clock_text, figure, f
 from qlora_exp.paths import RunPaths
 from qlora_exp.records.flat_rows import MAIN_SCORES, base_bytes_of, flat_run, shown_scores
 from qlora_exp.records.labels import labels, run_name, short_id
-from qlora_exp.records.method_name import is_lora
+from qlora_exp.records.method_name import is_lora, saves_adapter
 from qlora_exp.records.model_name import model_place
 from qlora_exp.records.schema import to_dict
 from qlora_exp.records.types import RunRecord, Status
@@ -82,7 +82,11 @@ def summary(record: RunRecord, paths: RunPaths, option: str = "") -> Iterator[tu
         peak = f"training peak {bytes_text(record.memory.peak_train_bytes)}{beside}"
         if record.memory.process_reused and record.memory.peak_train_bytes is None:
             peak = f"training peak not measured: the process had run before{beside}"
-        yield "memory", f"{peak}, base model {bytes_text(base_bytes_of(record))}"
+        weights = f"base model {bytes_text(base_bytes_of(record))}"
+        if not saves_adapter(record.config):
+            trained = bytes_text(record.memory.adapter_bytes)
+            weights = f"trained weights {trained}, other weights {bytes_text(base_bytes_of(record))}"
+        yield "memory", f"{peak}, {weights}"
     if record.speed.train_seconds is not None:
         rate = number(record.speed.train_tokens_per_second, 0)
         cost = f", ${record.speed.cost_usd:.2g}" if record.speed.cost_usd is not None else ""

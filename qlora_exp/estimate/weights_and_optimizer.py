@@ -40,8 +40,7 @@ WIDTHS_OF = {dtype: WIDTHS[name] for dtype, name in SAFETENSORS_DTYPES.items()}
 
 Shape = tuple[int, ...]
 AdaptedLayer = tuple[str, int, int, int]
-"""Name, in, out, rank."""
-"""A layer with an adapter: full name, input width, output width."""
+"""A layer with an adapter: full name, input width, output width, rank."""
 
 
 @dataclass(frozen=True)
@@ -155,14 +154,17 @@ def trained_bytes(
     if method.kind is Method.lora:
         return adapter_bytes(adapted, config.lora, optimizer)
     inserted = inserted_shapes(architecture, method, adapted)
-    if inserted is not None:
-        shapes = inserted
-    else:
-        shapes = tuple((tensor.name, tensor.shape) for tensor in tuned_tensors(architecture, method))
+    tuned = () if inserted is not None else tuned_tensors(architecture, method)
+    shapes = inserted if inserted is not None else tuple((tensor.name, tensor.shape) for tensor in tuned)
+    embeddings = {tensor.name for tensor in tuned if tensor.part == "embeddings"}
     masters = [(name, shape, "F32") for name, shape in shapes]
     saved = masters if inserted is not None else [(name, shape, SAFETENSORS_DTYPES[compute]) for name, shape in shapes]
     parameters = sum(math.prod(shape) for _, shape in shapes)
-    states = optimizer_state_bytes(optimizer, [(shape, FLOAT32_WIDTH) for _, shape in shapes])
+    states = optimizer_state_bytes(
+        optimizer,
+        [(shape, FLOAT32_WIDTH) for name, shape in shapes if name not in embeddings],
+        [(shape, FLOAT32_WIDTH) for name, shape in shapes if name in embeddings],
+    )
     size = FLOAT32_WIDTH * parameters
     return AdapterBytes(
         trainable_parameters=parameters,
@@ -206,11 +208,19 @@ def _adapter_bytes(layers: tuple[AdaptedLayer, ...], dora: bool, dtype: str, opt
     )
 
 
-def optimizer_state_bytes(optimizer: str, tensors: Iterable[tuple[Shape, int]]) -> int:
-    """Return the bytes of the states of ``optimizer`` (one of ``config.names.OPTIMIZERS``) over ``tensors``: (shape,
-    bytes per element). Paged states count, too: they move to the host only if the card runs out of memory."""
+def optimizer_state_bytes(
+    optimizer: str, tensors: Iterable[tuple[Shape, int]], embeddings: Iterable[tuple[Shape, int]] = ()
+) -> int:
+    """Return the bytes of the states of ``optimizer`` (one of ``config.names.OPTIMIZERS``) over ``tensors`` and
+    ``embeddings``: (shape, bytes per element). Paged states count, too: they move to the host only if the card runs out
+    of memory.
+
+    transformers makes bitsandbytes' 8-bit optimizers keep the states of ``torch.nn.Embedding`` in float32
+    (``Trainer.create_optimizer``).
+    """
     name = optimizer.removeprefix("paged_")
-    shapes = list(tensors)
+    others = list(tensors)
+    shapes = [*others, *embeddings]
     if name == "sgd":
         return 0
     if name == "adafactor":  # float32 sums of a matrix's rows and columns, and a norm
@@ -221,7 +231,7 @@ def optimizer_state_bytes(optimizer: str, tensors: Iterable[tuple[Shape, int]]) 
     moments = {"adamw": 2, "ademamix": 3, "lion": 1, "rmsprop": 1}[name.partition("_")[0]]
     in_8_bit = name.endswith("8bit")
     sizes = [math.prod(shape) for shape, _ in shapes]
-    large = [size for size in sizes if in_8_bit and size >= MIN_8_BIT_ELEMENTS]
+    large = [size for size in sizes[: len(others)] if in_8_bit and size >= MIN_8_BIT_ELEMENTS]
     blocks = sum(math.ceil(size / NESTED_BLOCK) for size in large)
     code_books = min(moments, 2) * EIGHT_BIT_CODE_BYTES if large else 0
     return moments * (4 * (sum(sizes) - sum(large)) + sum(large) + 4 * blocks) + code_books

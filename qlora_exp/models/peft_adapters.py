@@ -1,4 +1,4 @@
-"""PEFT's adapters other than LoRA's: put on a base, and loaded again. Rows of config/peft_kinds.py say which and where."""
+"""PEFT's adapters other than LoRA's: put on a base, and loaded again; config/peft_kinds.py has their rows."""
 
 from __future__ import annotations
 

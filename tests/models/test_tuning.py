@@ -1,4 +1,4 @@
-"""Methods other than LoRA: what they train, what a plan says of it, and that the base they started from stays as it was."""
+"""Methods other than LoRA: what they train, what a plan says of it; and the base they start from stays as it was."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from qlora_exp.models.base_cache import BaseCache
 from qlora_exp.models.inspect import describe
 from qlora_exp.models.tuning import attach, load_tuned, merged_tuned, without_tuning
 from qlora_exp.models.weight_bytes import weight_bytes
+from qlora_exp.orchestration.command import study_spec
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records.types import RunRecord, Status
 from qlora_exp.runs.execute import execute
@@ -32,6 +33,7 @@ QUICK = [
 METHODS = {
     "full": ["method=full", "quantization=fp32"],
     "full in bf16": ["method=full", "quantization=bf16"],
+    "full in 8-bit Adam": ["method=full", "quantization=fp32", "training.optimizer=adamw_8bit"],
     "layerwise": ["method=layerwise", "quantization=fp32", "method.layers=[1,3]"],
     "selective": ["method=selective", "quantization=fp32", "method.parameters=[norms,embeddings]"],
     "bottleneck": ["method=bottleneck", "quantization=nf4", "method.size=4"],
@@ -220,6 +222,14 @@ def test_what_the_model_lacks_is_refused_before_anything_is_loaded(given: list[s
     with pytest.raises(QloraExpError) as refused:
         trained_modules(describe(config.model), config)
     assert what in str(refused.value)
+
+
+@pytest.mark.parametrize("method", ["method=full", "method=full,layerwise"])
+def test_a_search_among_equal_trials_is_refused(method: str) -> None:
+    with pytest.raises(QloraExpError, match=r"trials that differ in lora\.r would be equal"):
+        study_spec([method, "quantization=fp32", "lora.r=4,8"])
+    assert study_spec(["method=lora,full", "quantization=fp32", "lora.r=4,8"]).spec.n_trials == 4
+    assert study_spec([method, "quantization=fp32", "training.learning_rate=1e-4,1e-3"]).spec.n_trials in (2, 4)
 
 
 def test_layers_choose_among_lora_targets(bases: BaseCache) -> None:
