@@ -166,10 +166,10 @@ def test_a_glob_means_every_choice_of_its_group(group: str) -> None:
 
 
 def test_a_globs_points_are_checked_like_any_other() -> None:
-    with pytest.raises(QloraExpError, match="pissa"):
+    with pytest.raises(QloraExpError, match="PiSSA|pissa"):
         check_multirun(["quantization=glob(*)", "lora.init=pissa"])
     check_multirun(["quantization=glob([fp32,*16])", "lora.init=pissa"])
-    check_multirun(["quantization=glob(*, exclude=[*4,int8])", "lora.init=pissa"])
+    check_multirun(["quantization=glob(*, exclude=[*4,int*])", "lora.init=pissa"])
 
 
 @pytest.mark.parametrize("glob", ["quantization=glob(x*)", "lora.r=glob(*)"])
