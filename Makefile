@@ -15,7 +15,7 @@ REPLAY_OUTPUT ?= outputs/reference_grid
 FINDINGS_OUTPUT ?= outputs/findings
 GPU_OUTPUT ?= outputs/gpu_acceptance
 
-.PHONY: demo docs test lint types test-slow test-real test-faults test-browser test-lower-bounds calibration replay \
+.PHONY: demo docs test test-long lint types test-slow test-real test-faults test-browser test-lower-bounds calibration replay \
   replay-measure findings gpu-acceptance gpu-rehearsal clean
 .DEFAULT_GOAL := test
 
@@ -34,6 +34,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations=25
+
+# Tests that take many processor-seconds by nature; the same processes as in make test.
+test-long: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -n auto --dist loadfile --no-loadscope-reorder --durations=15
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -91,7 +95,10 @@ replay-measure: $(STAMP)
 findings: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/findings.py --output $(FINDINGS_OUTPUT) \
 	  $(if $(MINUTES),--minutes $(MINUTES))
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/findings_methods.py --output $(FINDINGS_OUTPUT) \
+	  $(if $(MINUTES),--minutes $(MINUTES))
 	$(BIN)/python tests/benchmarks/findings.py --output $(FINDINGS_OUTPUT) --collect docs/findings.csv
+	$(BIN)/python tests/benchmarks/findings_methods.py --output $(FINDINGS_OUTPUT) --collect docs/findings_methods.csv
 	$(BIN)/python tests/benchmarks/findings.py --from docs/findings.csv --page docs/findings.md
 
 # On a GPU machine; called again, it goes on. MINUTES=9: start nothing that may not end within nine minutes.

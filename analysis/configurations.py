@@ -13,7 +13,9 @@ from scipy import stats
 
 from qlora_exp.analysis.comparable import answering_scores, finite_score
 from qlora_exp.formatting import flatten
+from qlora_exp.records.method_name import LORA, adapter_name, is_lora, method_name
 from qlora_exp.records.types import Memory, RunRecord, Scores
+from qlora_exp.records.unread_settings import said_in_a_word, unread_prefixes
 
 INTERVAL_CONFIDENCE = 0.95
 """Level of the two-sided intervals over seeds."""
@@ -25,6 +27,12 @@ IGNORED_KEYS = frozenset(
     )
 )
 """Keys in which two runs of one configuration may differ. The task is one: the protocol holds it equal."""
+
+TUNING = "tuning"
+"""Key of a configuration's settings: its tuning method, unless it is LoRA on all layers."""
+
+SAID = ("ships", "qat", "teacher", "kept")
+"""Keys of what :func:`said_in_a_word` says; they are absent if they are off."""
 
 LABEL_KEYS = ("model.variant", "format", "quantization.mode", "lora.r", "targets.set")
 """Keys that every label shows (the format only where it differs)."""
@@ -39,6 +47,8 @@ MEASURES = {
 }
 """Score → whether higher is better, the most telling first."""
 
+OF_LORA = "lora."
+"""Keys that runs of other methods don't have."""
 PEAK_PARTS = ("weights", "quantization state", "adapters", "gradients", "optimizer", "activations")
 
 
@@ -131,7 +141,8 @@ class Configuration:
 
     @property
     def rank(self) -> int:
-        return int(self.first.config["lora"]["r"])
+        """Of its LoRA adapters; 0 for other methods."""
+        return int(self.first.config["lora"]["r"]) if is_lora(self.first.config) else 0
 
 
 def measure_of(records: Sequence[RunRecord]) -> Measure | None:
@@ -167,6 +178,8 @@ def configurations(records: Sequence[RunRecord], measure: Measure) -> list[Confi
     settings = [configuration_settings(record) for record in records]
     keys = dict.fromkeys(key for flat in settings for key in flat)
     varying = [key for key in keys if len({str(flat.get(key)) for flat in settings}) > 1]
+    read = {key: {str(flat[key]) for flat in settings if key in flat} for key in varying}
+    labelled = [key for key in varying if len(read[key]) > 1 or not key.startswith(OF_LORA)]
     groups: dict[tuple[str, ...], dict[int | None, RunRecord]] = defaultdict(dict)
     settings_of: dict[tuple[str, ...], dict[str, Any]] = {}
     for record, flat in zip(records, settings, strict=True):
@@ -190,7 +203,7 @@ def configurations(records: Sequence[RunRecord], measure: Measure) -> list[Confi
             quality = Estimate(float(np.mean(scores)), len(scores), se, df or None)
         memory = [run.memory.peak_train_bytes if peak_is_known else run.memory.model_state_bytes for run in runs]
         configuration = Configuration(
-            label=_label(flat, varying),
+            label=_label(flat, labelled),
             settings={key: flat.get(key) for key in varying},
             runs=runs,
             quality=quality,
@@ -217,6 +230,11 @@ def configuration_settings(record: RunRecord) -> dict[str, Any]:
     """Return dotted key → value of the settings that define a configuration; ``format`` as it was resolved."""
     compared = {group: values for group, values in record.config.items() if group not in IGNORED_KEYS}
     settings = {key: value for key, value in flatten(compared) if key not in IGNORED_KEYS and value != {}}
+    unread = unread_prefixes(record.config)
+    settings = {key: value for key, value in settings.items() if not key.startswith(unread)}
+    if (name := method_name(record.config)) != LORA:
+        settings[TUNING] = name
+    settings |= said_in_a_word(record.config)
     return {**settings, "format": record.plan.format if record.plan is not None else None}
 
 
@@ -302,7 +320,7 @@ def memory_spread(configurations: Sequence[Configuration]) -> dict[str, float]:
 
 def _memory_label(run: RunRecord) -> str:
     variant = (run.config.get("model") or {}).get("variant")
-    return f"{variant} · {mode_of(run)} · r {run.config['lora']['r']} · {targets_of(run)}"
+    return f"{variant} · {mode_of(run)} · {adapter_name(run.config, targets_of(run))}"
 
 
 def _parts(memory: Memory) -> dict[str, float | None]:
@@ -325,16 +343,22 @@ def _parts(memory: Memory) -> dict[str, float | None]:
 
 
 def _label(flat: Mapping[str, Any], varying: Sequence[str]) -> str:
+    adapters = []
+    if "lora.r" in flat:
+        adapters = [f"r {flat['lora.r']}", display_setting(flat.get("targets.modules") or flat.get("targets.set"))]
     parts = [
         str(flat.get("model.variant")),
         *([str(flat.get("format"))] if "format" in varying else []),
         str(flat.get("quantization.mode")),
-        f"r {flat.get('lora.r')}",
-        display_setting(flat.get("targets.modules") or flat.get("targets.set")),
+        *([str(flat[TUNING])] if TUNING in flat else []),
+        *adapters,
     ]
-    implied = ("model.template_tokens_trained", "quantization.", "targets.")
+    implied = ("model.template_tokens_trained", "quantization.", "targets.", "method.", TUNING)
     names = {"training.learning_rate": "lr", "lora.alpha": "alpha"}
     for key in varying:
-        if key not in LABEL_KEYS and not key.startswith(implied):
+        unread = key.startswith(OF_LORA) and key not in flat
+        if key in SAID:
+            parts += [flat[key]] if key in flat else []
+        elif key not in LABEL_KEYS and not key.startswith(implied) and not unread:
             parts.append(f"{names.get(key, key.rsplit('.', 1)[-1])} {display_setting(flat.get(key))}")
     return " · ".join(parts)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import lru_cache
 from itertools import combinations
@@ -48,6 +48,7 @@ from qlora_exp.records.types import RunRecord, Status
 FAMILY_ERROR = 0.05
 """Error rate of all statements about pairs together."""
 MIN_SEEDS_TO_DECIDE = 2
+LOST = (Status.FAILED, Status.OUT_OF_MEMORY, Status.DIVERGED)
 EQUAL_MEMORY, EQUAL_SECONDS = 0.01, 0.1
 """Relative differences below which two configurations count as equally large, and as equally fast."""
 
@@ -196,10 +197,10 @@ def confirm_finalists(
 
     A seed counts only if every finalist has a score with it, because the comparison is paired.
     """
-    ended = [record for record in records if record.status not in (Status.RUNNING, Status.INTERRUPTED)]
+    ended = _ended(records)
     if not ended:
         return None
-    pending = max(planned, len(records)) - len(ended)
+    pending = pending_runs(records, planned)
     measure = comparable_measure(ended, measure)
     all_finalists = configurations(ended, measure)
     lost = tuple((c, failed) for c in all_finalists if (failed := sum(map(_is_lost, c.runs))))
@@ -208,8 +209,9 @@ def confirm_finalists(
         return None
     order = sorted(compared, key=lambda c: -measure.sign * c.quality.mean if c.quality else math.inf)
     seeds = [seed for seed in _scores(order[0], measure) if all(seed in _scores(c, measure) for c in order)]
-    if seeds:  # the order, too, only counts the seeds that all of them share
-        order.sort(key=lambda c: -measure.sign * math.fsum(_scores(c, measure)[seed] for seed in seeds))
+    if seeds:  # order and quality, too, only count the seeds that all of them share
+        order = _over_seeds(order, seeds, measure)
+        order.sort(key=lambda c: -measure.sign * c.quality.mean if c.quality else math.inf)
     losses, of_items, item_count = _losses(order, seeds, measure, items)
     level = known_mean(c.quality.mean for c in order if c.quality is not None)
     size = margin_in_score(margin, [run for c in order for run in c.runs], measure.name)
@@ -287,14 +289,35 @@ def seeds_to_confirm(pairs: Sequence[FinalistPair], margin: float | None, finali
     return low
 
 
+def pending_runs(records: Sequence[RunRecord], planned: int) -> int:
+    """Return how many of the planned runs have not ended."""
+    return max(planned, len(records)) - len(_ended(records))
+
+
+def _ended(records: Sequence[RunRecord]) -> list[RunRecord]:
+    return [record for record in records if record.status not in (Status.RUNNING, Status.INTERRUPTED)]
+
+
 def _is_lost(run: RunRecord) -> bool:
-    return run.status in (Status.FAILED, Status.DIVERGED, Status.OUT_OF_MEMORY)
+    return run.status in LOST
 
 
 def _scores(configuration: Configuration, measure: Measure) -> Mapping[int | None, float]:
     """Return seed → score on test."""
     found = {run.seed: measure.of(answering_scores(run)) for run in configuration.runs}
     return {seed: value for seed, value in found.items() if value is not None}
+
+
+def _over_seeds(
+    finalists: Sequence[Configuration], seeds: Sequence[int | None], measure: Measure
+) -> list[Configuration]:
+    """Return the finalists with the runs of these seeds alone; labels and settings stay."""
+    runs = [run for c in finalists for run in c.runs if run.seed in seeds]
+    of_run = {run.run_id: c for c in finalists for run in c.runs}
+    return [
+        replace(c, label=of_run[c.first.run_id].label, settings=of_run[c.first.run_id].settings)
+        for c in configurations(runs, measure)
+    ]
 
 
 def _losses(
@@ -353,7 +376,7 @@ def _is_beaten(finalist: Configuration, pairs: Sequence[FinalistPair]) -> bool:
 
 def margin_unit_of(measure: Measure) -> MarginUnit:
     """Return the unit of a bare number: nats per item for a loss, as in a sweep; else the score's."""
-    return MarginUnit.NATS_PER_ITEM if measure.name == "loss_per_item" else MarginUnit.SCORE
+    return MarginUnit.NATS_PER_ITEM if measure.is_loss else MarginUnit.SCORE
 
 
 def planned_runs(content: Mapping[str, Any]) -> int:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qlora_exp.analysis.configurations import Configuration, known_mean
-from qlora_exp.analysis.confirmation import MIN_SEEDS_TO_DECIDE, Confirmation, ConfirmVerdict, FinalistPair
+from qlora_exp.analysis.confirmation import LOST, MIN_SEEDS_TO_DECIDE, Confirmation, ConfirmVerdict, FinalistPair
 from qlora_exp.analysis.recommendation import ComparisonVerdict, cost_words, interval_words, size_words
 from qlora_exp.analysis.report_choice import trainable_state_bytes
 from qlora_exp.analysis.report_content import AnswerCard, CardStatus, Section, value_table
 from qlora_exp.formatting import bytes_text
+from qlora_exp.records.types import RunRecord, Status
 
 QUESTION = "Which finalist?"
 
@@ -68,6 +70,10 @@ def confirmation_card(found: Confirmation, search: ConfirmedSearch) -> AnswerCar
         ConfirmVerdict.ALONE: f"{found.use.label}, the only finalist",
     }[found.verdict]
     is_open = found.verdict is ConfirmVerdict.OPEN
+    if is_open and len(found.finalists) == 1:
+        verdict = f"Not compared: {found.use.label}"
+    if found.pending:
+        verdict = f"Not finished, {_runs(found.pending)} to come"
     return AnswerCard(
         "confirm",
         QUESTION,
@@ -128,10 +134,44 @@ def settle_command(found: Confirmation, search: ConfirmedSearch) -> str | None:
     """Return the command that would settle what is open; ``None`` if nothing is, or seeds don't settle it."""
     if found.pending:
         return search.command
+    if found.lost and len(found.finalists) == 1:
+        return retry_command([run for configuration, _ in found.lost for run in configuration.runs], search)
     seeds = found.seeds_advised
     if found.verdict is ConfirmVerdict.OPEN and found.seeds < MIN_SEEDS_TO_DECIDE:
         seeds = 3
     return f"{search.command} --seeds {seeds}" if seeds is not None else None
+
+
+def retry_command(runs: Sequence[RunRecord], search: ConfirmedSearch) -> str | None:
+    """Return the command that runs the lost ones of ``runs`` again; ``None`` if there are none, or all diverged: a
+    diverged run diverges again.
+
+    If some failed and others ran out of memory, it is that of the failed ones; the next answer has the other one.
+    """
+    statuses = {run.status for run in runs}
+    study = next((run.trial.study for run in runs if run.trial is not None), None)
+    again = next((status for status in LOST if status in statuses and status is not Status.DIVERGED), None)
+    if again is None or study is None:
+        return None
+    written = shlex.split(search.command)
+    option = "--output-root"
+    place = f" {option} {shlex.quote(written[written.index(option) + 1])}" if option in written else ""
+    return f"qlora-exp resume {shlex.quote(study)} --retry {again.value.lower()}{place}"
+
+
+def unanswered_sentence(runs: Sequence[RunRecord], finalists: int, search: ConfirmedSearch) -> str:
+    """Return why none of ``finalists`` can be chosen yet, and what to do if each lost a run."""
+    lost = [run for run in runs if run.status in LOST]
+    if len({run.trial.number % finalists for run in lost if run.trial is not None}) < finalists:
+        return f"No finalist {'that lost no run ' if lost else ''}has a score yet."
+    command = retry_command(lost, search)
+    if command is not None:
+        return f"Every finalist lost a run: {command}"
+    return f"Every finalist lost a run: they diverged. To confirm others: {search.command} --trials N,N sweep.name=NAME"
+
+
+def _runs(count: int) -> str:
+    return f"{count} run{'s' * (count != 1)}"
 
 
 def _first_line(found: Confirmation) -> str:
@@ -149,7 +189,7 @@ def _first_line(found: Confirmation) -> str:
     if found.pending:
         if many == 1 and len(found.finalists) > 1:
             lead = f"{label} is ahead among {len(found.finalists)} finalists"
-        lead = f"Not finished, {found.pending} runs to come. So far: {lead[0].lower()}{lead[1:]}"
+        lead = f"Not finished, {_runs(found.pending)} to come. So far: {lead[0].lower()}{lead[1:]}"
     parts = [lead]
     score = found.score(found.use)
     if score is not None:
@@ -157,7 +197,10 @@ def _first_line(found: Confirmation) -> str:
         seeds = f"{found.seeds} new seed{'s' * (found.seeds != 1)}"
         interval = f"no interval: {seeds}"
         if low is not None and high is not None:
-            interval = f"95 % CI {low:.3g} to {high:.3g}, {seeds} and {found.items:,} items"
+            # A task metric's interval has the items' part; the measure's own is the spread over seeds.
+            has_items = found.metric is not None and found.metric.words == name
+            items = f" and {found.items:,} items" if has_items else f", these {found.items:,} items"
+            interval = f"95 % CI {low:.3g} to {high:.3g}, {seeds}{items}"
         parts.append(f"{name} on test {mean:.3g} ({interval})")
     parts += _costs(found.use)
     return f"{'; '.join(parts)}."
@@ -210,9 +253,11 @@ def _cost(found: Confirmation) -> str:
 
 def _settle(found: Confirmation, search: ConfirmedSearch) -> str | None:
     if found.pending:
-        return f"{found.pending} runs have not ended: {search.command} continues them."
+        have = "has" if found.pending == 1 else "have"
+        return f"{_runs(found.pending)} {have} not ended. To continue: {search.command}"
     if found.lost and len(found.finalists) == 1:
-        return "The other finalists lost runs: qlora-exp resume with --retry runs these again."
+        command = settle_command(found, search)
+        return f"The other finalists lost runs. To run these again: {command}" if command is not None else None
     if found.verdict is not ConfirmVerdict.OPEN:
         return None
     if found.seeds < MIN_SEEDS_TO_DECIDE:

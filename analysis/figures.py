@@ -25,6 +25,7 @@ from qlora_exp.analysis.configurations import (
 )
 from qlora_exp.analysis.ladder_views import LadderStep
 from qlora_exp.analysis.tradeoffs import PRECISION_ORDER, Front, ParetoStatus
+from qlora_exp.records.method_name import method_name
 
 Figure = dict[str, Any]
 
@@ -117,7 +118,7 @@ def _points(
         "x": [None if v is None else v / 1e6 if horizontal == "memory" else v for v in values],
         "y": [quality.mean for _, quality, _ in scored],
         "error_y": _error(halves),
-        "text": [f"r {c.rank}" for c, *_ in scored],
+        "text": [f"r {c.rank}" if c.rank else method_name(c.first.config) for c, *_ in scored],
         "textposition": "top right",
         "hovertext": [escape(c.label) + (f"<br>{status}" if status is not None else "") for c, _, status in scored],
         "customdata": [c.first.run_id for c, *_ in scored],
@@ -150,16 +151,15 @@ def rank_curve(
     Args:
         estimate_of: the value that is drawn; the default is the configuration's quality, whose interval is over seeds.
     """
-    estimates = {id(c): estimate for c in configurations if (estimate := estimate_of(c)) is not None}
-    scored = [configuration for configuration in configurations if id(configuration) in estimates]
+    estimates = {id(c): estimate for c in configurations if c.rank and (estimate := estimate_of(c)) is not None}
+    scored = [c for c in configurations if id(c) in estimates]
     lines = _lines(scored, ("lora.r", "lora.alpha", RATE))
     if any(len({c.settings.get("lora.r") for c in line}) < len(line) for line in lines.values()):
         lines = _lines(scored, ("lora.r", "lora.alpha"))
-    drawn = sorted((line for line in lines.items() if len(line[1]) > 1), key=lambda line: -len(line[1]))[:MAX_LINES]
-    if not drawn:
+    several = (line for line in lines.items() if len(line[1]) > 1)
+    if not (drawn := sorted(several, key=lambda line: -len(line[1]))[:MAX_LINES]):
         return None
-    variants = [variant_of(points[0]) for _, points in drawn]
-    # A variant has one colour in all plots, unless it has several lines here.
+    variants = [variant_of(points[0]) for _, points in drawn]  # one colour in all plots, unless it has several lines
     by_variant = len(set(variants)) == len(variants)
     colours = [VARIANT_COLOURS.get(v, PALETTE[2]) if by_variant else PALETTE[n] for n, v in enumerate(variants)]
     traces: list[Figure] = []

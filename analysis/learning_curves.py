@@ -12,8 +12,9 @@ from scipy import stats
 
 from qlora_exp.analysis import figures
 from qlora_exp.analysis.comparable import answering_scores, cell_of, finite_score, is_pilot
-from qlora_exp.analysis.configurations import INTERVAL_CONFIDENCE, Configuration, Measure, known_mean
+from qlora_exp.analysis.configurations import INTERVAL_CONFIDENCE, SAID, Configuration, Measure, known_mean
 from qlora_exp.analysis.report_content import Section
+from qlora_exp.records.method_name import is_lora, method_name
 from qlora_exp.records.types import RunRecord, Status
 
 Curves = Callable[[RunRecord], Mapping[int, float]]
@@ -138,7 +139,9 @@ def _mean_line(
 ) -> figures.CurveLine:
     shared = sorted(set.intersection(*(set(curve) for curve in of_seeds)))
     means = [math.exp(float(np.mean([math.log(curve[step]) for curve in of_seeds]))) for step in shared]
-    name = f"{_group(configuration.first)}, r {configuration.rank}"
+    tuning = f"r {configuration.rank}" if configuration.rank else method_name(configuration.first.config)
+    said = "".join(f", {configuration.settings[key]}" for key in SAID if configuration.settings.get(key))
+    name = f"{_group(configuration.first)}, {tuning}{said}"
     if rates:
         name += f", lr {configuration.first.config['training']['learning_rate']:.3g}"
     bounds: dict[str, Any] = {}
@@ -165,7 +168,7 @@ def _faint_lines(
         curve = _scaled(curves(record), factors.get(cell_of(record), 1.0))
         if curve:
             name = f"{_group(record)}, {'stopped early' if record.status in STOPPED else 'pilot'}"
-            rank = int(record.config["lora"]["r"])
+            rank = int(record.config["lora"]["r"]) if is_lora(record.config) else 0
             yield figures.CurveLine(
                 name, _group(record), rank, list(curve), list(curve.values()), faint=True, legend=name not in named,
                 run_id=record.run_id,

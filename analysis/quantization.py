@@ -120,10 +120,11 @@ def compare_targets(
     """
     sizes: dict[str, float] = {}
     for c in configurations:
-        if c.first.plan is not None:
+        if c.first.plan is not None and c.rank:
             sizes.setdefault(targets_of(c.first), c.first.plan.trainable_parameters / c.rank)
     order = sorted(sizes, key=lambda name: -sizes[name])
-    return _compare(configurations, measure, order, targets_of, "targets.", "parameters", items, margin)
+    adapted = [c for c in configurations if c.rank]
+    return _compare(adapted, measure, order, targets_of, "targets.", "parameters", items, margin)
 
 
 _Pairs = list[tuple[Configuration, Configuration]]

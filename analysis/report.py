@@ -33,8 +33,10 @@ from qlora_exp.analysis.confirmation_words import (
     confirmation_card,
     confirmation_lines,
     confirmation_section,
+    unanswered_sentence,
 )
 from qlora_exp.analysis.contrasts import ItemScores
+from qlora_exp.analysis.distilled import Distilled, compare_students, students_section
 from qlora_exp.analysis.goals import GoalAnswer, goal_answer, goal_recommendation
 from qlora_exp.analysis.instruct_base import InstructBase, compare_variants
 from qlora_exp.analysis.instruct_base_words import instruct_section, variant_recommendation
@@ -57,7 +59,9 @@ from qlora_exp.analysis.report_choice import (
     use_sentence,
 )
 from qlora_exp.analysis.report_content import AnswerCard, CardStatus, ReportContent, Section, StudyInfo
+from qlora_exp.analysis.routes import RouteComparison, compare_routes, routes_section
 from qlora_exp.analysis.searches import search_recommendation
+from qlora_exp.analysis.tuning_methods import MethodComparison, compare_methods, methods_section
 from qlora_exp.errors import AnalysisError, nearest
 from qlora_exp.records.types import RunRecord, Status
 
@@ -95,6 +99,9 @@ class _Compared:
     quantizations: LevelComparison | None
     targets: LevelComparison | None
     goal: GoalAnswer | None
+    methods: MethodComparison | None
+    routes: RouteComparison | None
+    students: Distilled | None
 
 
 def build(
@@ -138,26 +145,33 @@ def build(
         )
     margin, views = margin or study_margin(studies), ladder_views(studies, records)
     confirmed = _confirmed(records, studies, items)
+    searched_before = any(study.confirmation is not None for study in studies)
     shown = []
     for group in groups[:MAX_GROUPS]:
         measure = measure_of(group.records)
         candidates = configurations(group.records, measure or Measure("loss_per_item", False))
         of_first = budgeted if group is groups[0] else ()
         comparison = compare_variants(candidates, items, margin, runs.pilots, of_first, ladder_rank_of(views))
-        choice = quantizations = targets = goal = None
+        choice = quantizations = targets = goal = methods = routes = students = None
         if measure is not None:
             confirmed_choice = _of_confirmation(confirmed, candidates)
             choice = confirmed_choice or choose(candidates, views, measure)
             quantizations = compare_quantizations(candidates, measure, items, margin)
             targets = compare_targets(candidates, measure, items, margin)
+            methods = compare_methods(candidates, measure, items, searched_before)
+            routes = compare_routes(candidates, measure, items)
+            students = compare_students(candidates, measure, items)
             decided = choice is not None and (choice.ladder is not None or choice is confirmed_choice)
             goal = goal_answer(candidates, choice.configuration if choice is not None and decided else None, items)
         metric = task_metric_of(candidates)
-        shown.append(_Compared(group, measure, candidates, comparison, choice, metric, quantizations, targets, goal))
+        answered = (comparison, choice, metric, quantizations, targets, goal, methods, routes, students)
+        shown.append(_Compared(group, measure, candidates, *answered))
     first = shown[0]
     headline, why_none = [], None
     if confirmed is not None:
         headline = list(confirmation_lines(*confirmed))
+    elif len(studies) == 1 and (content := studies[0].confirmation) is not None:
+        headline = [unanswered_sentence(records, len(content["trials"]), ConfirmedSearch.of(content))]
     elif first.choice is None:
         whose = "finished run has a score" if first.measure is None else "configuration has a finite score"
         why_none = f"No answer: no {whose}."
@@ -167,12 +181,14 @@ def build(
         if is_search_on_validation(first.choice, first.candidates, groups[0].protocol.split):
             line, why = hedged_sentence(line, first.candidates, _confirm_command(studies)), []
         headline = [line, *why, *_cautions(groups, studies)]
+    headline = [*(section.paragraphs[0] for section in _asked_sections(first)), *headline]
     completed = [record for record in records if record.status is Status.COMPLETED]
     chosen = first.choice.configuration if first.choice is not None else None
     chosen = confirmed[0].use if confirmed is not None else chosen
     command = command_of(chosen.first) if chosen is not None and command_of is not None else None
     parts = [
         confirmation_section(*confirmed) if confirmed is not None else None,
+        *(replace(section, folded=False) for section in _asked_sections(first)),
         *_first_sections(first, runs, views, curves, command),
         _answers_section(first, answers),
         *ladder_sections(views),
@@ -251,6 +267,16 @@ def _first_sections(
     ]
 
 
+def _asked_sections(compared: _Compared) -> list[Section]:
+    """Return the sections on methods, on ways to a small model, and on students: what the study is about if it has
+    such runs. The first paragraph of each is its answer."""
+    return [
+        *([methods_section(compared.methods)] if compared.methods is not None else []),
+        *([routes_section(compared.routes)] if compared.routes is not None else []),
+        *([students_section(compared.students)] if compared.students is not None else []),
+    ]
+
+
 def _answers_section(first: _Compared, answers: Answers | None) -> Section | None:
     if answers is None or first.choice is None or first.measure is None:
         return None
@@ -284,8 +310,8 @@ def _cards(
         return []
     variants = list(dict.fromkeys(variant_of(c) for c in candidates))
     modes = list(dict.fromkeys(mode_of(c.first) for c in candidates))
-    targets = list(dict.fromkeys(targets_of(c.first) for c in candidates))
-    cards = [rank_card(views, choice, sorted({c.rank for c in candidates}))]
+    targets = list(dict.fromkeys(targets_of(c.first) for c in candidates if c.rank))
+    cards = [rank_card(views, choice, sorted({c.rank for c in candidates if c.rank}))]
     if first.comparison is not None:
         cards.append(answer_card("variant", variant_recommendation(first.comparison, studies), "instruct-base"))
     else:
@@ -349,6 +375,7 @@ def _group_sections(compared: _Compared, groups: Sequence[Group]) -> list[Sectio
             instruct_section(compared.comparison) if compared.comparison else None,
             sections.equal_everything_section(candidates, measure, *levels),
             sections.tradeoff_section(candidates, measure),
+            *(() if group is groups[0] else _asked_sections(compared)),
         ]
     parts += [sections.memory_section(candidates, group.records), sections.speed_section(group.records)]
     known = [replace(part, folded=True) for part in parts if part is not None]

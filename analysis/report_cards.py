@@ -24,7 +24,8 @@ def rank_card(ladders: Sequence[LadderView], choice: ChosenConfiguration | None,
             return AnswerCard("rank", question, CardStatus.NOT_ASKED, verdict, command=sweep)
         many = ", ".join(map(str, ranks))
         described = (f"r = {many} were run. The plots below describe them; a ladder decides.",)
-        verdict = f"r = {choice.configuration.rank} for now: best on validation" if choice else "No rank was chosen"
+        chosen = choice.configuration.rank if choice else 0
+        verdict = f"r = {chosen} for now: best on validation" if chosen else "No rank was chosen"
         return AnswerCard("rank", question, CardStatus.OPEN, verdict, described, command=sweep, section="rank")
     first = choice.ladder if choice is not None and choice.ladder is not None else ladders[0]
     ordered = [first, *(view for view in ladders if view is not first)]

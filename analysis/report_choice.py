@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from qlora_exp.analysis.comparable import answering_scores, base_model_scores, finite_score
 from qlora_exp.analysis.configurations import (
+    SAID,
     Configuration,
     Estimate,
     Measure,
@@ -21,6 +22,7 @@ from qlora_exp.analysis.configurations import (
 from qlora_exp.analysis.ladder_views import LadderStep, LadderView
 from qlora_exp.analysis.margin import TASK_METRICS
 from qlora_exp.formatting import bytes_text
+from qlora_exp.records.method_name import method_name
 from qlora_exp.records.types import RunRecord, Scores
 
 
@@ -144,9 +146,10 @@ def use_sentence(choice: ChosenConfiguration, configurations: Sequence[Configura
     settings = [
         variant_of(chosen),
         *([f"{chosen.settings['format']} prompts"] if chosen.settings.get("format") else []),
-        f"r = {chosen.rank}",
+        f"r = {chosen.rank}" if chosen.rank else method_name(chosen.first.config),
         mode_of(chosen.first),
-        *([targets_of(chosen.first)] if len(targets) > 1 else []),
+        *([targets_of(chosen.first)] if len(targets) > 1 and chosen.rank else []),
+        *(str(chosen.settings[key]) for key in SAID if chosen.settings.get(key)),
         f"learning rate {rate:.4g}",
     ]
     return f"Use {', '.join(settings)}: {'; '.join(_results(choice, configurations, measure))}."

@@ -27,6 +27,7 @@ from qlora_exp.analysis.quantization_words import level_table
 from qlora_exp.analysis.report_choice import TaskMetric, trainable_state_bytes
 from qlora_exp.analysis.report_content import DisplayedValue, Section, StudyInfo, Table, value_table
 from qlora_exp.formatting import bytes_text
+from qlora_exp.records.method_name import is_lora, method_name
 from qlora_exp.records.model_name import model_name
 from qlora_exp.records.types import RunRecord, Status
 
@@ -230,6 +231,8 @@ def _weight_sizes(records: Sequence[RunRecord]) -> Table:
     measured: dict[str, float] = {}
     for record in records:
         weights, state = record.memory.base_weight_bytes, record.memory.quantization_state_bytes
+        if not is_lora(record.config):
+            continue  # what the run trains of the base doesn't count as the base
         if record.plan is not None and record.plan.total_parameters == parameters and weights is not None:
             measured.setdefault(mode_of(record), weights + (state or 0))
     rows: list[tuple[DisplayedValue, ...]] = []
@@ -245,7 +248,7 @@ def _adapter_sizes(records: Sequence[RunRecord]) -> Table:
     """Return one size per rank and target set, the smallest first."""
     sizes: dict[tuple[int, str], tuple[int, str, int, int | None]] = {}
     for record in records:
-        if record.plan is not None:
+        if record.plan is not None and is_lora(record.config):
             kind = int(record.config["lora"]["r"]), targets_of(record)
             sizes.setdefault(kind, (*kind, record.plan.trainable_parameters, record.memory.adapter_bytes))
     rows = sorted(sizes.values(), key=lambda size: size[2])[:MAX_ROWS]
@@ -420,6 +423,13 @@ def table_of_runs(records: Sequence[RunRecord]) -> Table:
     return value_table(columns, [_run_row(record) for record in records], keep_empty=True)
 
 
+def _tuning(record: RunRecord) -> tuple[DisplayedValue, DisplayedValue, DisplayedValue]:
+    """Return rank, alpha and targets; or another method's name in the last column."""
+    if not is_lora(record.config):
+        return None, None, method_name(record.config)
+    return record.config["lora"]["r"], record.plan.alpha if record.plan else None, targets_of(record)
+
+
 def _run_row(record: RunRecord) -> tuple[DisplayedValue, ...]:
     config, plan, speed, memory, fit = record.config, record.plan, record.speed, record.memory, record.fit
     scores, before = answering_scores(record), base_model_scores(record)
@@ -427,7 +437,7 @@ def _run_row(record: RunRecord) -> tuple[DisplayedValue, ...]:
         *(record.run_id, record.status.value, record.trial.study if record.trial else None),
         record.trial.number if record.trial else None,
         *(model_name(config["model"]), config["model"]["variant"], plan.format if plan else None),
-        *(config["quantization"]["mode"], config["lora"]["r"], plan.alpha if plan else None, targets_of(record)),
+        *(config["quantization"]["mode"], *_tuning(record)),
         *(config["training"]["learning_rate"], record.seed, scores.split if scores else None),
         *(scores.loss_per_item if scores else None, scores.accuracy if scores else None),
         *(before.accuracy if before else None, scores.bits_per_byte if scores else None),

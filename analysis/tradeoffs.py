@@ -89,7 +89,8 @@ def targets_at_equal_parameters(
     """Compare target sets at equally many trainable parameters (within 10 %), so at different ranks."""
     order = list(_parameters_per_rank(configurations))
     excluded = ("targets.", "lora.r", "lora.alpha")
-    return _contrasts(configurations, measure, order, targets_of, excluded, at_equal_size=True)
+    adapted = [c for c in configurations if c.rank]
+    return _contrasts(adapted, measure, order, targets_of, excluded, at_equal_size=True)
 
 
 def equal_parameters_hint(configurations: Sequence[Configuration]) -> str | None:
@@ -190,5 +191,5 @@ def _parameters(configuration: Configuration) -> int:
 
 def _parameters_per_rank(configurations: Sequence[Configuration]) -> dict[str, float]:
     """Return target set → parameters per unit of rank, the largest first: sets may be run at different ranks."""
-    sizes = {targets_of(c.first): _parameters(c) / c.rank for c in configurations}
+    sizes = {targets_of(c.first): _parameters(c) / c.rank for c in configurations if c.rank}
     return dict(sorted(sizes.items(), key=lambda item: -item[1]))

@@ -175,6 +175,8 @@ class RunPaths:
     curve = Child("curve.jsonl")
     """Training curve, one JSON object per logged step: step, loss, learning_rate, gradient_norm, tokens."""
     adapter = Child("adapter")
+    tuned = Child("tuned")
+    """What methods other than LoRA trained: ``tuned.safetensors``."""
     tensorboard = Child("tensorboard")
     """TensorBoard's event files, with ``tracking.also=[tensorboard]``."""
     export = Child("export")
@@ -188,6 +190,11 @@ class RunPaths:
     """The run's id in the tracking store, and whether everything was delivered."""
     tracking_lock = Child(".tracking.lock")
     """Lock held by the process that delivers this run to the tracking store."""
+
+    @property
+    def weights(self) -> Path:
+        """The folder with what the run trained: ``adapter``, or ``tuned`` if that is there."""
+        return self.tuned if self.tuned.is_dir() else self.adapter
 
     def items(self, moment: str, split: str) -> Path:
         """Per-item results (Parquet); ``moment`` is ``before``, ``after`` or ``few_shot_DRAW``."""

@@ -26,7 +26,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("config",),
     ("analysis", "data", "system"),
     ("architecture",),
-    ("evaluation", "study", "tracking"),
+    ("evaluation", "quantizers", "study", "tracking"),
     ("models",),
     ("rank_doubling",),
     ("training",),

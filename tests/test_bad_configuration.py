@@ -33,6 +33,9 @@ WRONG = [
     (["lora.alpha_policy=fixed", "lora.alpha=-1"], ["lora.alpha"]),
     (["lora.init=pizza"], ["lora.init", "pissa"]),
     (["lora.init=pissa", "quantization=nf4"], ["pissa", "quantiz"]),
+    (["lora.init=olora", "quantization=nf4"], ["OLoRA", "exact weights"]),
+    (["lora.loraplus_lr_ratio=0"], ["lora.loraplus_lr_ratio", "positive"]),
+    (["method=full", "quantization=fp32", "lora.loraplus_lr_ratio=4"], ["no LoRA adapters", "method=lora"]),
     (["lora.dora=true", "quantization=int8", "training.device=cpu"], ["lora.dora", "int8", "nf4"]),
     (["lora.dtype=float8"], ["lora.dtype", "float32"]),
     (["r=8"], ["lora.r"]),
@@ -163,10 +166,10 @@ def test_a_glob_means_every_choice_of_its_group(group: str) -> None:
 
 
 def test_a_globs_points_are_checked_like_any_other() -> None:
-    with pytest.raises(QloraExpError, match="pissa"):
+    with pytest.raises(QloraExpError, match="PiSSA"):
         check_multirun(["quantization=glob(*)", "lora.init=pissa"])
     check_multirun(["quantization=glob([fp32,*16])", "lora.init=pissa"])
-    check_multirun(["quantization=glob(*, exclude=[*4,int8])", "lora.init=pissa"])
+    check_multirun(["quantization=glob(*, exclude=[*4,int*])", "lora.init=pissa"])
 
 
 @pytest.mark.parametrize("glob", ["quantization=glob(x*)", "lora.r=glob(*)"])

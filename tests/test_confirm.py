@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from qlora_exp.cli.settings_file import combined_overrides
 from qlora_exp.config.compose import compose
 from qlora_exp.config.from_record import recorded_overrides
 from qlora_exp.config.schema import to_plain
+from qlora_exp.orchestration.finalists import ConfirmPlan
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records.files import read_record
 from qlora_exp.records.types import RunRecord, Status
@@ -41,9 +43,16 @@ def records_of(study: str) -> list[RunRecord]:
     return [record for record in records if record.trial is not None and record.trial.study == study]
 
 
+def plan_of(study: str) -> dict[str, object]:
+    content: dict[str, object] = json.loads(
+        OutputPaths.of("outputs").study(study).confirmation.read_text(encoding="utf-8")
+    )
+    return content
+
+
 def answer_of(study: str) -> dict[str, object]:
-    content = json.loads(OutputPaths.of("outputs").study(study).confirmation.read_text(encoding="utf-8"))
-    found: dict[str, object] = content["answer"]
+    found = plan_of(study)["answer"]
+    assert isinstance(found, dict)
     return found
 
 
@@ -73,12 +82,30 @@ def test_a_grid_is_confirmed_with_fresh_seeds_on_test_then_with_more(capsys: pyt
     # Again: nothing is run. With more seeds: the same finalists, and the same seeds first.
     assert main(["confirm", "grid"]) == 0
     assert len(records_of("grid-confirm")) == 4
-    assert main(["confirm", "grid", "--seeds", "3", "workers.count=-3"]) == 2  # and the same command, corrected
+    # A larger plan that never begins leaves the answer as it was; the same command, corrected, begins.
+    before = plan_of("grid-confirm")
+    assert main(["confirm", "grid", "--seeds", "3", "workers.count=-3"]) == 2
+    assert plan_of("grid-confirm") == before
+
+    # With runs to come, best and status have no answer. That look is no earlier answer.
+    file = OutputPaths.of("outputs").study("grid-confirm").confirmation
+    file.write_text(json.dumps({**before, "seeds": [3, 4, 5]}), encoding="utf-8")
+    capsys.readouterr()
+    assert main(["best", "grid-confirm"]) == 0
+    assert "Not finished, 2 runs to come. So far: " in capsys.readouterr().out
+    assert answer_of("grid-confirm")["pending"] == 2
+    assert main(["status", "grid"]) == 0
+    shown = capsys.readouterr().out
+    assert "confirming isn't finished; to continue: qlora-exp confirm grid\n" in shown
+    assert "confirmed:" not in shown
+    file.write_text(json.dumps(before), encoding="utf-8")
+
     assert main(["confirm", "grid", "--seeds", "3"]) == 0
     shown = capsys.readouterr().out
     points = [(record.config["lora"]["r"], record.seed) for record in records_of("grid-confirm")]
     assert sorted(points) == [(r, seed) for r in (4, 8) for seed in (3, 4, 5)]
     assert answer_of("grid-confirm")["seeds"] == 3
+    assert plan_of("grid-confirm")["earlier_seeds"] == [2]
     assert "An answer was given before, with 2 seeds" in shown
     assert "at most 10 %" in shown
 
@@ -120,7 +147,7 @@ def test_best_yaml_gives_the_best_trials_configuration_without_the_study(
     assert config_fingerprint(compose(combined_overrides(file, None))) == config_fingerprint(as_recorded)
 
 
-def test_a_killed_confirm_continues_with_the_same_command(tmp_path: Path) -> None:
+def test_a_killed_confirm_continues_with_the_same_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One finalist has an axis that the others don't have: not every combination of their settings is valid."""
     params = {"lora.r": "2,4", "lora.alpha_policy": "2r,fixed", "lora.alpha": "16"}
     own = {"sweep": {"params": params, "conditions": {"lora.alpha": "lora.alpha_policy == fixed"}}}
@@ -134,7 +161,14 @@ def test_a_killed_confirm_continues_with_the_same_command(tmp_path: Path) -> Non
     process.kill()
     process.wait()
     process.stderr.close()
+    for study in ("grid", "grid-confirm"):  # unfinished: nowhere an answer
+        capsys.readouterr()
+        assert main(["status", study]) == 0
+        shown = capsys.readouterr().out
+        assert "confirming isn't finished; to continue: qlora-exp confirm grid\n" in shown
+        assert "confirmed:" not in shown
     assert main(["confirm", "grid"]) == 0
+    assert answer_of("grid-confirm")["pending"] == 0
     records = records_of("grid-confirm")
     assert [record.status for record in records] == [Status.COMPLETED] * 6
     loras = [(record.config["lora"]["r"], record.config["lora"]["alpha"], record.seed) for record in records]
@@ -145,6 +179,23 @@ def test_finalists_on_different_tasks_are_refused(capsys: pytest.CaptureFixture[
     assert hydra("task.max_train_items=100,200", "sweep.name=tasks", *SLEEP) == 0
     assert main(["confirm", "tasks", "--dry-run"]) == 2
     assert "task.max_train_items" in capsys.readouterr().err
+
+
+def test_a_margin_of_the_tuning_gain_needs_scores_before_tuning(capsys: pytest.CaptureFixture[str]) -> None:
+    assert hydra("lora.r=2,8", "evaluation.before=false", "sweep.name=blind", *SLEEP) == 0
+    capsys.readouterr()
+    margin = ["--margin", "1% of the tuning gain"]
+    assert main(["confirm", "blind", "--dry-run", *margin]) == 2
+    shown = capsys.readouterr().err
+    assert "evaluation.before=false" in shown
+    assert "0.25%" in shown
+    assert main(["confirm", "blind", *margin]) == 2
+    assert not Path("outputs/studies/blind-confirm").exists()
+    # Two seeds are enough to decide with, and err more often.
+    assert main(["confirm", "blind", "--dry-run", "--seeds", "2"]) == 0
+    assert "two seeds" in capsys.readouterr().err
+    assert main(["confirm", "blind", "--dry-run", "--seeds", "3"]) == 0
+    assert "two seeds" not in capsys.readouterr().err
 
 
 def test_studies_that_confirm_cannot_decide_say_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,3 +219,20 @@ def test_studies_that_confirm_cannot_decide_say_what_to_do(capsys: pytest.Captur
     assert "It needs no confirm" in capsys.readouterr().out
     assert main(["confirm", "rank"]) == 2
     assert "a ladder needs no confirm" in capsys.readouterr().err
+
+
+def test_an_answer_of_fewer_seeds_is_no_answer_of_the_study() -> None:
+    """Seeds were added, and their runs were killed: the earlier answer counts for the earlier seeds alone."""
+    plan = ConfirmPlan(
+        *("grid", None, "minimize scores.after.loss_per_item", "loss_per_item", "0.25%"),
+        *((3, 4, 5), (0, 1), ("a", "b"), (1.4, 1.5), 2, "qlora-exp confirm grid"),
+    )
+    assert not plan.is_answered
+    for answer, is_answered in (
+        ({"pending": 0, "planned_seeds": 2, "seeds": 2}, False),
+        ({"pending": 1, "planned_seeds": 3, "seeds": 2}, False),
+        ({"pending": 0, "planned_seeds": 3, "seeds": 2}, True),  # one seed is lost
+        ({"seeds": 2}, False),  # of an earlier version
+        ({"seeds": 3}, True),
+    ):
+        assert replace(plan, answer=answer).is_answered == is_answered, answer

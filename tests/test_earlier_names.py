@@ -16,14 +16,9 @@ import pytest
 from qlora_exp.cli import main
 from qlora_exp.paths import OutputPaths, RunPaths
 from qlora_exp.records.files import read_record, write_json
+from qlora_exp.records.fit_types import Fit
 from qlora_exp.records.schema import to_dict
-from qlora_exp.records.types import (
-    Failure,
-    FewShot,
-    Fit,
-    RunRecord,
-    Scores,
-)
+from qlora_exp.records.types import Failure, FewShot, RunRecord, Scores
 from qlora_exp.records.upgrade import (
     ANSWER_KEYS,
     LADDER_SETTING_KEYS,

@@ -36,7 +36,8 @@ from qlora_exp.orchestration.study_budget import StudyBudget, affordable_trials_
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records.files import write_json
 from qlora_exp.records.find import read_runs
-from qlora_exp.records.types import KILLED_FOR_MEMORY, Device, Failure, Fit, Memory, RunRecord, SkippedTrial, Status
+from qlora_exp.records.fit_types import Fit, SkippedTrial
+from qlora_exp.records.types import KILLED_FOR_MEMORY, Device, Failure, Memory, RunRecord, Status
 from qlora_exp.runs.execute import execute
 from qlora_exp.study.study import Study
 from qlora_exp.study.types import TrialRow

@@ -80,6 +80,7 @@ def test_as_many_examples_as_fit_the_model_are_shown_and_none_is_refused(plain: 
         drawn(plain, positions=20)
 
 
+@pytest.mark.long
 def test_a_run_records_every_draw_on_both_splits_and_keeps_them_for_the_next(tmp_path: Path) -> None:
     overrides = [*SMALL, "evaluation.split=test", "training.max_steps=1", "evaluation.forgetting=false"]
     overrides += ["tracking=off", f"output_root={tmp_path / 'out'}", "quantization=fp32"]

@@ -28,7 +28,8 @@ from qlora_exp.models.quiet_loading import quiet_loading
 from qlora_exp.orchestration.worker import run_worker
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records.files import read_record
-from qlora_exp.records.types import SCHEMA_VERSION, Device, Fit, Memory, RunRecord, Status
+from qlora_exp.records.fit_types import Fit
+from qlora_exp.records.types import SCHEMA_VERSION, Device, Memory, RunRecord, Status
 from qlora_exp.system.environment import probe_without_torch
 from qlora_exp.training.outcome import Diverged, status_of
 from tests.workers.small_study import SmallStudy, outcome_of, paths_of, spec_of, workers_of

@@ -49,6 +49,7 @@ def in_session(process: psutil.Process, leader: int) -> bool:
         return False
 
 
+@pytest.mark.long
 def test_two_workers_that_joblib_carries_share_one_study(tmp_path: Path) -> None:
     root = tmp_path / "outputs"
     told = finish(multirun(root, "lora.r=1,2,4,8,16,32", *SLEEP, "training.sleep_seconds=2", *JOBLIB))

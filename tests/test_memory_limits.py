@@ -22,7 +22,8 @@ from qlora_exp.estimate.memory_fit import CPU_PROCESS_BYTES
 from qlora_exp.formatting import bytes_text
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records.files import read_record, write_json
-from qlora_exp.records.types import Fit, Process, RunRecord, Status
+from qlora_exp.records.fit_types import Fit
+from qlora_exp.records.types import Process, RunRecord, Status
 from qlora_exp.runs.entry_points import complete_killed_record
 from qlora_exp.runs.execute import execute
 from qlora_exp.runs.prepare import prepare

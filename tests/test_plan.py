@@ -10,7 +10,7 @@ import pytest
 
 from qlora_exp.architecture import run_plan
 from qlora_exp.architecture.shapes import Architecture, WeightShape
-from qlora_exp.config.allowed_values import OPTIMIZERS, SCHEDULERS
+from qlora_exp.config.allowed_values import OPTIMIZERS, QUANTIZED, SCHEDULERS
 from qlora_exp.config.checks import check
 from qlora_exp.config.checks_task import parse_goal
 from qlora_exp.config.compose import compose
@@ -206,7 +206,7 @@ def test_pissa_dtypes_and_needy_names_are_refused() -> None:
 
     for mode in Quantization:
         found = checked(pissa, f"quantization={mode.value}")
-        assert bool(found) == (mode.value in ("int8", "nf4", "fp4"))
+        assert bool(found) == (mode in QUANTIZED)
 
     def compute_in_fp16(config: Config) -> None:
         config.quantization.compute_dtype = ComputeDtype.float16

@@ -142,6 +142,7 @@ def test_the_import_is_light() -> None:
     assert done.stdout.strip() == ""
 
 
+@pytest.mark.long
 def test_the_notebook_runs_on_a_fresh_folder_and_is_stored_without_outputs(tmp_path: Path) -> None:
     notebook = nbformat.read(ROOT / "docs" / "notebooks" / "first_day.ipynb", as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]

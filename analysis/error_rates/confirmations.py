@@ -87,7 +87,7 @@ def confirm_rates(world: NoiseWorld, means: Sequence[float], seeds: int, count: 
 
 def error_table(count: int) -> Iterator[str]:
     """Yield a Markdown table: in how many confirmations of equal finalists any statement is wrong."""
-    plans = ((2, 3), (3, 2), (3, 3), (3, 5), (5, 3))
+    plans = ((2, 3), (3, 2), (3, 3), (3, 5), (5, 2), (5, 3))
     yield "| noise | " + " | ".join(f"{finalists} finalists, {seeds} seeds" for finalists, seeds in plans) + " |"
     yield "|---" * (len(plans) + 1) + "|"
     for world in NOISE_WORLDS:

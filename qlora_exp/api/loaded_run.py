@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_exp.paths import RunPaths
 from qlora_exp.records.files import read_curve, read_record
+from qlora_exp.records.method_name import is_lora
 from qlora_exp.records.types import RunRecord
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class LoadedRun:
         for name, column in (("training", "loss"), ("validation", "validation_loss")):
             drawn = curve[curve[column] > 0]
             if len(drawn):
-                rank = int(self.record.config["lora"]["r"])
+                rank = int(self.record.config["lora"]["r"]) if is_lora(self.record.config) else 0
                 lines.append(CurveLine(name, name, rank, drawn["step"].tolist(), drawn[column].tolist()))
         figure = learning_curves(lines, "loss, nats per token (lower is better)")
         if figure is None:

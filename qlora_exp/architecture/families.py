@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from qlora_exp.architecture.pruned import pruned
 from qlora_exp.architecture.shapes import Architecture, Experts, OtherTensor, WeightShape
 from qlora_exp.config.model_choice import listed_checkpoints
 from qlora_exp.config.schema import ModelConfig
@@ -33,7 +34,7 @@ def known_architecture(model: ModelConfig) -> Architecture | None:
         return None
     if checkpoint not in _read(family)["positions"]:
         return None
-    return _architecture(family, checkpoint)
+    return pruned(_architecture(family, checkpoint), model)
 
 
 def known_families() -> list[str]:

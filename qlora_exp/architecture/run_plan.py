@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from qlora_exp.architecture.shapes import Architecture, WeightShape
-from qlora_exp.config.allowed_values import NATIVE_DTYPES
-from qlora_exp.config.enums import ComputeDtype, Quantization
+from qlora_exp.architecture.targets import rank_of
+from qlora_exp.architecture.tuned_weights import inserted_shapes, tuned_tensors
+from qlora_exp.config.allowed_values import INTEGER_MODES, NATIVE_DTYPES
+from qlora_exp.config.enums import ComputeDtype, Method, Quantization
 from qlora_exp.config.schema import Config, LoraConfig, QuantizationConfig, to_plain
+from qlora_exp.errors import ModelError
 from qlora_exp.records.types import Environment, Plan
 
 CPU_SHAPE_MULTIPLES = (16, 64)
@@ -29,6 +33,12 @@ def effective_alpha(lora: LoraConfig) -> float:
     return float(lora.alpha)
 
 
+def alpha_pattern(lora: LoraConfig) -> dict[str, float]:
+    """Return alpha by module of ``lora.rank_pattern``, as PEFT's regular expressions: one scale for all modules."""
+    factor = effective_alpha(lora) / lora.r
+    return {re.escape(key): factor * rank for key, rank in (lora.rank_pattern or {}).items()}
+
+
 def scale(lora: LoraConfig) -> float:
     """Return the factor of B·A: alpha / r (Hu et al. 2021), or alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023)."""
     return effective_alpha(lora) / (math.sqrt(lora.r) if lora.rslora else lora.r)
@@ -40,6 +50,16 @@ def lora_parameters(shape: WeightShape, r: int, dora: bool) -> int:
     DoRA (Liu et al. 2024) adds one magnitude per output. Example: 65,536 at r = 8 for 4096 × 4096.
     """
     return r * (shape.in_features + shape.out_features) + (shape.out_features if dora else 0)
+
+
+def trainable_parameters(architecture: Architecture, adapted: Sequence[WeightShape], config: Config) -> int:
+    """Return the number of parameters that ``config.method`` trains. ``adapted``: the layers with a LoRA adapter."""
+    if config.method.kind is Method.lora:
+        return sum(lora_parameters(shape, rank_of(config.lora, shape.name), config.lora.dora) for shape in adapted)
+    inserted = inserted_shapes(architecture, config.method, adapted)
+    if inserted is not None:
+        return sum(math.prod(shape) for _, shape in inserted)
+    return sum(tensor.elements for tensor in tuned_tensors(architecture, config.method))
 
 
 def weight_dtype(mode: Quantization) -> str:
@@ -111,6 +131,17 @@ def config_fingerprint(config: Config) -> str:
     plain = to_plain(config)
     plain["model"] = _without_newer_model_defaults(plain["model"])
     plain["task"] = _without_newer_defaults(plain["task"])
+    for key, value in EARLIER_LORA_DEFAULTS.items():
+        if plain["lora"][key] == value:
+            del plain["lora"][key]
+    plain["quantization"] = _quantization_settings(config.quantization)
+    plain.pop("method")
+    if method := method_settings(config):
+        plain["method"] = method
+    if plain["distillation"]["teacher"] is None:
+        del plain["distillation"]
+    if plain.pop("ship")["model"] is not None:
+        plain["ship"] = to_plain(config)["ship"]
     for group in ("tracking", "notify", "budget", "sweep", "workers", "name", "output_root"):
         del plain[group]
     for key in ("logging_steps", "save_every_steps", "resume"):
@@ -138,7 +169,7 @@ def base_fingerprint(config: Config, format: str) -> str:
     return _digest(
         {
             "model": _without_newer_model_defaults(plain["model"]),
-            "quantization": plain["quantization"],
+            "quantization": _quantization_settings(config.quantization),
             "task": task,
             "evaluation": evaluation,
             "max_length": plain["training"]["max_length"],
@@ -148,8 +179,16 @@ def base_fingerprint(config: Config, format: str) -> str:
     )
 
 
-EARLIER_MODEL_DEFAULTS: dict[str, Any] = dict.fromkeys(("id", "instruct_id", "instruct_path", "adapter"))
+EARLIER_MODEL_DEFAULTS: dict[str, Any] = dict.fromkeys(("id", "instruct_id", "instruct_path", "adapter", "layers"))
 """What a model was before these keys existed."""
+
+
+def _quantization_settings(quantization: QuantizationConfig) -> dict[str, Any]:
+    """Return the settings without ``group``, unless the mode reads it: earlier versions didn't have it."""
+    plain: dict[str, Any] = to_plain(quantization)
+    if quantization.mode not in INTEGER_MODES:
+        del plain["group"]
+    return plain
 
 
 def _without_newer_model_defaults(model: dict[str, Any]) -> dict[str, Any]:
@@ -177,12 +216,78 @@ EARLIER_TRAINING_DEFAULTS: dict[str, Any] = {
     "padding_free": "off",
     "kernels": "none",
     "epochs": None,
+    "qat": {"format": None, "symmetric": False, "group": "64", "start_step": 0, "warmup_ratio": 0.0},
 }
 """What a training did before these keys existed."""
+
+EARLIER_DISTILLATION: dict[str, Any] = {
+    "teacher": None,
+    "divergence": "forward",
+    "temperature": 1.0,
+    "gold_weight": 0.5,
+    "top_k": 64,
+}
+"""Before a run could have a teacher."""
+
+EARLIER_SHIP: dict[str, Any] = {
+    "model": None,
+    "format": None,
+    "symmetric": False,
+    "group": "64",
+    "calibration": "mse",
+}
+"""Before a model could ship."""
 
 
 EARLIER_EVALUATION_DEFAULTS: dict[str, Any] = {"keep_texts": True}
 """What an evaluation did before these keys existed: it kept answers."""
+
+
+def check_integer_groups(architecture: Architecture, quantization: QuantizationConfig) -> None:
+    """Raise :class:`ModelError` if a mode such as ``int4_asym`` can't divide the inputs of a layer into groups."""
+    if quantization.mode not in INTEGER_MODES:
+        return
+    group = quantization.group
+    for shape in architecture.weights:
+        if shape.quantizable and shape.in_features % group:
+            widths = {other.in_features for other in architecture.weights if other.quantizable}
+            common = math.gcd(*widths)
+            fitting = next((size for size in (128, 64, 32, 16, 8, 4) if size <= group and common % size == 0), None)
+            what = f"{shape.name} has {shape.in_features} inputs, which can't be divided into groups of {group}"
+            hint = f"quantization.group={fitting}, or quantization=nf4" if fitting else "quantization=nf4"
+            raise ModelError(what, f"quantization.group = {group}", hint)
+
+
+EARLIER_GROUP = 64
+"""``quantization.group`` of runs before it existed: only integer modes read it."""
+EARLIER_LORA_DEFAULTS: dict[str, Any] = {"loraplus_lr_ratio": None, "rank_pattern": None}
+"""What adapters had before these keys existed."""
+
+
+EARLIER_METHOD: dict[str, Any] = {
+    "kind": "lora",
+    "layers": None,
+    "parameters": None,
+    "size": 16,
+    "after": ["attention", "mlp"],
+    "peft_type": None,
+    "options": None,
+}
+"""What was trained before there was a choice."""
+
+
+def method_settings(config: Config) -> dict[str, Any]:
+    """Return the settings of ``method`` that the run's method reads; nothing for LoRA on all layers."""
+    method, plain = config.method, to_plain(config)["method"]
+    keys = {
+        Method.selective: ("parameters",),
+        Method.bottleneck: ("size", "after"),
+        Method.peft: ("peft_type", "options"),
+    }
+    settings = {key: plain[key] for key in keys.get(method.kind, ())}
+    if method.layers is not None:
+        settings["layers"] = plain["layers"]
+    return {"kind": plain["kind"], **settings} if settings or method.kind is not Method.lora else {}
 
 
 def _without_newer_defaults(task: dict[str, Any]) -> dict[str, Any]:
@@ -210,11 +315,15 @@ def make_plan(
     ``checkpointing``: whether it uses gradient checkpointing, from ``Estimator.checkpointing``. ``padded_because``: why
     rows are padded, from ``Estimator.padding_reason``.
 
+    Raises:
+        ModelError: ``quantization.group`` doesn't divide a layer's width.
+
     With a budget of tokens alone, ``max_steps`` is an upper bound (every sequence has at least one token). With
     ``training.epochs`` it is 1: the caller knows the rows.
     """
+    check_integer_groups(architecture, config.quantization)
     shapes = {shape.name: shape for shape in architecture.weights}
-    adapted = [shapes[name] for name in modules]
+    adapted, is_lora = [shapes[name] for name in modules], config.method.kind is Method.lora
     training, device = config.training, environment.device
     micro_batch_size = training.micro_batch_size or training.batch_size
     max_steps = training.max_steps
@@ -232,16 +341,16 @@ def make_plan(
         base_fingerprint=base_fingerprint(config, format),
         architecture=architecture.model_type,
         total_parameters=architecture.total_parameters,
-        trainable_parameters=sum(lora_parameters(shape, config.lora.r, config.lora.dora) for shape in adapted),
+        trainable_parameters=trainable_parameters(architecture, adapted, config),
         full_parameters_of_adapted_modules=sum(shape.in_features * shape.out_features for shape in adapted),
         target_modules=tuple(sorted({name.rsplit(".", 1)[-1] for name in modules})),
         adapted_modules=len(adapted),
-        alpha=effective_alpha(config.lora),
-        scale=scale(config.lora),
+        alpha=effective_alpha(config.lora) if is_lora else None,
+        scale=scale(config.lora) if is_lora else None,
         device=device.kind,
         weight_dtype=weight_dtype(config.quantization.mode),
         compute_dtype=computed,
-        adapter_dtype=adapter_dtype(config.lora),
+        adapter_dtype=adapter_dtype(config.lora) if is_lora else "float32",
         max_steps=max_steps,
         batch_size=training.batch_size,
         micro_batch_size=micro_batch_size,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from qlora_exp.architecture.shapes import Architecture, WeightShape
-from qlora_exp.config.allowed_values import TARGET_SETS
+from qlora_exp.config.allowed_values import FROM_WEIGHTS, TARGET_SETS
 from qlora_exp.config.enums import AdapterInit
 from qlora_exp.config.schema import LoraConfig, TargetsConfig
 from qlora_exp.errors import ModelError, nearest, raise_all
@@ -41,27 +41,56 @@ def resolve_targets(architecture: Architecture, targets: TargetsConfig) -> tuple
     return chosen
 
 
+def rank_of(lora: LoraConfig, name: str) -> int:
+    """Return the rank of a module's adapter: of the first key of ``lora.rank_pattern`` that its name ends with, else
+    ``lora.r``.
+
+    Example: 16 for ``model.layers.0.mlp.down_proj`` with ``{"down_proj": 16}``.
+    """
+    for key, rank in (lora.rank_pattern or {}).items():
+        if name == key or name.endswith(f".{key}"):
+            return int(rank)
+    return lora.r
+
+
+def check_rank_pattern(lora: LoraConfig, modules: Sequence[str]) -> None:
+    """Raise :class:`ModelError` if a key of ``lora.rank_pattern`` fits no target module."""
+    for key in lora.rank_pattern or {}:
+        if not any(name == key or name.endswith(f".{key}") for name in modules):
+            known = sorted({name.rpartition(".")[2] for name in modules})
+            what = f"no target module is called {key}"
+            raise ModelError(what, f"lora.rank_pattern.{key}", nearest(key, known))
+
+
 def rank_warning(architecture: Architecture, modules: Sequence[str], lora: LoraConfig) -> str | None:
     """Return a warning if ``lora.r`` is above a target layer's smaller dimension, else ``None``.
 
     A change of a weight can't have a higher rank than its smaller dimension.
 
     Raises:
-        ModelError: so high a rank with PiSSA, which needs ``lora.r`` singular values.
+        ModelError: so high a rank with PiSSA or OLoRA, which need ``lora.r`` directions; OLoRA on GPT-2's layers.
     """
+    check_rank_pattern(lora, modules)
     names = set(modules)
-    widths = {
-        min(shape.in_features, shape.out_features): shape for shape in architecture.weights if shape.name in names
+    transposed = next((shape for shape in architecture.weights if shape.name in names and shape.kind == "conv1d"), None)
+    if lora.init is AdapterInit.olora and transposed is not None:
+        what = f"PEFT's OLoRA takes transposed layers such as {transposed.name} for others, and can't compute"
+        raise ModelError(what, "lora.init = olora", "lora.init=pissa, or lora.init=kaiming")
+    too_narrow = {
+        min(shape.in_features, shape.out_features): shape
+        for shape in architecture.weights
+        if shape.name in names and rank_of(lora, shape.name) > min(shape.in_features, shape.out_features)
     }
-    narrowest = min(widths, default=lora.r)
-    if lora.r <= narrowest:
+    if not too_narrow:
         return None
-    layer = widths[narrowest]
+    narrowest = min(too_narrow)
+    layer = too_narrow[narrowest]
     what = f"{layer.name} is {layer.in_features} × {layer.out_features}: the rank of its update is {narrowest} at most"
-    if lora.init is AdapterInit.pissa:
-        what = f"PiSSA can't take {lora.r} principal directions from {layer.name}, which has {narrowest}"
+    if lora.init in FROM_WEIGHTS:
+        name = {"pissa": "PiSSA", "olora": "OLoRA"}[lora.init.value]
+        what = f"{name} can't take {lora.r} directions from {layer.name}, which has {narrowest}"
         raise ModelError(what, f"lora.r = {lora.r}", f"lora.r={narrowest} or less, or lora.init=kaiming")
-    return f"lora.r={lora.r} is more than a layer can use: {what}"
+    return f"lora.r={rank_of(lora, layer.name)} is more than a layer can use: {what}"
 
 
 @lru_cache(maxsize=4096)

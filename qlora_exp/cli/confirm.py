@@ -16,10 +16,15 @@ if TYPE_CHECKING:
 
     from qlora_exp.orchestration.finalists import ConfirmPlan, ConfirmPoints, Contender
     from qlora_exp.paths import StudyPaths
+    from qlora_exp.records.types import RunRecord
     from qlora_exp.study.types import StudySpec
 
 OF_THE_STUDY = ("sweep.name", "sweep.max_failures", "sweep.storage", "workers", "tracking", "budget", "hydra")
 """Overrides that don't change what is trained or how it is scored."""
+TWO_SEEDS = (
+    "note: two seeds find only large leads. Where one finalist's seeds are much noisier than the others', the answer"
+    " errs more often than 5 %: docs/confirm.md has the rates"
+)
 
 
 def add_to(app: typer.Typer) -> None:
@@ -30,6 +35,7 @@ def add_to(app: typer.Typer) -> None:
             "qlora-exp confirm lora_search --dry-run           # the finalists, and what it would cost",
             "qlora-exp confirm lora_search --seeds 6           # later: the same finalists with three more seeds",
             "qlora-exp confirm pareto --trials 3,7,12          # a Pareto front: name the trials yourself",
+            "qlora-exp confirm methods --each method           # of each method, the best learning rate",
         ),
     )(confirm)
 
@@ -47,6 +53,10 @@ def confirm(
     ] = None,
     trials: Annotated[
         str | None, typer.Option("--trials", metavar="N,N…", help="Trials to confirm, instead of the best ones")
+    ] = None,
+    each: Annotated[
+        str | None,
+        typer.Option("--each", metavar="AXIS", help="The best configuration for each value of an axis, e.g. method"),
     ] = None,
     margin: Annotated[
         str | None,
@@ -72,6 +82,11 @@ def confirm(
 
     spec, paths = _find_study(study, output_root)
     changes = [*(overrides or []), *forced(force)]
+    if each is not None and (top is not None or trials is not None):
+        from qlora_exp.errors import ConfigError
+
+        other = "--top" if top is not None else "--trials"
+        raise ConfigError(f"{other} is set, too: finalists are chosen in one way", f"--each {each}", "leave one out")
     name = _name(changes) or confirm_name(spec.name)
     if (of_itself := read_plan(paths)) is not None:  # a study that confirms: its search is meant
         name = spec.name
@@ -82,7 +97,9 @@ def confirm(
         _check_continues(spec, own, plan, name, top, trials, margin)
         assert plan is not None
         return _continue(plan, own, name, seeds, dry_run, changes, storage, output_root)
-    return _start(spec, _read_study(spec, paths, storage), own, name, changes, top, seeds, trials, margin, dry_run)
+    return _start(
+        spec, _read_study(spec, paths, storage), own, name, changes, top, seeds, trials, each, margin, dry_run
+    )
 
 
 def _name(changes: Sequence[str]) -> str | None:
@@ -101,6 +118,7 @@ def _start(
     top: int | None,
     seeds: int | None,
     trials: str | None,
+    each: str | None,
     margin: str | None,
     dry_run: bool,
 ) -> int:
@@ -110,6 +128,7 @@ def _start(
         DEFAULT_SEEDS,
         DEFAULT_TOP,
         ConfirmPlan,
+        best_of_each,
         choose_finalists,
         confirm_overrides,
         confirm_points,
@@ -127,13 +146,18 @@ def _start(
     _check_can_be_confirmed(spec)
     _check_changes(changes)
     written = margin or "0.25%"
-    parse_margin(written, MarginUnit.SCORE, "--margin")
+    size = parse_margin(written, MarginUnit.SCORE, "--margin")
     rows = opened.trials()
     records = {record.run_id: record for record in read_runs(own.outputs)[0]} if not trials else {}
-    finalists = choose_finalists(rows, spec, top or DEFAULT_TOP, _numbers(trials), records)
+    if each is not None:
+        finalists = best_of_each(ranked(rows, spec), each, spec.name)
+    else:
+        finalists = choose_finalists(rows, spec, top or DEFAULT_TOP, _numbers(trials), records)
     recorded = finalist_records(finalists, own.outputs)
     points = confirm_points(recorded)
     _check_compared(points.axes, spec.name)
+    if size.unit is MarginUnit.SHARE_OF_TUNING_GAIN:
+        _check_scored_before(recorded, written)
     command = confirm_command(spec.name, own.outputs)
     command += "" if _name(changes) is None else f" {shlex.quote(f'sweep.name={name}')}"
     plan = ConfirmPlan(
@@ -175,6 +199,15 @@ def _check_compared(axes: Mapping[str, Any], study: str) -> None:
         raise ConfigError(what, f"study {study}", hint)
 
 
+def _check_scored_before(finalists: Sequence[RunRecord], margin: str) -> None:
+    """Refuse a share of the tuning gain if the base model isn't scored: the margin would have no size at the end."""
+    from qlora_exp.errors import ConfigError
+
+    if any((record.config.get("evaluation") or {}).get("before") is False for record in finalists):
+        what = f"the margin {margin} needs scores before tuning, and the finalists have evaluation.before=false"
+        raise ConfigError(what, f"--margin {margin}", "--margin 0.25% (of the loss), or 0.1 (nats per item)")
+
+
 def _continue(
     plan: ConfirmPlan,
     own: StudyPaths,
@@ -197,7 +230,9 @@ def _continue(
     spec = read_spec(own)
     # What the study has: confirm.json may be ahead of it, if a larger --seeds failed before it began.
     count = len(spec.enqueue) // len(plan.trials)
-    stored, plan = plan, replace(plan, seeds=plan.seeds[:count])
+    looks = tuple(look for look in plan.earlier_seeds if look < count)
+    stored, plan = plan, replace(plan, seeds=plan.seeds[:count], earlier_seeds=looks)
+    present = plan
     if seeds is not None and seeds < count:
         hint = f"--seeds {count} or more, or another study: sweep.name=NAME"
         raise ConfigError(f"{name} has {count} seeds already, and keeps them", f"--seeds {seeds}", hint)
@@ -207,9 +242,7 @@ def _continue(
         longer = tuple(range(plan.seeds[0], plan.seeds[0] + seeds))
         more = enqueue_overrides(points, longer)
         # Only complete answers were looks at the finalists.
-        looks = [*(look for look in plan.earlier_seeds if look < count)]
-        looks += [count] if plan.answer and not plan.answer.get("pending") else []
-        plan = replace(plan, seeds=longer, earlier_seeds=tuple(looks))
+        plan = replace(plan, seeds=longer, earlier_seeds=(*looks, *([count] if plan.is_answered else [])))
     if dry_run:
         new_seeds = plan.seeds[count:] or plan.seeds
         print(f"{name}: {len(points)} finalists, seeds {new_seeds[0]} to {new_seeds[-1]}", file=sys.stderr)
@@ -217,7 +250,11 @@ def _continue(
         return 0
     if plan != stored:
         write_plan(plan, own)
-    return resume(name, [*more, *_without_name(changes)], storage=storage, output_root=output_root)
+    try:
+        return resume(name, [*more, *_without_name(changes)], storage=storage, output_root=output_root)
+    finally:
+        if more and len(read_spec(own).enqueue) == len(spec.enqueue):  # the larger study never began
+            write_plan(present, own)
 
 
 def _without_name(changes: Sequence[str]) -> list[str]:
@@ -302,6 +339,7 @@ def _check_changes(changes: Sequence[str]) -> None:
 
 def _print_finalists(plan: ConfirmPlan, finalists: Sequence[Contender], points: ConfirmPoints) -> None:
     """Print the finalists with their scores in the search, and how much is run."""
+    from qlora_exp.analysis.confirmation import MIN_SEEDS_TO_DECIDE
     from qlora_exp.formatting import figure, plain_table, print_table
     from qlora_exp.orchestration.finalists import mean_seconds
     from qlora_exp.orchestration.study_end import duration_words
@@ -322,6 +360,8 @@ def _print_finalists(plan: ConfirmPlan, finalists: Sequence[Contender], points: 
         file=sys.stderr,
         flush=True,
     )
+    if len(plan.seeds) == MIN_SEEDS_TO_DECIDE:
+        print(TWO_SEEDS, file=sys.stderr, flush=True)
 
 
 def _cell(value: Any) -> str:

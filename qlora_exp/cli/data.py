@@ -63,7 +63,8 @@ def validate(
         from qlora_exp.tracking.store import locate
 
         locate(config.tracking, OutputPaths.of(config.output_root))
-    too_wide = rank_warning(prepared.architecture, prepared.modules, config.lora)
+    is_lora = prepared.plan.alpha is not None
+    too_wide = rank_warning(prepared.architecture, prepared.modules, config.lora) if is_lora else None
     warnings = [text for text in (warning, too_wide, *prepared.splits.warnings) if text is not None]
     if as_json:
         from qlora_exp.cli.tables import print_json
@@ -177,17 +178,23 @@ def _summary_lines(config: Config, plan: Plan, splits: Splits) -> list[str]:
 
     data = splits.record
     share = plan.trainable_parameters / plan.total_parameters
+    from qlora_exp.config.schema import to_plain
+    from qlora_exp.records.method_name import method_name
+
     rounded_in = " and ".join(plan.inputs_rounded_in or ())
     rounded = f", inputs rounded to 8 bits in {rounded_in}" if rounded_in else ""
     epochs = f" ({config.training.epochs:g} epochs of {data.train_items} rows)" if config.training.epochs else ""
     dropped = f", {data.dropped_rows} rows dropped" if data.dropped_rows else ""
+    tuning = f"method   {method_name(to_plain(config))}"
+    if plan.alpha is not None:
+        modules = f"{plan.adapted_modules} modules ({', '.join(plan.target_modules)})"
+        tuning = f"LoRA     r={config.lora.r} alpha={plan.alpha:g} on {modules}"
     return [
         "valid",
         f"  model    {model_name(vars(config.model))} {config.model.variant.value} ({plan.architecture}, "
         f"{plan.total_parameters:,} parameters), {plan.weight_dtype} weights, "
         f"computing in {plan.compute_dtype} on {plan.device}{rounded}",
-        f"  LoRA     r={config.lora.r} alpha={plan.alpha:g} on {plan.adapted_modules} modules "
-        f"({', '.join(plan.target_modules)}): {plan.trainable_parameters:,} trained parameters ({share:.2%})",
+        f"  {tuning}: {plan.trainable_parameters:,} trained parameters ({share:.2%})",
         f"  data     {data.task}: {data.train_items} train, {data.validation_items} validation, "
         f"{data.test_items} test items{dropped}; {plan.format} format",
         *([f"           {splits.read_as}"] if splits.read_as is not None else []),

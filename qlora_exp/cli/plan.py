@@ -90,7 +90,7 @@ def plan(
     from qlora_exp.estimate.budget import affordable_trials
     from qlora_exp.estimate.candidates import search_space
     from qlora_exp.estimate.device import device_by_name, size_bytes
-    from qlora_exp.estimate.largest import by_preference, print_fitting, with_search_axes
+    from qlora_exp.estimate.largest import by_preference, print_fitting, with_precision, with_search_axes
     from qlora_exp.estimate.planner import Planner
     from qlora_exp.estimate.preflight import check_a_base_fits
     from qlora_exp.estimate.recommended import recommend
@@ -116,9 +116,10 @@ def plan(
         else:
             print_sizes(weights)
         return 0
-    requested = list(overrides)
+    requested = list(overrides) if fit is None else with_precision(overrides, chosen)
+    added = requested[len(overrides) :]
     if fit is not None:
-        overrides = with_search_axes(overrides, chosen)
+        overrides = with_search_axes(requested, chosen)
     space = search_space(overrides)
     for text in space.fixed_axes:
         print(f"{text} on the command line fixes an axis of the sweep", file=sys.stderr)
@@ -142,7 +143,7 @@ def plan(
         write_page(runs, "Plan", summary_lines(runs, space), html)
     found: Recommended | NothingFits | None = None
     if fit_bytes is not None and not any(text.startswith("sweeps=") for text in requested):
-        typed = [text for text in arguments or [] if not text.startswith(DEVICE_KEY)]
+        typed = [text for text in [*(arguments or []), *added] if not text.startswith(DEVICE_KEY)]
         found = recommend(requested, typed, str(source) if source is not None else None, planner, ended, fit_bytes)
     if as_json and fit is None:
         print(json.dumps(plan_as_json(runs), indent=1, ensure_ascii=False))

@@ -107,7 +107,7 @@ def _lines(quantization: QuantizationResults) -> list[str]:
         loss = quantization.results[0].loss_per_item
         merged = f", merged {loss.before:.3f}" if loss is not None else ""
         lines += [
-            f"loss per item as trained (adapter on {quantization.trained_against}) "
+            f"loss per item as trained (on {quantization.trained_against}) "
             f"{quantization.trained_loss_per_item:.3f}{merged} nats",
             f"changes against the merged model on {quantization.items} {quantization.split} items, with 95 % intervals "
             "over items alone",

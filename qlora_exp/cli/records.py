@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from qlora_exp.records.flat_rows import Selection
     from qlora_exp.records.types import RunRecord
 
-LISTS = ("models", "quantizations", "targets", "tasks", "sweeps", "runs")
+LISTS = ("models", "quantizations", "methods", "targets", "routes", "tasks", "sweeps", "runs")
 LIST_NOTES = {
     "models": (
         "any other model:      model=hub model.id=OWNER/NAME    or    model=local model.path=DIR_OR_GGUF",
@@ -76,7 +76,7 @@ def ls(
     as_csv: AsCsv = False,
     as_json: AsJson = False,
 ) -> int:
-    """List the runs, or the choices: models, quantizations, targets, tasks, sweeps."""
+    """List the runs, or the choices: models, quantizations, methods, targets, routes, tasks, sweeps."""
     from qlora_exp.config.choices import LISTED, choices, sweeps
     from qlora_exp.errors import ConfigError, nearest
     from qlora_exp.records.flat_rows import Selection, selected

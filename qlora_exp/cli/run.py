@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -109,10 +109,24 @@ def rerun(
     if not any(change.startswith("output_root=") for change in changes):
         changes.append(f"output_root={hydra_value(str(paths.folder.parent.parent))}")
     record = read_record(paths.record)
+    changes += _other_lengths_off(changes, record.config.get("training") or {})
     training = {**EARLIER_TRAINING_DEFAULTS, **(record.config.get("training") or {})}
     recorded = recorded_overrides(record.replace(config={**record.config, "training": training}), changes)
     print(f"qlora-exp run {shlex.join(recorded)}", flush=True)
     return _run(recorded, curve)
+
+
+def _other_lengths_off(changes: Sequence[str], training: Mapping[str, Any]) -> list[str]:
+    """Return the overrides that switch off the recorded length of a training if ``changes`` name another one, e.g.
+    ``training.max_steps=null`` for ``training.epochs=2``."""
+    from qlora_exp.config.overrides import override_key
+
+    keys = ("training.max_steps", "training.max_tokens", "training.epochs")
+    changed = {override_key(text) for text in changes if not text.endswith("=null")}
+    if not changed & set(keys):
+        return []
+    given = {override_key(text) for text in changes}
+    return [f"{key}=null" for key in keys if key not in given and training.get(key.partition(".")[2]) is not None]
 
 
 def _run(overrides: Sequence[str], curve: bool | None) -> int:
@@ -133,6 +147,7 @@ def _interruptible() -> Iterator[None]:
 
 def _resume(run: str, output_root: str | None, overrides: Sequence[str], curve: bool | None) -> int:
     """Continue a run, unless it has ended, is still running, or its record lacks a secret setting."""
+    from qlora_exp.config.compose import compose
     from qlora_exp.records.files import read_record
     from qlora_exp.records.find import find_run
     from qlora_exp.records.redaction import REDACTED
@@ -140,8 +155,9 @@ def _resume(run: str, output_root: str | None, overrides: Sequence[str], curve: 
     from qlora_exp.runs.entry_points import config_from_plain, run_with_progress
     from qlora_exp.system.environment import is_alive
 
-    if overrides:
-        raise ConfigError("a resumed run keeps its configuration", " ".join(overrides), f"qlora-exp rerun {run} …")
+    others = [text for text in overrides if not text.startswith("notify.")]
+    if others:
+        raise ConfigError("a resumed run keeps its configuration", " ".join(others), f"qlora-exp rerun {run} …")
     paths = find_run(run, outputs_of(output_root))
     record = read_record(paths.record)
     if record.status in (Status.COMPLETED, Status.PRUNED):
@@ -154,6 +170,8 @@ def _resume(run: str, output_root: str | None, overrides: Sequence[str], curve: 
         raise RecordError(what, record.run_id, f"qlora-exp rerun {record.run_id} with the secret setting")
     config = config_from_plain(record.config)
     training = replace(config.training, resume=True)  # this is what --resume means
-    resumed = replace(config, training=training, output_root=str(paths.folder.parent.parent))
+    # A record leaves out whom to notify: a command or an address may hold a secret.
+    asked = compose(list(overrides)).notify if overrides else None
+    resumed = replace(config, training=training, notify=asked, output_root=str(paths.folder.parent.parent))
     with _interruptible():
         return run_with_progress(resumed, record.run_id, curve=curve)

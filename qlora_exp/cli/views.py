@@ -13,6 +13,7 @@ from qlora_exp.formatting import UNKNOWN_CELL, bytes_text, clock_text, figure, f
 from qlora_exp.paths import RunPaths
 from qlora_exp.records.flat_rows import MAIN_SCORES, base_bytes_of, flat_run, shown_scores
 from qlora_exp.records.labels import labels, run_name, short_id
+from qlora_exp.records.method_name import is_lora, saves_adapter
 from qlora_exp.records.model_name import model_place
 from qlora_exp.records.schema import to_dict
 from qlora_exp.records.types import RunRecord, Status
@@ -65,11 +66,11 @@ def summary(record: RunRecord, paths: RunPaths, option: str = "") -> Iterator[tu
         model += f", {record.plan.total_parameters:,} parameters, on {record.environment.device.name}"
     yield "model", model
     alpha = _known(row["alpha"]) if row["alpha"] is not None else settings.get("lora.alpha_policy")
-    adapter = f"r = {row['r']}, alpha {alpha}, {row['targets']}"
+    adapter = f"r = {row['r']}, alpha {alpha}, {row['targets']}" if is_lora(record.config) else row["method"]
     if record.plan is not None:
         share = record.plan.trainable_parameters / record.plan.total_parameters
         adapter += f": {record.plan.trainable_parameters:,} trained parameters ({share:.2%})"
-    yield "LoRA", adapter
+    yield ("LoRA" if is_lora(record.config) else "method"), adapter
     yield "training", _training(record, row)
     if record.data is not None:
         counts = (record.data.train_items, record.data.validation_items, record.data.test_items)
@@ -81,7 +82,11 @@ def summary(record: RunRecord, paths: RunPaths, option: str = "") -> Iterator[tu
         peak = f"training peak {bytes_text(record.memory.peak_train_bytes)}{beside}"
         if record.memory.process_reused and record.memory.peak_train_bytes is None:
             peak = f"training peak not measured: the process had run before{beside}"
-        yield "memory", f"{peak}, base model {bytes_text(base_bytes_of(record))}"
+        weights = f"base model {bytes_text(base_bytes_of(record))}"
+        if not saves_adapter(record.config):
+            trained = bytes_text(record.memory.adapter_bytes)
+            weights = f"trained weights {trained}, other weights {bytes_text(base_bytes_of(record))}"
+        yield "memory", f"{peak}, {weights}"
     if record.speed.train_seconds is not None:
         rate = number(record.speed.train_tokens_per_second, 0)
         cost = f", ${record.speed.cost_usd:.2g}" if record.speed.cost_usd is not None else ""
@@ -91,7 +96,7 @@ def summary(record: RunRecord, paths: RunPaths, option: str = "") -> Iterator[tu
             f" (and {len(record.warnings) - MAX_WARNINGS} more: --all)" if len(record.warnings) > MAX_WARNINGS else ""
         )
         yield "warning", f"{warning}{more}"
-    present = [child.name for child in (paths.record, paths.adapter) if child.exists()]
+    present = [child.name for child in (paths.record, paths.weights) if child.exists()]
     yield "files", f"{paths.folder} ({', '.join(present)})"
     yield (
         "next",

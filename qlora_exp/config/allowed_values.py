@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 
-from qlora_exp.config.enums import Quantization
+from qlora_exp.config.enums import AdapterInit, Quantization
 from qlora_exp.config.other_values import value_here
 from qlora_exp.errors import ConfigError, nearest
 
@@ -15,7 +15,19 @@ ALPHA_POLICIES = ("2r", "r", "fixed")
 ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 MASKED_ATTENTIONS = ("eager", "flex_attention")
 """They mask all pairs of a batch's tokens, so that they need padded rows."""
-QUANTIZED = (Quantization.int8, Quantization.nf4, Quantization.fp4)
+FROM_WEIGHTS = (AdapterInit.pissa, AdapterInit.olora)
+"""Starts that take A and B from the base's weights, and subtract them there."""
+INTEGER_MODES = {
+    Quantization.int8_sym: (8, True),
+    Quantization.int8_asym: (8, False),
+    Quantization.int4_sym: (4, True),
+    Quantization.int4_asym: (4, False),
+    Quantization.int3_asym: (3, False),
+    Quantization.int2_asym: (2, False),
+}
+"""Frozen integers that we quantize ourselves: bits, and whether they have no zero point."""
+BITSANDBYTES = (Quantization.int8, Quantization.nf4, Quantization.fp4)
+QUANTIZED = (*BITSANDBYTES, *INTEGER_MODES)
 NATIVE_DTYPES = {Quantization.fp32: "float32", Quantization.bf16: "bfloat16", Quantization.fp16: "float16"}
 FOUR_BIT = (Quantization.nf4, Quantization.fp4)
 REPORTERS = ("tensorboard", "wandb", "trackio")
@@ -62,6 +74,11 @@ MAX_WORKERS = 1024
 
 MAX_RANK = 65_536
 """More than the width of any model; a higher rank adds nothing."""
+
+
+def codes_per_byte(bits: int) -> int:
+    """Return how many codes of ``bits`` a byte in memory holds. Codes of 3 bits take 4."""
+    return 4 if bits <= 2 else 2 if bits <= 4 else 1
 
 
 def config_error(what: str, key: str, value: object, hint: str) -> ConfigError:

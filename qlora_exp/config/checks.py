@@ -29,6 +29,8 @@ from qlora_exp.config.allowed_values import (
     within,
 )
 from qlora_exp.config.checks_lora import lora_problems, model_problems, quantization_problems, targets_problems
+from qlora_exp.config.checks_method import method_problems
+from qlora_exp.config.checks_ship import ship_problems
 from qlora_exp.config.checks_task import goal_problems, task_problems
 from qlora_exp.config.enums import PaddingFree
 from qlora_exp.config.schema import BudgetConfig, Config, EvaluationConfig, TrainingConfig, WorkersConfig
@@ -82,6 +84,8 @@ def check(config: Config) -> list[ConfigError]:
         _single_values(config),
         model_problems(config.model),
         quantization_problems(config.quantization),
+        method_problems(config),
+        ship_problems(config),
         lora_problems(config),
         targets_problems(config.targets),
         task_problems(config.task),

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 
 from qlora_exp.config.allowed_values import (
     EPSILON_IN_ADAPTER_DTYPE,
+    FROM_WEIGHTS,
+    INTEGER_MODES,
+    MAX_RANK,
     NATIVE_DTYPES,
     QUANTIZED,
     TARGET_SETS,
     config_error,
     one_of,
 )
-from qlora_exp.config.enums import AdapterInit, ComputeDtype, DeviceChoice, Quantization
+from qlora_exp.config.enums import AdapterInit, ComputeDtype, DeviceChoice, Quantization, Sampler
 from qlora_exp.config.model_choice import place_problems
 from qlora_exp.config.schema import Config, LoraConfig, ModelConfig, QuantizationConfig, TargetsConfig
 from qlora_exp.errors import ConfigError, nearest
@@ -50,6 +54,9 @@ def model_problems(model: ModelConfig) -> Iterator[ConfigError]:
 
 def quantization_problems(quantization: QuantizationConfig) -> Iterator[ConfigError]:
     mode, choice = quantization.mode, quantization.compute_dtype
+    if quantization.group < 2:
+        what = "at least two weights share a scale"
+        yield config_error(what, "quantization.group", quantization.group, "quantization.group=64")
     native = NATIVE_DTYPES.get(mode)
     if native and choice is not ComputeDtype.auto and choice.value != native:
         matching_mode = next(name.value for name, dtype in NATIVE_DTYPES.items() if dtype == choice.value)
@@ -83,15 +90,53 @@ def lora_problems(config: Config) -> Iterator[ConfigError]:
     computed_in = NATIVE_DTYPES.get(mode, config.quantization.compute_dtype.value)
     if config.training.device is DeviceChoice.cuda and (problem := scaled_16_bit_adapters(config, computed_in)):
         yield problem
+    if lora.dora and mode in INTEGER_MODES:
+        what = f"DoRA reads the base's weights, which PEFT can't unpack from {mode.value}"
+        yield config_error(what, "lora.dora", lora.dora, "quantization=nf4, or lora.dora=false")
     yield from _alpha(lora)
     optimizer = config.training.optimizer
     if lora.dtype is ComputeDtype.float16 and optimizer in EPSILON_IN_ADAPTER_DTYPE:
         what = f"{optimizer} can't train float16 adapters: it divides by at least 1e-8, which is 0 in float16"
         yield config_error(what, "lora.dtype", lora.dtype.value, "lora.dtype=float32, or bfloat16")
-    if lora.init is AdapterInit.pissa and mode in QUANTIZED:
-        what = f"PiSSA is initialized from the base's exact weights, which {mode.value} has rounded"
+    yield from _rank_pattern(config)
+    ratio = lora.loraplus_lr_ratio
+    if ratio is not None and not (ratio > 0 and math.isfinite(ratio)):
+        yield config_error("a ratio of learning rates is positive", "lora.loraplus_lr_ratio", ratio, "16, or null")
+    if lora.init in FROM_WEIGHTS and mode in QUANTIZED:
+        name = INIT_NAMES[lora.init]
+        what = f"{name} is initialized from the base's exact weights, which {mode.value} has rounded"
         hint = "quantization=bf16 (or fp16, fp32), or lora.init=kaiming"
         yield config_error(what, "lora.init", lora.init.value, hint)
+
+
+def _rank_pattern(config: Config) -> Iterator[ConfigError]:
+    lora, pattern = config.lora, config.lora.rank_pattern
+    if pattern is None:
+        return
+    if not isinstance(pattern, dict) or not pattern:
+        hint = "lora.rank_pattern={down_proj: 16}, or null"
+        yield config_error("ranks are a mapping of modules", "lora.rank_pattern", pattern, hint)
+        return
+    for name, rank in pattern.items():
+        if type(rank) is not int or not 1 <= rank <= MAX_RANK:
+            yield config_error(f"a rank is 1 to {MAX_RANK}", f"lora.rank_pattern.{name}", rank, f"e.g. {lora.r}")
+        if not re.fullmatch(r"\w+(\.\w+)*", str(name)):
+            hint = "a module's name or its last parts, e.g. self_attn.q_proj"
+            yield config_error(f"{name!r} can't be a module's name", "lora.rank_pattern", name, hint)
+    for key, used in (("lora.init", lora.init in FROM_WEIGHTS), ("lora.rslora", lora.rslora)):
+        if used:
+            what = "an adapter with several ranks isn't saved in the form that every tool reads with this"
+            value = lora.init.value if key == "lora.init" else lora.rslora
+            yield config_error(what, key, value, "lora.rank_pattern=null, or another start and scale")
+    if lora.alpha_policy == "fixed":
+        what = "one alpha for several ranks gives each its own scale, which not every tool reads"
+        yield config_error(what, "lora.alpha_policy", "fixed", "lora.alpha_policy=2r, which keeps the scale at 2")
+    if config.sweep is not None and config.sweep.sampler is Sampler.ladder:
+        what = "rank doubling doubles lora.r, and these modules' ranks stay"
+        yield config_error(what, "lora.rank_pattern", pattern, "lora.rank_pattern=null")
+
+
+INIT_NAMES = {AdapterInit.pissa: "PiSSA", AdapterInit.olora: "OLoRA"}
 
 
 def _alpha(lora: LoraConfig) -> Iterator[ConfigError]:

@@ -13,7 +13,14 @@ import yaml
 from qlora_exp.errors import ConfigError, nearest
 from qlora_exp.paths import CONF, SWEEPS
 
-LISTED = {"models": "model", "quantizations": "quantization", "targets": "targets", "tasks": "task"}
+LISTED = {
+    "models": "model",
+    "quantizations": "quantization",
+    "methods": "method",
+    "targets": "targets",
+    "routes": "route",
+    "tasks": "task",
+}
 """The names of configuration groups in ``ls`` → the group's folder in conf/."""
 OVERLAYS = ("model_training",)
 """Folders of conf/ that Hydra merges over a group automatically; their files aren't chosen by name."""

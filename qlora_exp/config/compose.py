@@ -10,6 +10,7 @@ import re
 import shlex
 import typing
 from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -184,7 +185,7 @@ def _compose_unchanged(overrides: Sequence[str]) -> DictConfig:
     # A user's folder may hold any file of any group, and an environment variable may name a choice.
     if folders == [SWEEPS.parent] and not has_interpolation(list(others)) and not any(map(is_swept, others)):
         with contextlib.suppress(HydraException, OmegaConfBaseException):
-            kept = _kept_composition(others, _conf_files())
+            kept = _kept_composition(others, _conf_files(CONF, SWEEPS))
             if (config := _with_values(kept, values)) is not None:
                 return config
     try:
@@ -206,9 +207,9 @@ def _kept_composition(overrides: tuple[str, ...], _files: Any) -> DictConfig:
     return _composed_by_hydra([search_path([SWEEPS.parent]), *overrides])
 
 
-def _conf_files() -> tuple[tuple[str, int, int], ...]:
+def _conf_files(*folders: Path) -> tuple[tuple[str, int, int], ...]:
     """Return path, time of change and size of each file that a composition may read."""
-    stats = [(str(path), path.stat()) for folder in (CONF, SWEEPS) for path in folder.rglob("*.yaml")]
+    stats = [(str(path), path.stat()) for folder in folders for path in folder.rglob("*.yaml")]
     return tuple(sorted((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats))
 
 
@@ -301,7 +302,12 @@ def default_choices() -> dict[str, str]:
 
 def read_choice(group: str, name: str) -> Any:
     """Return the file ``conf/GROUP/NAME.yaml`` typed by the schema, with its folder's shared parts; ``None`` if only
-    Hydra can compose it: other defaults, interpolations, missing values."""
+    Hydra can compose it: other defaults, interpolations, missing values. The caller may change the result."""
+    return copy.deepcopy(_kept_choice(group, name, _conf_files(CONF / group)))
+
+
+@functools.lru_cache(maxsize=128)
+def _kept_choice(group: str, name: str, _files: Any) -> Any:
     node = OmegaConf.load(CONF / group / f"{name}.yaml")
     assert isinstance(node, DictConfig)
     parts = node.pop("defaults", ["_self_"])

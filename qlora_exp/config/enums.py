@@ -26,6 +26,12 @@ class Quantization(Enum):
     int8 = "int8"
     nf4 = "nf4"
     fp4 = "fp4"
+    int8_sym = "int8_sym"
+    int8_asym = "int8_asym"
+    int4_sym = "int4_sym"
+    int4_asym = "int4_asym"
+    int3_asym = "int3_asym"
+    int2_asym = "int2_asym"
 
 
 class ComputeDtype(Enum):
@@ -35,10 +41,50 @@ class ComputeDtype(Enum):
     float16 = "float16"
 
 
+class Method(Enum):
+    """What is trained of the base."""
+
+    lora = "lora"
+    full = "full"
+    layerwise = "layerwise"
+    selective = "selective"
+    bottleneck = "bottleneck"
+    peft = "peft"
+
+
+class ShippedModel(Enum):
+    """Which model ships after training."""
+
+    trained = "trained"
+    merged = "merged"
+    """Into the unquantized base."""
+    merged_into_dequantized = "merged_into_dequantized"
+    """Into what the quantized base's weights stand for."""
+
+
+class RangeChoice(Enum):
+    """How the range of a group of integers is chosen."""
+
+    minmax = "minmax"
+    mse = "mse"
+
+
+class Divergence(Enum):
+    """How far the student's distribution is from the teacher's."""
+
+    forward = "forward"
+    """KL(teacher || student): the student covers all that the teacher finds likely."""
+    reverse = "reverse"
+    """KL(student || teacher): the student keeps to what the teacher finds most likely."""
+    jsd = "jsd"
+    """The mean of both against their mixture."""
+
+
 class AdapterInit(Enum):
     kaiming = "kaiming"
     gaussian = "gaussian"
     pissa = "pissa"
+    olora = "olora"
 
 
 class TaskSource(Enum):

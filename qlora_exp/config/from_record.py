@@ -14,7 +14,7 @@ from qlora_exp.formatting import flatten
 from qlora_exp.records.redaction import REDACTED
 from qlora_exp.records.types import RunRecord
 
-GROUP_KEYS = {"model": "family", "quantization": "mode", "targets": "set", "task": "source"}
+GROUP_KEYS = {"model": "family", "quantization": "mode", "method": "kind", "targets": "set", "task": "source"}
 """The key of each group that names its file in conf/."""
 
 

@@ -261,6 +261,7 @@ COUNTERPARTS: dict[str, Counterpart] = {
     "peft_use_rslora": Counterpart((AXOLOTL,), "lora.rslora"),
     "init_lora_weights": Counterpart((LORA,), "lora.init", _init),
     "peft_init_lora_weights": Counterpart((AXOLOTL,), "lora.init", _init),
+    "loraplus_lr_ratio": Counterpart((AXOLOTL, FACTORY), "lora.loraplus_lr_ratio"),
     "pissa_init": Counterpart((FACTORY,), None, _if_true({"lora.init": "pissa"})),
     "lora_model_dir": Counterpart((AXOLOTL,), "model.adapter"),
     "adapter_name_or_path": Counterpart((FACTORY,), "model.adapter"),

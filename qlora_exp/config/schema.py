@@ -23,6 +23,7 @@ from qlora_exp.config.enums import (
     Kernels,
     Learn,
     LrPolicy,
+    Method,
     PaddingFree,
     Pruner,
     Quantization,
@@ -33,6 +34,7 @@ from qlora_exp.config.enums import (
     TaskSource,
     Variant,
 )
+from qlora_exp.config.shipping import DistillationConfig, QatConfig, ShipConfig
 
 
 @dataclass
@@ -49,6 +51,9 @@ class ModelConfig:
     """A directory (safetensors) or a GGUF file on disk; only for ``model=local``."""
     instruct_path: str | None
     """That of the pair's instruct model; ``None``: ``path`` is the only model, of either variant."""
+    layers: Any
+    """Decoder layers that are kept: ``first:2``, ``last:2`` or a list; ``None``: all. A pruned model is a student for
+    distillation."""
     adapter: str | None
     """The folder of an adapter that is merged into the weights before training."""
     revision: str | None
@@ -77,6 +82,8 @@ class QuantizationConfig:
     compute_dtype: ComputeDtype
     double_quantization: bool
     int8_threshold: float
+    group: int
+    """Inputs of a row that share a scale, in the modes ``int2_asym`` to ``int8_sym``."""
 
 
 def default_alpha_policy(alpha: Any) -> str:
@@ -95,6 +102,11 @@ class LoraConfig:
     rslora: bool
     dora: bool
     init: AdapterInit
+    loraplus_lr_ratio: float | None
+    """LoRA+ (Hayou et al. 2024): the learning rate of B over ``training.learning_rate``, which A has."""
+    rank_pattern: Any
+    """A mapping of the last parts of a module's name to its rank; the first that fits counts. ``r`` is the rank of
+    other modules. With ``alpha_policy`` 2r or r, alpha follows each module's rank."""
 
     def __post_init__(self) -> None:
         if self.alpha_policy is None:
@@ -107,6 +119,30 @@ class TargetsConfig:
     """attention, attention_qv, mlp, all_linear."""
     modules: list[str] | None
     """A list of module-name endings; replaces ``set``."""
+
+
+@dataclass
+class MethodConfig:
+    """What is trained of the base. Records of earlier versions lack it: they are LoRA's."""
+
+    kind: Method
+    layers: Any
+    """Decoder layers that are tuned: ``last:2``, ``first:4``, a list of numbers, or null for all."""
+    parameters: Any
+    """``selective``: a list of norms, biases, embeddings, head, attention, mlp; or ``magnitude:0.01`` or
+    ``gradient:0.01``, single entries of the target matrices."""
+    size: int
+    """``bottleneck``: the width of an adapter."""
+    after: list[str]
+    """``bottleneck``: the blocks behind which an adapter is put."""
+    peft_type: str | None
+    """``peft``: the kind of adapter, a row of config/peft_kinds.py."""
+    options: Any
+    """``peft``: a mapping of this kind's settings, by PEFT's names; null: PEFT's defaults."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.parameters, str):
+            self.parameters = [self.parameters]
 
 
 @dataclass
@@ -198,6 +234,7 @@ class TrainingConfig:
     early_stopping_patience: int | None
     keep_best: bool
     resume: bool
+    qat: QatConfig
     device: DeviceChoice
     threads: int | None
     """CPU threads of torch; null: as many as cores."""
@@ -376,10 +413,13 @@ class Config:
 
     model: ModelConfig
     quantization: QuantizationConfig
+    method: MethodConfig
     lora: LoraConfig
     targets: TargetsConfig
     task: TaskConfig
     training: TrainingConfig
+    distillation: DistillationConfig
+    ship: ShipConfig
     evaluation: EvaluationConfig
     tracking: TrackingConfig
     notify: NotifyConfig | None
@@ -426,8 +466,8 @@ def absolute_store(uri: str | None) -> str | None:
     return f"sqlite:///{absolute_path(name)}" if relative else uri
 
 
-def to_plain(config: Config) -> dict[str, Any]:
-    """Return the configuration as JSON types; enums by name, as on the command line."""
+def to_plain(config: Config | TrainingConfig | QuantizationConfig) -> dict[str, Any]:
+    """Return the configuration, or a part of it, as JSON types; enums by name, as on the command line."""
     return {field.name: _plain(getattr(config, field.name)) for field in fields(config)}
 
 

@@ -8,12 +8,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_exp.architecture.shapes import Architecture
 from qlora_exp.config.compose import Composer, check_hydra, compose
 from qlora_exp.config.overrides import is_swept, override_key
 from qlora_exp.doctor.machine_checks import Check, nearest_folder
 from qlora_exp.errors import QloraExpError
 from qlora_exp.estimate.planner import Planner
-from qlora_exp.estimate.weights_and_optimizer import adapter_bytes
+from qlora_exp.estimate.weights_and_optimizer import trained_bytes
 from qlora_exp.formatting import bytes_text
 from qlora_exp.orchestration.command import run_overrides, study_spec
 from qlora_exp.paths import EMBEDDED, OutputPaths
@@ -81,7 +82,7 @@ def _largest(points: Sequence[Sequence[str]]) -> int:
     for point in points:
         try:
             config = composer.compose(point)
-            sizes.append(_bytes(config, planner.adapted(config.model, config.targets)))
+            sizes.append(_bytes(config, planner.architecture(config.model), planner.adapted(config)))
         except QloraExpError as error:
             first_error = first_error or error
     if not sizes and first_error is not None:
@@ -89,8 +90,8 @@ def _largest(points: Sequence[Sequence[str]]) -> int:
     return max(sizes)
 
 
-def _bytes(config: Config, shapes: Sequence[WeightShape]) -> int:
-    adapters = adapter_bytes(shapes, config.lora, config.training.optimizer)
+def _bytes(config: Config, architecture: Architecture, shapes: Sequence[WeightShape]) -> int:
+    adapters = trained_bytes(architecture, shapes, config, "float32")
     finished_bytes = adapters.adapter_bytes + RECORD_BYTES
     if config.training.save_every_steps is None and not config.training.keep_best:
         return finished_bytes

@@ -17,12 +17,9 @@ from functools import lru_cache
 
 from qlora_exp.architecture.shapes import Architecture, Experts, OtherTensor, WeightShape
 from qlora_exp.architecture.targets import qkv_of_name
+from qlora_exp.estimate.backward import FLOAT32_BYTES, WHOLE, Backward, SavedActivations, Start, is_down_projection
 
-FLOAT32_BYTES = 4
 LAYER_PREFIX = re.compile(r"^(?:.*?\.)?\d+\.")
-DOWN_NAME = re.compile(r"(down|c_proj|4h_to_h|fc2|fc_out|w2|out_proj|dense)[^.]*$")
-
-
 DEFAULT_HEAD_WIDTH, MAX_HEAD_WIDTH = 64, 128
 """The head width assumed if the architecture doesn't give one, and the largest width of one head's keys and values."""
 
@@ -162,21 +159,6 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class SavedActivations:
-    """Bytes per token.
-
-    ``layers``: all decoder layers together, without checkpointing. ``layer``: the largest layer alone. ``inputs``: what
-    all layers save under checkpointing: their inputs, and what LLM.int8() holds outside autograd. ``outside``: the
-    tensors around the decoder layers.
-    """
-
-    layers: float
-    layer: float
-    inputs: float
-    outside: float
-
-
-@dataclass(frozen=True)
 class TrainingPass:
     """What a training's passes have in common besides the architecture. ``compute_bytes``, ``adapter_bytes``: bytes per
     element of the two dtypes."""
@@ -199,6 +181,8 @@ class TrainingPass:
     laid_out: float | None = None
     """Without padding: rows times the longest row, divided by the batch's tokens. Attention alone computes so many."""
     dora: bool = False
+    trained_norms: bool = False
+    """Weights of norms are trained, in float32: under autocast these norms give float32."""
 
     @property
     def low_rank_bytes(self) -> int:
@@ -212,29 +196,35 @@ class TrainingPass:
 
 
 def saved_bytes_per_token(
-    architecture: Architecture, adapted: Collection[str], setting: TrainingPass
+    architecture: Architecture, adapted: Collection[str], setting: TrainingPass, backward: Backward = WHOLE
 ) -> SavedActivations:
     """Return what forward saves for backward, per token (padding included) of a batch with rows of ``setting.length``
     tokens. ``adapted``: full names of the weights with adapters."""
     adapted_names = frozenset(adapted)
     sizes: list[float] = []
     inputs, width = 0, architecture.hidden_size
-    bytes_by_layer: dict[tuple[int, tuple[bool, ...], bool], tuple[float, int]] = {}
-    for kind, (layer, shapes) in zip(_kinds(architecture), layers_of(architecture), strict=True):
-        key = (kind, tuple([shape.name in adapted_names for shape in shapes]), not sizes)
+    bytes_by_layer: dict[tuple[int, tuple[bool, ...], Start | None, bool], tuple[float, int]] = {}
+    with_norms = {number for number, _ in backward.trained_norms}
+    plain, stream_bytes = setting, backward.stream_bytes(setting.compute_bytes, setting.autocast)
+    for number, (kind, (layer, shapes)) in enumerate(zip(_kinds(architecture), layers_of(architecture), strict=True)):
+        if number < backward.first_layer:
+            continue
+        start = Start.INPUT if sizes else backward.start
+        setting = replace(plain, trained_norms=True) if number in with_norms else plain
+        key = (kind, tuple([shape.name in adapted_names for shape in shapes]), start, setting.trained_norms)
         if key not in bytes_by_layer:
             in_float32 = _float32_inputs(layer, setting)
             held = _bytes_of_inputs(_held_by_int8(layer, shapes, setting), in_float32, setting)
             # bitsandbytes' down projection adds float32 to the residual stream if it reads float32.
             added = _is_quantized(layer, setting) and "down" in in_float32
-            residual = FLOAT32_BYTES if added else setting.compute_bytes
-            layer_bytes = _layer_bytes(layer, shapes, key[1], setting, first=not sizes)
+            residual = FLOAT32_BYTES if added else stream_bytes
+            layer_bytes = _layer_bytes(layer, shapes, key[1], setting, start)
             bytes_by_layer[key] = layer_bytes, width * residual + held
         size, input_bytes = bytes_by_layer[key]
-        sizes.append(size)
+        sizes.append(size + backward.extra_bytes(number, width, setting.compute_bytes, setting.autocast))
         inputs += input_bytes
     # The last norm's input, the head's, the embeddings' output.
-    outside = width * (FLOAT32_BYTES + 2 * setting.compute_bytes)
+    outside = width * (FLOAT32_BYTES + stream_bytes + plain.compute_bytes) + backward.last_norm * stream_bytes
     return SavedActivations(sum(sizes), max(sizes, default=0.0), inputs, outside)
 
 
@@ -281,7 +271,7 @@ def _layer(
     fused = inputs[0].out_features if len(inputs) == 1 else 0
     # The width of q, k and v together, minus that of q; k and v are equally wide.
     key_value = max(0, sum(shape.out_features for shape in inputs) - query) // 2
-    down = [shape for shape in shapes if _is_down_projection(shape, hidden)]
+    down = [shape for shape in shapes if is_down_projection(shape, hidden)]
     intermediate = sum(shape.in_features for shape in down)
     up = sum(shape.out_features for shape in shapes if shape.role == "mlp" and shape not in down)
     norm_weights = [tensor for tensor in others if tensor.name.endswith("weight")]
@@ -308,19 +298,31 @@ def _layer(
     )
 
 
-def _is_down_projection(shape: WeightShape, hidden: int) -> bool:
-    return shape.role == "mlp" and shape.out_features == hidden and bool(DOWN_NAME.search(shape.name))
-
-
 def _layer_bytes(
-    layer: Layer, shapes: Sequence[WeightShape], adapted: Sequence[bool], setting: TrainingPass, first: bool
+    layer: Layer, shapes: Sequence[WeightShape], adapted: Sequence[bool], setting: TrainingPass, start: Start | None
 ) -> float:
-    """Return the layer's bytes per token. The first layer's attention saves nothing unless it has an adapter."""
-    attention_adapted = any(flag and shape.role == "attention" for shape, flag in zip(shapes, adapted, strict=True))
-    size = _norms(layer, setting, first) + _feed_forward(layer, setting) + _adapters(layer, shapes, adapted, setting)
-    if not first or attention_adapted:
+    """Return the layer's bytes per token. Without ``start``, its attention saves nothing unless it has an adapter."""
+    if start is None:
+        attention_adapted = any(flag and shape.role == "attention" for shape, flag in zip(shapes, adapted, strict=True))
+        start = Start.ATTENTION if attention_adapted else Start.RESIDUAL
+    if start > Start.RESIDUAL and not _saves_by_parts(layer):
+        start = Start.RESIDUAL
+    size = _adapters(layer, shapes, adapted, setting)
+    if start <= Start.RESIDUAL:
+        size += _norms(layer, setting, first=start is not Start.INPUT)
+    if start <= Start.MLP:
+        size += _feed_forward(layer, setting)
+    if start <= Start.ATTENTION:
         size += _attention(layer, setting)
     return size
+
+
+def _saves_by_parts(layer: Layer) -> bool:
+    """Return whether attention and the MLP follow one another, each behind its own norm alone."""
+    traits = layer.traits
+    return layer.norms == 2 and not (
+        traits.parallel_residual or traits.dropout or traits.saves_output or any(layer.experts)
+    )
 
 
 def _norm_bytes(layer: Layer, setting: TrainingPass) -> float:
@@ -343,7 +345,8 @@ def _projections_give_float32(layer: Layer, setting: TrainingPass) -> bool:
 
 def _float32_inputs(layer: Layer, setting: TrainingPass) -> set[str]:
     """Return which tensors that linear layers read are float32 under autocast, named as by :func:`_input_of`."""
-    after_norm = {"input", "middle"} if _norms_give_float32(layer, setting) else set()
+    trained = setting.autocast and setting.trained_norms and not layer.traits.norm_casts_back
+    after_norm = {"input", "middle"} if trained or _norms_give_float32(layer, setting) else set()
     in_float32 = setting.autocast and layer.traits.activation_in_float32
     return after_norm | ({"down"} if in_float32 or _projections_give_float32(layer, setting) else set())
 
@@ -498,7 +501,7 @@ def _input_of(layer: Layer, shape: WeightShape) -> str:
     (of attention) or ``down`` (of the activation)."""
     if shape.role == "attention":
         return "input" if qkv_of_name(shape.name) else "output"
-    if _is_down_projection(shape, layer.hidden):
+    if is_down_projection(shape, layer.hidden):
         return "down"
     return "input" if layer.traits.parallel_residual and layer.norms == 1 else "middle"
 

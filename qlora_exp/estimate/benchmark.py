@@ -28,7 +28,7 @@ def measured_flops_per_second(mode: Quantization, device_kind: str, seconds: flo
     Operations are counted as in :func:`train_flops_per_token`. The passes repeat for ``seconds``, after one warm-up
     pass that isn't counted.
     """
-    quantization = QuantizationConfig(mode, ComputeDtype.auto, True, 6.0)
+    quantization = QuantizationConfig(mode, ComputeDtype.auto, True, 6.0, 64)
     hidden, layers, rows, length = PROBE_SIZES[device_kind]
     config = LlamaConfig(
         hidden_size=hidden,

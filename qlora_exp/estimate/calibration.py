@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from qlora_exp.config.allowed_values import INTEGER_MODES
 from qlora_exp.config.enums import Quantization
 from qlora_exp.estimate.throughput import Interval, machine_of
 from qlora_exp.paths import user_cache
@@ -13,7 +14,7 @@ from qlora_exp.records.files import write_json
 from qlora_exp.records.types import Environment
 from qlora_exp.system.cards import card_of
 
-MODES = tuple(mode for mode in Quantization if mode is not Quantization.fp4)
+MODES = tuple(mode for mode in Quantization if mode is not Quantization.fp4 and mode not in INTEGER_MODES)
 COUNT_VERSION = 2
 """Version of the operation count. Rates of another version aren't read."""
 SECONDS_PER_MODE = 2.0
@@ -79,8 +80,8 @@ def calibrate_device(environment: Environment) -> Iterator[tuple[str, float]]:
 
 
 def _measured_mode(quantization: Quantization) -> str:
-    """fp4 isn't measured: it is as fast as nf4."""
-    return "nf4" if quantization is Quantization.fp4 else quantization.value
+    """fp4 isn't measured: it is as fast as nf4. Our integers are dequantized by torch: taken as nf4, too."""
+    return "nf4" if quantization is Quantization.fp4 or quantization in INTEGER_MODES else quantization.value
 
 
 def _read() -> Mapping[str, Mapping[str, float]]:

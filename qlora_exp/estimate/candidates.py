@@ -153,7 +153,7 @@ class ConfigFactory:
             with contextlib.suppress(QloraExpError):  # a value may be missing because an axis sets it
                 base = as_config(raw)
                 # The group choices of conf/config.yaml, except where a sweep's file overrides them.
-                chosen = default_choices().items()
+                chosen = [(group, name) for group, name in default_choices().items() if hasattr(base, group)]
                 unchanged = [(group, name) for group, name in chosen if self._node(group, name) == getattr(base, group)]
                 self._bases[tuple(unchanged)] = base
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 
 from qlora_exp.architecture.padding import planned_padding_reason
 from qlora_exp.architecture.shapes import Architecture
+from qlora_exp.architecture.tuned_weights import first_tuned_layer, layer_of, tuned_tensors
 from qlora_exp.config.allowed_values import AUTO_TOKENS
+from qlora_exp.config.checks_method import TUNES_WEIGHTS
 from qlora_exp.config.enums import Checkpointing, PaddingFree
 from qlora_exp.config.schema import Config, to_plain
 from qlora_exp.data.items import Splits
@@ -19,7 +21,7 @@ from qlora_exp.estimate.peak import Peak, predicted_peak
 from qlora_exp.estimate.selective_checkpointing import check_selective
 from qlora_exp.estimate.throughput import Interval, MeasuredThroughput, from_finished_runs, seconds_at
 from qlora_exp.estimate.tokens import lengths_of
-from qlora_exp.estimate.workload import RowLengths, Workload, train_flops_per_token
+from qlora_exp.estimate.workload import RowLengths, WeightsByPass, Workload, train_flops_per_token
 from qlora_exp.records.redaction import redact
 from qlora_exp.records.types import Device, Environment, Plan, RunRecord
 from qlora_exp.system import heap
@@ -113,13 +115,15 @@ class Estimator:
         limit = fixed.training.micro_batch_tokens
         memory, padded_because = self._peak(fixed), self.padding_reason(config)
         workload = Workload.of(fixed.training, rows, padding_free=padded_because is None)
-        adapter_parameters = memory.adapters.trainable_parameters
+        # Weights that are trained are multiplied already as the base's.
+        adapter_parameters = 0 if config.method.kind in TUNES_WEIGHTS else memory.adapters.trainable_parameters
         flops_per_token = train_flops_per_token(
             self.architecture,
             adapter_parameters,
             workload.row,
             recomputed=checkpointing is not Checkpointing.off,
             keeps_attention=checkpointing is Checkpointing.selective,
+            weights=weights_by_pass(self.architecture, config, self.modules),
         )
         measured, machine_rate = self.rates(config, workload.steps, padded_because is None)
         calibrated = seconds_at(machine_rate, workload.tokens * flops_per_token)
@@ -196,6 +200,17 @@ class Estimator:
             joined_heap=self.joined_heap,
             padding_free=self.padding_reason(config) is None,
         )
+
+
+def weights_by_pass(architecture: Architecture, config: Config, modules: Sequence[str]) -> WeightsByPass:
+    """Return which weights of linear layers have a gradient of their own, and which have no backward pass."""
+    tensors = tuned_tensors(architecture, config.method)
+    first = first_tuned_layer(architecture, config.method, modules)
+    below = (shape for shape in architecture.weights if (number := layer_of(shape.name)) is not None and number < first)
+    return WeightsByPass(
+        tuned=sum(tensor.elements for tensor in tensors if tensor.matrix),
+        frozen_below=sum(shape.in_features * shape.out_features for shape in below),
+    )
 
 
 def estimator_of_run(

@@ -9,13 +9,15 @@ from typing import Any
 
 from rich.table import Table
 
+from qlora_exp.config.checks_method import TUNES_WEIGHTS
+from qlora_exp.config.enums import Method
 from qlora_exp.config.overrides import hydra_value, override_key
 from qlora_exp.errors import ConfigError
 from qlora_exp.estimate.candidates import search_space
 from qlora_exp.estimate.device import PlanDevice
 from qlora_exp.estimate.memory_fit import BORDERLINE_NOTES, CPU_PROCESS_BYTES
 from qlora_exp.estimate.planner import PlannedRun, Planner
-from qlora_exp.estimate.recommended import NothingFits, Recommended, command_lines
+from qlora_exp.estimate.recommended import LORA_KEYS, NothingFits, Recommended, command_lines
 from qlora_exp.estimate.tables import candidate_name, cost_summary, notes
 from qlora_exp.formatting import UNKNOWN_CELL, bytes_text, number, print_table, simple_table
 
@@ -41,6 +43,22 @@ FRONT_HEADINGS = {
 PRECISIONS = {"fp32": 4, "bf16": 3, "fp16": 3, "int8": 2, "nf4": 1, "fp4": 0}
 
 
+def named_methods(overrides: Sequence[str]) -> frozenset[str]:
+    """Return the tuning methods that the overrides name, for example of ``method=full,lora``; LoRA if they name
+    none."""
+    named = [text.partition("=")[2] for text in overrides if override_key(text) == "method"]
+    return frozenset(value.strip() for value in named[-1].split(",")) if named else frozenset({Method.lora.value})
+
+
+def with_precision(overrides: Sequence[str], device: PlanDevice | None = None) -> list[str]:
+    """Return ``overrides`` with a 16-bit base if a method trains the base's own weights and they name none."""
+    tunes_weights = named_methods(overrides) & {kind.value for kind in TUNES_WEIGHTS}
+    if not tunes_weights or any(override_key(text).partition(".")[0] == "quantization" for text in overrides):
+        return list(overrides)
+    no_bf16 = device is not None and device.kind == "cuda" and not device.bf16
+    return [*overrides, f"quantization={'fp16' if no_bf16 else 'bf16'}"]
+
+
 def with_search_axes(overrides: Sequence[str], device: PlanDevice | None = None) -> list[str]:
     """Return ``overrides`` with an axis for each key of :data:`SEARCHED` that they don't set.
 
@@ -51,6 +69,8 @@ def with_search_axes(overrides: Sequence[str], device: PlanDevice | None = None)
     fixed_keys = overridden | {"targets" if key.startswith("targets.") else key for key in overridden}
     if "training.micro_batch_tokens" in overridden:  # the other way to choose a micro-batch
         fixed_keys |= {"training.micro_batch_size"}
+    if Method.lora.value not in named_methods(overrides):
+        fixed_keys |= set(LORA_KEYS)
     axes = {key: values for key, values in SEARCHED.items() if key not in fixed_keys}
     if "quantization" in axes and device is not None and device.kind == "cuda" and not device.bf16:
         axes["quantization"] = tuple("fp16" if mode == "bf16" else mode for mode in axes["quantization"])
@@ -164,7 +184,8 @@ def _front_table(front: Sequence[PlannedRun], axes: Sequence[str]) -> Table:
     headings = [FRONT_HEADINGS.get(key, key.rpartition(".")[2]) for key in axes]
     table = simple_table(*headings, "trainable", "peak", "fits", "checkpoint")
     for run in front:
-        cells = [str(run.params[key]) for key in axes]
+        no_lora = run.params.get("method", Method.lora.value) != Method.lora.value
+        cells = ["–" if no_lora and key in LORA_KEYS else str(run.params[key]) for key in axes]
         fits = "yes?" if run.borderline else "yes"
         peak, disk = bytes_text(_peak_bytes(run)), bytes_text(run.disk.checkpoint_bytes if run.disk else None)
         table.add_row(*cells, number(run.trainable_parameters, 0), peak, fits, disk)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_exp.config.schema import Config
 from qlora_exp.errors import ConfigError
-from qlora_exp.records.types import KILLED_FOR_MEMORY, Device, Fit, Plan, RunRecord, SkippedTrial, Status
+from qlora_exp.records.fit_types import Fit, SkippedTrial
+from qlora_exp.records.types import KILLED_FOR_MEMORY, Device, Plan, RunRecord, Status
 
 if TYPE_CHECKING:
     from qlora_exp.estimate.peak import Peak

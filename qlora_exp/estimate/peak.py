@@ -18,26 +18,28 @@ from dataclasses import dataclass
 from qlora_exp.architecture.padding import FLASH_ATTENTION
 from qlora_exp.architecture.run_plan import adapter_dtype, compute_dtype, optimizer_on, shape_multiples
 from qlora_exp.architecture.shapes import Architecture
-from qlora_exp.config.allowed_values import QUANTIZED
-from qlora_exp.config.enums import Checkpointing, Quantization
+from qlora_exp.architecture.targets import rank_of
+from qlora_exp.architecture.tuned_weights import layer_of, tuned_tensors
+from qlora_exp.config.allowed_values import INTEGER_MODES, QUANTIZED
+from qlora_exp.config.checks_method import TUNES_WEIGHTS
+from qlora_exp.config.enums import Checkpointing, Method, Quantization
 from qlora_exp.config.schema import Config
 from qlora_exp.estimate.activations import (
-    FLOAT32_BYTES,
-    SavedActivations,
     TrainingPass,
     is_eager,
     layers_of,
     saved_bytes_per_token,
     traits_of,
 )
+from qlora_exp.estimate.backward import FLOAT32_BYTES, SavedActivations, backward_of
 from qlora_exp.estimate.selective_checkpointing import kept_attention_bytes
 from qlora_exp.estimate.weights_and_optimizer import (
     WIDTHS_OF,
     AdapterBytes,
     BaseBytes,
-    adapter_bytes,
-    base_bytes,
+    frozen_bytes,
     temporaries_bytes,
+    trained_bytes,
 )
 from qlora_exp.estimate.workload import RowLengths, Workload
 
@@ -132,42 +134,52 @@ def predicted_peak(
     cuda, width = device_kind == "cuda", WIDTHS_OF[compute]
     module_names = set(modules)
     adapted = [weight for weight in architecture.weights if weight.name in module_names]
-    adapters = adapter_bytes(adapted, config.lora, config.training.optimizer)
-    base = base_bytes(architecture, config.quantization, compute)
+    adapters = trained_bytes(architecture, adapted, config, compute)
+    base = frozen_bytes(architecture, config, compute, adapted)
+    is_lora = config.method.kind is Method.lora
+    trained_dtype = adapter_dtype(config.lora) if is_lora else "float32"
     flash = config.model.attention.startswith(FLASH_ATTENTION)  # it takes the bounds of rows
-    autocast = cuda and compute != "float32"  # as in training/trainer.py: bf16 or fp16
+    tunes_weights = config.method.kind in TUNES_WEIGHTS
+    autocast = (cuda or tunes_weights) and compute != "float32"  # as in training/trainer.py: bf16 or fp16
     setting = TrainingPass(
-        r=config.lora.r,
+        r=max((rank_of(config.lora, name) for name in modules), default=0) if is_lora else 0,
         compute_bytes=width,
-        adapter_bytes=WIDTHS_OF[adapter_dtype(config.lora)],
+        adapter_bytes=WIDTHS_OF[trained_dtype] if is_lora else width,
         int8=config.quantization.mode is Quantization.int8,
         length=batch.length,
         padded=batch.padded,
         cuda=cuda,
-        lora_dropout=config.lora.dropout > 0,
+        lora_dropout=is_lora and config.lora.dropout > 0,
         eager=is_eager(config.model.attention, architecture),
         autocast=autocast,
         quantized=config.quantization.mode in QUANTIZED,
         laid_out=batch.laid_out if padding_free and not flash else None,
-        dora=config.lora.dora,
+        dora=is_lora and config.lora.dora,
     )
-    activations = saved_bytes_per_token(architecture, module_names, setting)
+    backward = backward_of(architecture, config.method, modules)
+    activations = saved_bytes_per_token(architecture, module_names, setting, backward)
     choice = config.training.gradient_checkpointing
     selective = choice is Checkpointing.selective
     checkpointing = selective or choice is Checkpointing.on or (cuda and choice is Checkpointing.auto)
     outer = batch.tokens * (activations.outside + (activations.inputs if checkpointing else activations.layers))
     outer += batch.tokens * kept_attention_bytes(architecture, setting) if selective else 0.0
+    outer += _rounded_weights(architecture, config, backward.first_layer, checkpointing)
     recomputed = batch.tokens * activations.layer * 2 if checkpointing else 0.0
     hidden_gradient = batch.loss_tokens * architecture.hidden_size * FLOAT32_BYTES
     logits = _logits_tile(architecture, batch.loss_tokens, width, cuda) + hidden_gradient
+    if config.distillation.teacher is not None:  # logits, their log-softmax and its gradient, of all learned tokens
+        logits += 3 * FLOAT32_BYTES * batch.loss_tokens * architecture.vocabulary_size
     # Before the first backward pass of a step the gradients of the last step are freed. From the second micro-batch of
     # a batch on, gradients of the earlier ones exist.
     accumulates = config.training.batch_size * batch.length > batch.tokens
     # Autocast multiplies by copies of A and B in the compute dtype. Backward needs each of them until it has made the
     # gradient, which is larger. With checkpointing they exist until forward ends, i.e. before the head's gradient; then
     # those of the recomputed layer alone.
-    copied = autocast and adapter_dtype(config.lora) != compute
-    copies = width * adapters.trainable_parameters if copied else 0
+    copied = autocast and trained_dtype != compute
+    cast = adapters.trainable_parameters
+    if tunes_weights:  # of the base's own tensors, those of linear layers
+        cast = sum(tensor.elements for tensor in tuned_tensors(architecture, config.method) if tensor.matrix)
+    copies = width * cast if copied else 0
     copies_at_head, copies_in_layer = copies, copies if accumulates else 0
     if checkpointing:
         copies_at_head = max(copies - hidden_gradient, 0)
@@ -177,6 +189,8 @@ def predicted_peak(
     quantized = [weight for weight in architecture.weights if weight.quantizable]
     largest = max((weight.in_features * weight.out_features for weight in quantized), default=0)
     dequantized = largest * width if config.quantization.mode in QUANTIZED else 0
+    if config.quantization.mode in INTEGER_MODES:  # in float32 first, from one byte for each code
+        dequantized = largest * (FLOAT32_BYTES + (width if width < FLOAT32_BYTES else 1))
     heap = TUNED_HEAP if joined_heap else DEFAULT_HEAP
     slack = 0.0 if cuda else _heap_fragmentation(heap, architecture, batch, width, activations, logits)
 
@@ -256,6 +270,19 @@ def _micro_batch(
             laid_out = max(1.0, min(laid_out, lengths.largest_layout(training.batch_size, limit) / tokens))
     scored = _rounded_up(round(min(loss_tokens, tokens)), logits_multiple)
     return _MicroBatch(tokens, length, laid_out, scored, padded and not padding_free)
+
+
+def _rounded_weights(architecture: Architecture, config: Config, first_layer: int, checkpointing: bool) -> float:
+    """Return the bytes of rounded weights that QAT's backward pass needs: a float32 copy of each linear layer's from
+    the first trained decoder layer on. With checkpointing they exist for one layer at a time."""
+    if config.training.qat.format is None:
+        return 0.0
+    sizes: dict[int | None, int] = {}
+    for shape in architecture.weights:
+        number = layer_of(shape.name)
+        if number is None or number >= first_layer:
+            sizes[number] = sizes.get(number, 0) + shape.in_features * shape.out_features
+    return FLOAT32_BYTES * float(max(sizes.values()) if checkpointing else sum(sizes.values()))
 
 
 def _rounded_up(number: int, multiple: int) -> int:

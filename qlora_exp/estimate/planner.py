@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qlora_exp.architecture.families import known_architecture
+from qlora_exp.architecture.run_plan import check_integer_groups
 from qlora_exp.architecture.shapes import Architecture, WeightShape
-from qlora_exp.architecture.targets import rank_warning, resolve_targets
+from qlora_exp.architecture.targets import rank_warning
+from qlora_exp.architecture.tuned_weights import trained_modules
 from qlora_exp.config.checks_lora import int8_dora
-from qlora_exp.config.enums import DeviceChoice, Isolation, PaddingFree
-from qlora_exp.config.schema import Config, ModelConfig, TargetsConfig, to_plain
+from qlora_exp.config.checks_method import scaled_16_bit_weights
+from qlora_exp.config.enums import DeviceChoice, Isolation, Method, PaddingFree
+from qlora_exp.config.schema import Config, ModelConfig, to_plain
 from qlora_exp.data.splits import load_rows
 from qlora_exp.errors import ConfigError, QloraExpError
 from qlora_exp.estimate.budget import Affordable, BudgetTooSmall, affordable_steps, check_covers_a_step, check_energy
@@ -178,19 +181,20 @@ class Planner:
         """
         return self._once(("architecture", *_model_key(model)), lambda: known_architecture(model) or _describe(model))
 
-    def adapted(self, model: ModelConfig, targets: TargetsConfig) -> tuple[WeightShape, ...]:
-        """Return the layers that ``targets`` adapt.
+    def adapted(self, config: Config) -> tuple[WeightShape, ...]:
+        """Return the linear layers that get an adapter, or are trained themselves.
 
         Raises:
             ModelError: ``targets`` match nothing in this architecture.
         """
 
         def resolve() -> tuple[WeightShape, ...]:
-            architecture = self.architecture(model)
-            names = set(resolve_targets(architecture, targets))
+            architecture = self.architecture(config.model)
+            names = set(trained_modules(architecture, config))
             return tuple(shape for shape in architecture.weights if shape.name in names)
 
-        return self._once(("adapted", *_model_key(model), repr(targets)), resolve)
+        key = ("adapted", *_model_key(config.model), repr(config.targets), repr(config.method))
+        return self._once(key, resolve)
 
     def estimate(self, config: Config, rows: PlannedRows | None = None) -> RunEstimate:
         """Return what training ``config`` takes on its device. ``rows``: the task's rows, if they are known.
@@ -202,7 +206,7 @@ class Planner:
         limits = (self._fit_bytes, config.budget.memory_bytes, device.memory_bytes)
         estimator = Estimator(
             self.architecture(config.model),
-            tuple(shape.name for shape in self.adapted(config.model, config.targets)),
+            tuple(shape.name for shape in self.adapted(config)),
             device.hardware,
             rows=lambda _: rows.lengths if rows is not None else None,
             rates=lambda config, steps, padding_free: self._rates(config, device, steps, padding_free),
@@ -214,12 +218,14 @@ class Planner:
 
     def _planned(self, params: dict[str, Any], config: Config) -> PlannedRun:
         device, budget = self.device(config), config.budget
-        if device.kind == "cpu" and (problem := int8_dora(config)):
+        if device.kind == "cpu" and (problem := int8_dora(config) or scaled_16_bit_weights(config)):
             raise problem
+        check_integer_groups(self.architecture(config.model), config.quantization)
         rows = self._counter.of(config) if self._counter is not None else None
         estimate = self.estimate(config if rows is not None else self._with_steps(config), rows)
         architecture, modules = estimate.estimator.architecture, estimate.estimator.modules
-        rank_note = rank_warning(architecture, modules, config.lora)
+        is_lora = config.method.kind is Method.lora
+        rank_note = rank_warning(architecture, modules, config.lora) if is_lora else None
         peak, base, adapters = estimate.memory, estimate.memory.base, estimate.memory.adapters
         exact = base.total_bytes + adapters.adapter_bytes + adapters.gradient_bytes + adapters.optimizer_bytes
         hosts = config.workers.count if self._hosts and config.workers is not None else None
@@ -368,7 +374,7 @@ def _settings(config: Config) -> dict[str, Any]:
         "quantization": config.quantization.mode.value,
         "r": config.lora.r,
         "targets": config.targets.modules or config.targets.set,
-        **to_plain(config)["training"],
+        **to_plain(training),
         "micro_batch_size": training.micro_batch_size or training.batch_size,
     }
 

@@ -24,7 +24,8 @@ from qlora_exp.estimate.memory_fit import (
 from qlora_exp.estimate.peak import Peak
 from qlora_exp.estimate.weights_and_optimizer import BITS_PER_WEIGHT, in_mode, smallest_base
 from qlora_exp.formatting import bytes_text
-from qlora_exp.records.types import Device, Fit, SkippedTrial
+from qlora_exp.records.fit_types import Fit, SkippedTrial
+from qlora_exp.records.types import Device
 
 if TYPE_CHECKING:
     from qlora_exp.estimate.planner import Planner

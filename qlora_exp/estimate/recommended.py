@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_exp.architecture.families import known_families
+from qlora_exp.config.enums import Method
 from qlora_exp.config.overrides import hydra_value, is_swept, override_key
 from qlora_exp.config.schema import Config
 from qlora_exp.estimate.candidates import Candidate, search_space
@@ -27,6 +28,8 @@ from qlora_exp.system.cards import CARDS
 
 RECIPE = {"quantization": "nf4", "targets": "all_linear", "lora.r": "16"}
 """Dettmers et al. 2023 (QLoRA): nf4 equals 16 bit if all linear layers get adapters; the rank matters less."""
+LORA_KEYS = ("targets", "lora.r")
+"""Keys that mean nothing for other methods."""
 QUANTIZATION_ORDER = ("nf4", "int8", "fp4", "bf16", "fp16", "fp32")
 LENGTH_STEP = 64
 """A sequence length is rounded up to a multiple of this many tokens."""
@@ -85,12 +88,14 @@ def recommend(
         ConfigError, Problems: a misspelt key or choice, a wrong type.
     """
     keys = {override_key(text) for text in overrides}
-    first = next(point.config for point in search_space(overrides).points if point.config is not None)
+    configs = [point.config for point in search_space(overrides).points if point.config is not None]
+    first, kinds = configs[0], [config.method.kind for config in configs]
     names_task = any(key == "task" or key.startswith("task.") for key in keys)
     counter = RowCounter() if names_task or first.model.family == "embedded" else None  # that model comes with a task
     planner = planner.with_rows(counter, records)
     lengths = _lengths(first, keys, planner, counter)
-    fixed = {key: value for key, value in RECIPE.items() if not _is_set(key, keys)}
+    unread = () if any(one is Method.lora for one in kinds) else LORA_KEYS
+    fixed = {key: value for key, value in RECIPE.items() if key not in unread and not _is_set(key, keys)}
     axes = dict(fixed)
     if lengths.reasons:
         axes["training.max_length"] = ",".join(map(str, lengths.reasons))

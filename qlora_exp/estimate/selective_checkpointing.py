@@ -12,7 +12,8 @@ from qlora_exp.config.allowed_values import MASKED_ATTENTIONS
 from qlora_exp.config.enums import Checkpointing
 from qlora_exp.config.schema import Config
 from qlora_exp.errors import ConfigError
-from qlora_exp.estimate.activations import FLOAT32_BYTES, Layer, TrainingPass, is_eager, layers_of
+from qlora_exp.estimate.activations import Layer, TrainingPass, is_eager, layers_of
+from qlora_exp.estimate.backward import FLOAT32_BYTES
 
 
 def check_selective(architecture: Architecture, config: Config, device_kind: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import jinja2
 from rich.table import Table
 
 from qlora_exp.architecture.run_plan import compute_dtype
+from qlora_exp.config.allowed_values import INTEGER_MODES
+from qlora_exp.config.enums import Method
 from qlora_exp.config.overrides import hydra_value
 from qlora_exp.config.schema import Config
 from qlora_exp.errors import ConfigError
@@ -325,10 +327,12 @@ def sizes_of(config: Config, planner: Planner) -> Sizes:
         ModelError: it can't be described, or the targets match nothing in it.
     """
     device, architecture = planner.device(config), planner.architecture(config.model)
-    adapted = planner.adapted(config.model, config.targets)
+    adapted = planner.adapted(replace(config, method=replace(config.method, kind=Method.lora)))
     adapters = adapter_bytes(adapted, config.lora, config.training.optimizer)
     modes = []
     for mode, bits in BITS_PER_WEIGHT.items():
+        if mode in INTEGER_MODES:  # for experiments with rounding; nf4 is as small
+            continue
         quantization = in_mode(config.quantization, mode)
         dtype = compute_dtype(quantization, device.kind, device.bf16)
         base = base_bytes(architecture, quantization, dtype)

@@ -10,9 +10,12 @@ from functools import lru_cache
 
 from qlora_exp.architecture.run_plan import adapter_dtype, compute_dtype
 from qlora_exp.architecture.shapes import DTYPES, Architecture, WeightShape
-from qlora_exp.config.allowed_values import QUANTIZED
-from qlora_exp.config.enums import AdapterInit, ComputeDtype, Quantization
-from qlora_exp.config.schema import LoraConfig, QuantizationConfig
+from qlora_exp.architecture.targets import rank_of
+from qlora_exp.architecture.tuned_weights import inserted_shapes, tuned_tensors
+from qlora_exp.config.allowed_values import FROM_WEIGHTS, INTEGER_MODES, QUANTIZED, codes_per_byte
+from qlora_exp.config.enums import ComputeDtype, Method, Quantization
+from qlora_exp.config.peft_kinds import peft_kind_of
+from qlora_exp.config.schema import Config, LoraConfig, QuantizationConfig
 
 QUANTIZATION_BLOCK = 64
 """4-bit weights per constant (bitsandbytes ``Params4bit``)."""
@@ -28,14 +31,16 @@ BITS_PER_WEIGHT = {
     Quantization.int8: 8,
     Quantization.nf4: 4,
     Quantization.fp4: 4,
+    **{mode: 8 // codes_per_byte(bits) for mode, (bits, _) in INTEGER_MODES.items()},
 }
 SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 WIDTHS = {"F32": 4, "BF16": 2, "F16": 2}
+FLOAT32_WIDTH = WIDTHS["F32"]
 WIDTHS_OF = {dtype: WIDTHS[name] for dtype, name in SAFETENSORS_DTYPES.items()}
 
 Shape = tuple[int, ...]
-AdaptedLayer = tuple[str, int, int]
-"""A layer with an adapter: full name, input width, output width."""
+AdaptedLayer = tuple[str, int, int, int]
+"""A layer with an adapter: full name, input width, output width, rank."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +72,13 @@ class AdapterBytes:
 def base_bytes(architecture: Architecture, quantization: QuantizationConfig, dtype: str) -> BaseBytes:
     """Return the bytes of the base. ``dtype`` is ``run_plan.compute_dtype``: also the dtype of everything that isn't
     quantized: embeddings, norms, biases, the head, and layers that bitsandbytes doesn't support."""
-    return _base_bytes(architecture, quantization.mode, quantization.double_quantization, dtype)
+    return _base_bytes(architecture, quantization.mode, quantization.double_quantization, quantization.group, dtype)
 
 
 @lru_cache(maxsize=256)
-def _base_bytes(architecture: Architecture, mode: Quantization, double_quantization: bool, dtype: str) -> BaseBytes:
+def _base_bytes(
+    architecture: Architecture, mode: Quantization, double_quantization: bool, group: int, dtype: str
+) -> BaseBytes:
     column = DTYPES.index(dtype)
     weights = sum(tensor.elements * tensor.element_bytes[column] for tensor in architecture.others)
     state = 0
@@ -79,8 +86,8 @@ def _base_bytes(architecture: Architecture, mode: Quantization, double_quantizat
         matrix = shape.in_features * shape.out_features
         weights += (shape.parameters - matrix) * shape.element_bytes[column]
         if mode in QUANTIZED and shape.quantizable:
-            weights += matrix if mode is Quantization.int8 else math.ceil(matrix / 2)
-            state += quantization_state(shape, mode, double_quantization)
+            weights += math.ceil(matrix * BITS_PER_WEIGHT[mode] / 8)
+            state += quantization_state(shape, mode, double_quantization, group)
         else:
             weights += matrix * shape.element_bytes[column]
     return BaseBytes(weights, state)
@@ -100,11 +107,11 @@ def smallest_base(
         candidate = in_mode(quantization, mode)
         return base_bytes(architecture, candidate, compute_dtype(candidate, device_kind, bf16)).total_bytes
 
-    mode = min(Quantization, key=size)
+    mode = min((mode for mode in Quantization if mode not in INTEGER_MODES), key=size)
     return mode, size(mode)
 
 
-def quantization_state(shape: WeightShape, mode: Quantization, double_quantization: bool) -> int:
+def quantization_state(shape: WeightShape, mode: Quantization, double_quantization: bool, group: int = 64) -> int:
     """Return the bytes kept with one quantized matrix.
 
     * int8 (LLM.int8(), Dettmers et al. 2022): a float32 scale per row. Outlier columns are found in each forward pass,
@@ -112,7 +119,11 @@ def quantization_state(shape: WeightShape, mode: Quantization, double_quantizati
     * 4 bit: a code book, and a float32 constant per block of 64.
     * 4 bit with double quantization (QLoRA, Dettmers et al. 2023): a code book, and 8 bits per constant. The constants
       have their float32 mean, a code book, and a float32 constant per 256 of them.
+    * integers (int4_asym …): per group of a row's inputs a float16 scale and, if asymmetric, a zero point of a byte.
     """
+    if mode in INTEGER_MODES:
+        groups = shape.out_features * math.ceil(shape.in_features / group)
+        return groups * (2 if INTEGER_MODES[mode][1] else 3)
     if mode is Quantization.int8:
         return 4 * shape.out_features
     blocks = math.ceil(shape.in_features * shape.out_features / QUANTIZATION_BLOCK)
@@ -124,18 +135,66 @@ def quantization_state(shape: WeightShape, mode: Quantization, double_quantizati
 def adapter_bytes(adapted: Sequence[WeightShape], lora: LoraConfig, optimizer: str) -> AdapterBytes:
     """Return the bytes of adapters on ``adapted``, of their gradients (in the adapters' dtype) and of their optimizer
     states."""
-    layers = tuple((shape.name, shape.in_features, shape.out_features) for shape in adapted)
-    sizes = _adapter_bytes(layers, lora.r, lora.dora, adapter_dtype(lora), optimizer)
-    if lora.init is not AdapterInit.pissa:
+    layers = tuple((shape.name, shape.in_features, shape.out_features, rank_of(lora, shape.name)) for shape in adapted)
+    sizes = _adapter_bytes(layers, lora.dora, adapter_dtype(lora), optimizer)
+    if lora.init not in FROM_WEIGHTS:
         return sizes
     # The file also holds the initial adapter.
-    written = _adapter_bytes(layers, 2 * lora.r, lora.dora, "float32", optimizer)
+    doubled = tuple((name, inputs, outputs, 2 * rank) for name, inputs, outputs, rank in layers)
+    written = _adapter_bytes(doubled, lora.dora, "float32", optimizer)
     return replace(sizes, file_bytes=written.file_bytes)
 
 
+def trained_bytes(
+    architecture: Architecture, adapted: Sequence[WeightShape], config: Config, compute: str
+) -> AdapterBytes:
+    """Return the bytes of what ``config.method`` trains: adapters on ``adapted``, or float32 copies of the base's own
+    tensors. ``compute``: the base's dtype, in which such tensors are saved after training."""
+    method, optimizer = config.method, config.training.optimizer
+    if method.kind is Method.lora:
+        return adapter_bytes(adapted, config.lora, optimizer)
+    inserted = inserted_shapes(architecture, method, adapted)
+    tuned = () if inserted is not None else tuned_tensors(architecture, method)
+    shapes = inserted if inserted is not None else tuple((tensor.name, tensor.shape) for tensor in tuned)
+    embeddings = {tensor.name for tensor in tuned if tensor.part == "embeddings"}
+    masters = [(name, shape, "F32") for name, shape in shapes]
+    saved = masters if inserted is not None else [(name, shape, SAFETENSORS_DTYPES[compute]) for name, shape in shapes]
+    parameters = sum(math.prod(shape) for _, shape in shapes)
+    states = optimizer_state_bytes(
+        optimizer,
+        [(shape, FLOAT32_WIDTH) for name, shape in shapes if name not in embeddings],
+        [(shape, FLOAT32_WIDTH) for name, shape in shapes if name in embeddings],
+    )
+    size = FLOAT32_WIDTH * parameters
+    return AdapterBytes(
+        trainable_parameters=parameters,
+        adapter_bytes=size,
+        gradient_bytes=size,
+        optimizer_bytes=states,
+        file_bytes=sum(math.prod(shape) * WIDTHS[kind] for _, shape, kind in saved) + _safetensors_header(saved),
+        checkpoint_bytes=size + _safetensors_header(masters) + states,
+    )
+
+
+def frozen_bytes(
+    architecture: Architecture, config: Config, dtype: str, adapted: Sequence[WeightShape] = ()
+) -> BaseBytes:
+    """Return the bytes of the base during training: without the tensors that the method replaces by its own, with what
+    adapters on ``adapted`` keep without training it."""
+    base = base_bytes(architecture, config.quantization, dtype)
+    column = DTYPES.index(dtype)
+    tuned = tuned_tensors(architecture, config.method)
+    replaced = sum(tensor.elements * tensor.element_bytes[column] for tensor in tuned)
+    found = peft_kind_of(config.method)
+    if found is not None and adapted:
+        sizes = [(shape.in_features, shape.out_features) for shape in adapted]
+        replaced -= FLOAT32_WIDTH * found[0].fixed(sizes, found[0].settings(found[1]))
+    return replace(base, base_weight_bytes=base.base_weight_bytes - replaced)
+
+
 @lru_cache(maxsize=1024)
-def _adapter_bytes(layers: tuple[AdaptedLayer, ...], r: int, dora: bool, dtype: str, optimizer: str) -> AdapterBytes:
-    tensors = [tensor for layer in layers for tensor in _adapter_tensors(layer, r, dora, dtype)]
+def _adapter_bytes(layers: tuple[AdaptedLayer, ...], dora: bool, dtype: str, optimizer: str) -> AdapterBytes:
+    tensors = [tensor for layer in layers for tensor in _adapter_tensors(layer, dora, dtype)]
     size = sum(math.prod(shape) * WIDTHS[kind] for _, shape, kind in tensors)
     states = optimizer_state_bytes(optimizer, [(shape, WIDTHS[kind]) for _, shape, kind in tensors])
     file = size + _safetensors_header(tensors)
@@ -149,11 +208,19 @@ def _adapter_bytes(layers: tuple[AdaptedLayer, ...], r: int, dora: bool, dtype: 
     )
 
 
-def optimizer_state_bytes(optimizer: str, tensors: Iterable[tuple[Shape, int]]) -> int:
-    """Return the bytes of the states of ``optimizer`` (one of ``config.names.OPTIMIZERS``) over ``tensors``: (shape,
-    bytes per element). Paged states count, too: they move to the host only if the card runs out of memory."""
+def optimizer_state_bytes(
+    optimizer: str, tensors: Iterable[tuple[Shape, int]], embeddings: Iterable[tuple[Shape, int]] = ()
+) -> int:
+    """Return the bytes of the states of ``optimizer`` (one of ``config.names.OPTIMIZERS``) over ``tensors`` and
+    ``embeddings``: (shape, bytes per element). Paged states count, too: they move to the host only if the card runs out
+    of memory.
+
+    transformers makes bitsandbytes' 8-bit optimizers keep the states of ``torch.nn.Embedding`` in float32
+    (``Trainer.create_optimizer``).
+    """
     name = optimizer.removeprefix("paged_")
-    shapes = list(tensors)
+    others = list(tensors)
+    shapes = [*others, *embeddings]
     if name == "sgd":
         return 0
     if name == "adafactor":  # float32 sums of a matrix's rows and columns, and a norm
@@ -164,7 +231,7 @@ def optimizer_state_bytes(optimizer: str, tensors: Iterable[tuple[Shape, int]]) 
     moments = {"adamw": 2, "ademamix": 3, "lion": 1, "rmsprop": 1}[name.partition("_")[0]]
     in_8_bit = name.endswith("8bit")
     sizes = [math.prod(shape) for shape, _ in shapes]
-    large = [size for size in sizes if in_8_bit and size >= MIN_8_BIT_ELEMENTS]
+    large = [size for size in sizes[: len(others)] if in_8_bit and size >= MIN_8_BIT_ELEMENTS]
     blocks = sum(math.ceil(size / NESTED_BLOCK) for size in large)
     code_books = min(moments, 2) * EIGHT_BIT_CODE_BYTES if large else 0
     return moments * (4 * (sum(sizes) - sum(large)) + sum(large) + 4 * blocks) + code_books
@@ -184,9 +251,9 @@ def temporaries_bytes(optimizer: str, adapters: AdapterBytes) -> int:
     return adapters.adapter_bytes if optimizer in _FOREACH_OPTIMIZERS else 0
 
 
-def _adapter_tensors(layer: AdaptedLayer, r: int, dora: bool, dtype: str) -> list[tuple[str, Shape, str]]:
+def _adapter_tensors(layer: AdaptedLayer, dora: bool, dtype: str) -> list[tuple[str, Shape, str]]:
     """Return (name in the adapter's file, shape, safetensors' name of the dtype) of each tensor."""
-    name, in_features, out_features = layer
+    name, in_features, out_features, r = layer
     kind = SAFETENSORS_DTYPES[dtype]
     prefix = f"base_model.model.{name}.lora_"
     tensors: list[tuple[str, Shape, str]] = [

@@ -178,6 +178,15 @@ class MeanRow:
         return MeanRow(tokens, tokens, tokens, tokens)
 
 
+@dataclass(frozen=True)
+class WeightsByPass:
+    """Weights of linear layers. ``tuned``: they are trained themselves. ``frozen_below``: they lie before the first
+    trained layer, so they have no backward pass."""
+
+    tuned: int = 0
+    frozen_below: int = 0
+
+
 def train_flops_per_token(
     architecture: Architecture,
     adapter_parameters: int,
@@ -185,12 +194,14 @@ def train_flops_per_token(
     recomputed: bool,
     fused_head: bool = True,
     keeps_attention: bool = False,
+    weights: WeightsByPass | None = None,
 ) -> float:
     """Return the operations to train one unpadded token of rows like ``row``.
 
     * Layers, per padded token: 2N forward and 2N backward. N counts the weights of linear layers, adapters and the
       experts of one token, not the embedding table. 2N more if layers are recomputed, and 2 per adapter parameter for
       its own gradient.
+    * ``weights`` that are trained themselves: 2 more each. Those below the first trained layer: 2 forward alone.
     * Attention, per attended token: 4 forward and 8 backward per query width and position, over the half of the
       positions that a causal mask leaves. 4 more if layers are recomputed, unless attention's output is kept.
     * Head, per token with a loss: 4 per weight, and 2 more if TRL's fused head recomputes its logits.
@@ -205,6 +216,8 @@ def train_flops_per_token(
     attention = sum(layer.query for layer, _ in layers_of(architecture)) * row.attended / 2
     passes = 6.0 if recomputed else 4.0
     in_layers = passes * layers + (passes + 2.0) * adapter_parameters
+    if weights is not None:
+        in_layers += 2.0 * weights.tuned - (passes - 2.0) * weights.frozen_below
     in_attention = (16.0 if recomputed and not keeps_attention else 12.0) * attention
     in_head = (6.0 if fused_head else 4.0) * head
     return (row.padded * in_layers + row.attended * in_attention + row.scored * in_head) / row.tokens

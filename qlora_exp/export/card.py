@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from qlora_exp.config.allowed_values import QUANTIZED
 from qlora_exp.export.results import Artefact, Export
+from qlora_exp.records.method_name import saves_adapter
 from qlora_exp.records.model_card import model_card
 from qlora_exp.records.types import RunRecord
 
+QUANTIZED_NAMES = tuple(mode.value for mode in QUANTIZED)
 FOUR_BIT_NOTE = (
     "GGUF files were quantized from the merged fp32 weights in blocks of 32 (embeddings and output head in 8 bits in "
     "all of them; the Q4_K types need rows of 256)."
@@ -24,15 +27,18 @@ def export_card(
         usage: the lines of :func:`~qlora_exp.export.usage.usage_chapter`.
         criteria: list every criterion of the phone case.
     """
-    return model_card(record, library, "\n".join([*usage, *_export_chapter(export, criteria)]))
+    return model_card(
+        record, library, "\n".join([*usage, *_export_chapter(export, criteria, saves_adapter(record.config))])
+    )
 
 
-def _export_chapter(export: Export, criteria: bool) -> Iterator[str]:
+def _export_chapter(export: Export, criteria: bool, adapter: bool) -> Iterator[str]:
     yield "## What was exported"
     yield ""
-    yield f"Run `{export.run_id}`. The adapter was added to the weights of `{export.base}` in fp32, unquantized, then"
+    added = "The adapter was added to the weights of" if adapter else "The tuned weights replaced those of"
+    yield f"Run `{export.run_id}`. {added} `{export.base}` in fp32, unquantized, then"
     yield f"stored as {export.merged_dtype}."
-    if export.trained_against in ("int8", "nf4", "fp4"):
+    if export.trained_against in QUANTIZED_NAMES:
         yield (
             f"It was trained against the same base quantized to {export.trained_against}: its updates also compensate "
             "for that rounding, which the merged model doesn't have. The two are different models; the table shows "

@@ -10,6 +10,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 
 from qlora_exp.architecture.targets import resolve_targets
-from qlora_exp.config.enums import ComputeDtype
+from qlora_exp.config.enums import ComputeDtype, Method
+from qlora_exp.config.peft_kinds import in_peft_format
 from qlora_exp.errors import ConfigError, ExportError, QloraExpError, nearest
 from qlora_exp.export.card import export_card
 from qlora_exp.export.compatibility import add_end_token, write_for_version_4
@@ -38,17 +40,29 @@ from qlora_exp.models.adapters import write_portable
 from qlora_exp.models.base import load_base
 from qlora_exp.models.combined_adapters import write_combined
 from qlora_exp.models.inspect import describe
-from qlora_exp.models.merging import merged_model
 from qlora_exp.models.portable_adapters import is_portable
+from qlora_exp.models.tuning import merged_tuned
 from qlora_exp.paths import CONF, EMBEDDED, RunPaths
 from qlora_exp.records.files import read_or_none, read_record, write_json, write_text
 from qlora_exp.records.types import RunRecord
 from qlora_exp.system.cards import Price, price_of
 
-BYTES_PER_WEIGHT = {"adapter": 0.0, "merged": 2.0, "q8_0": 1.07, "q5_1": 0.76, "q5_0": 0.7, "q4_1": 0.64, "q4_0": 0.57}
+BYTES_PER_WEIGHT = {
+    "adapter": 0.0,
+    "merged": 2.0,
+    "q8_0": 1.07,
+    "q5_1": 0.76,
+    "q5_0": 0.7,
+    "q4_1": 0.64,
+    "q4_0": 0.57,
+    "tq2_0": 0.3,
+    "tq1_0": 0.25,
+}
 """Format → bytes per weight of the merged model or of a GGUF file: a block of 32 weights has a scale (the _1 types also
 a minimum) in 16 bits."""
 BLOCK_TYPES = tuple(name for name in BYTES_PER_WEIGHT if name not in ("adapter", "merged"))
+TERNARY_TYPES = ("tq1_0", "tq2_0")
+TERNARY_BLOCK = 256
 SIZE_MARGIN = 1.2
 """Safety factor of the estimate, for embeddings in 8 bits, the tokenizer and the adapter."""
 
@@ -97,6 +111,8 @@ def export_run(
         ModelError: the base is missing or has changed, the adapter doesn't fit, or no GGUF file can be written of it.
     """
     source = check_run(paths, _to_gguf(settings))
+    settings = _without_adapter(source, settings)
+    _check_ternary(source, settings)
     target = export_folder(paths, to)
     _check_target(target, source.record, settings)
     with _staging_folder(target) as folder:
@@ -154,7 +170,7 @@ def _export(source: FinishedRun, folder: Path, settings: ExportConfig, on_step: 
         fingerprint = source.record.model_fingerprint or ""
         if settings.formats != ["adapter"]:
             on_step("merge")
-            merged, fingerprint = merged_model(source.config, source.paths.adapter)
+            merged, fingerprint = merged_tuned(source.config, source.paths.weights)
             add_end_token(merged, source.end_token)
             files = []
             for kind in (name for name in settings.formats if name in BLOCK_TYPES):
@@ -204,9 +220,10 @@ def _write_cards(source: FinishedRun, folder: Path, export: Export, settings: Ex
 
 
 def _card(source: FinishedRun, export: Export, places: Mapping[str, str], settings: ExportConfig) -> str:
-    adapter = json.loads((source.paths.adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    file = source.paths.adapter / "adapter_config.json"
+    adapter = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     usage = usage_of(source.record, source.model, source.end_token, adapter)
-    library = "transformers" if list(places) == ["merged"] else "peft"
+    library = "peft" if "adapter" in places else "transformers"
     return export_card(source.record, export, library, usage_chapter(usage, places), settings.phone)
 
 
@@ -217,6 +234,7 @@ def push_export(paths: RunPaths, to: Path | None, settings: ExportConfig, push: 
         ExportError: the folder has no such export, or the push is refused (:func:`~qlora_exp.export.push.push_files`).
     """
     source, folder = check_run(paths, _to_gguf(settings)), export_folder(paths, to)
+    settings = _without_adapter(source, settings)
     export, name = exported_before(paths, to), settings.formats[0]
     artefact = next((one for one in export.artefacts if one.format == name), None) if export else None
     if export is None or artefact is None:
@@ -237,6 +255,34 @@ def push_export(paths: RunPaths, to: Path | None, settings: ExportConfig, push: 
         modelfile_text = (folder / "Modelfile").read_text(encoding="utf-8")
         texts["Modelfile"] = re.sub(r"^FROM .*", f"FROM ./{place.name}", modelfile_text, count=1, flags=re.MULTILINE)
     return push_files(files, texts, push, paths)
+
+
+def _without_adapter(source: FinishedRun, settings: ExportConfig) -> ExportConfig:
+    """Return ``settings`` without the format ``adapter`` for a run that tuned weights of the base itself."""
+    if in_peft_format(source.config.method):
+        if "adapter" in settings.formats and source.model.adapters and source.config.method.kind is not Method.lora:
+            what = "only LoRA adapters can be combined with the adapters that the run started from"
+            raise ExportError(what, "--formats adapter", "--formats merged")
+        return settings
+    formats = [name for name in settings.formats if name != "adapter"]
+    if not formats:
+        what = f"method={source.config.method.kind.value} trained no adapter"
+        raise ExportError(what, "--formats adapter", "--formats merged, or a GGUF type such as q8_0")
+    return replace(settings, formats=formats)
+
+
+def _check_ternary(source: FinishedRun, settings: ExportConfig) -> None:
+    """Refuse GGUF's ternary types for weights that aren't ternary, or that don't fill their blocks."""
+    asked = [name for name in settings.formats if name in TERNARY_TYPES]
+    if not asked:
+        return
+    if source.config.training.qat.format != "ternary":
+        hint = "--formats q4_0; or train it: method=full training.qat.format=ternary"
+        raise ExportError("the run's weights aren't ternary", f"--formats {asked[0]}", hint)
+    widths = {shape.in_features for shape in describe(source.config.model).weights}
+    if odd := sorted(width for width in widths if width % TERNARY_BLOCK):
+        what = f"{asked[0]} stores rows in blocks of {TERNARY_BLOCK}, and the model has layers with {odd[0]} inputs"
+        raise ExportError(what, f"--formats {asked[0]}", "--formats merged, or a wider model")
 
 
 def _to_gguf(settings: ExportConfig) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from qlora_exp.config.enums import Method
+from qlora_exp.config.peft_kinds import in_peft_format
 from qlora_exp.config.schema import Config
 from qlora_exp.errors import ExportError, ModelError
 from qlora_exp.export.compatibility import end_of_answers
@@ -46,10 +48,16 @@ def check_run(paths: RunPaths, to_gguf: bool = False) -> FinishedRun:
         raise ExportError(f"the run is {record.status}: its training is not complete", record.run_id, hint)
     if record.synthetic:
         raise ExportError("the run trained no model (training.engine=sleep)", record.run_id, "take a trained run")
-    if not (paths.adapter / "adapter_model.safetensors").is_file():
-        what = "the run has no adapter: adapter_model.safetensors is missing"
-        raise ExportError(what, str(paths.adapter), f"restore it, or qlora-exp rerun {record.run_id}")
     config = config_from_plain(record.config)
+    in_adapter = in_peft_format(config.method)
+    file = paths.adapter / "adapter_model.safetensors" if in_adapter else paths.tuned / "tuned.safetensors"
+    if not file.is_file():
+        what = f"the run has no {'adapter' if in_adapter else 'tuned weights'}: {file.name} is missing"
+        raise ExportError(what, str(file.parent), f"restore it, or qlora-exp rerun {record.run_id}")
+    if config.method.kind is Method.bottleneck:
+        what = "bottleneck adapters are layers of their network: they can't be merged, and GGUF has no place for them"
+        hint = "qlora_exp.load_run(RUN).model() loads the run; method=lora trains what can be exported"
+        raise ExportError(what, record.run_id, hint)
     model = resolve_source(config.model)
     if record.model_fingerprint not in (None, sources.fingerprint(model)):
         what = "the base's files have changed since the run: the adapter would be added to other weights"

@@ -32,6 +32,7 @@ class Usage:
     rank: int
     """Of the exported adapter, which has twice the run's rank with PiSSA."""
     dora: bool
+    peft_type: str = "LORA"
     """vLLM and llama.cpp don't read DoRA's adapters."""
 
 
@@ -39,6 +40,7 @@ def usage_of(record: RunRecord, model: ModelSource, end_token: int | None, adapt
     """Return a run's usage. ``adapter``: the content of its ``adapter_config.json``."""
     task = record.config.get("task") or {}
     after = record.scores.after
+    rank = int(adapter.get("r") or (record.config.get("lora") or {}).get("r") or 0)
     return Usage(
         base=model.name if model.name.startswith("embedded:") else model.path_or_id,
         gguf_file=model.gguf_file,
@@ -47,8 +49,9 @@ def usage_of(record: RunRecord, model: ModelSource, end_token: int | None, adapt
         system=task.get("system"),
         end_token=end_token,
         new_tokens=(after.max_new_tokens if after is not None else None) or DEFAULT_NEW_TOKENS,
-        rank=int(adapter.get("r") or (record.config.get("lora") or {}).get("r") or 0),
+        rank=max(rank, *map(int, (adapter.get("rank_pattern") or {"": 0}).values())),
         dora=bool(adapter.get("use_dora")),
+        peft_type=str(adapter.get("peft_type") or "LORA"),
     )
 
 
@@ -92,8 +95,9 @@ def _adapter(usage: Usage, place: str) -> Iterator[str]:
     yield from _generation(usage, end_token=True)
     yield "```"
     yield ""
-    if usage.dora:
-        yield "vLLM and llama.cpp don't read DoRA's adapters: merge it for them."
+    if usage.dora or usage.peft_type != "LORA":
+        kind = "DoRA's" if usage.dora else f"{usage.peft_type}"
+        yield f"vLLM and llama.cpp don't read {kind} adapters: merge it for them."
         yield ""
     elif not usage.base.startswith("embedded:") and not usage.gguf_file:
         rank = next((rank for rank in VLLM_RANKS if rank >= usage.rank), usage.rank)

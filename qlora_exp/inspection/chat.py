@@ -11,6 +11,7 @@ from qlora_exp.evaluation.generation import StopRule
 from qlora_exp.inspection.prompts import own_prompt
 from qlora_exp.inspection.sampling import Sampling
 from qlora_exp.inspection.steps import GeneratedToken, answer_of, generate_steps
+from qlora_exp.models.tuning import without_tuning
 from qlora_exp.records.types import RunRecord
 
 Messages = list[tuple[str, str]]
@@ -67,7 +68,7 @@ class Conversation:
             )
 
         if side == "base":
-            with self.model.disable_adapter():
+            with without_tuning(self.model):
                 found = steps()
         else:
             found = self.last_steps = steps()

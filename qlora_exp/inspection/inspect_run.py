@@ -10,6 +10,7 @@ from qlora_exp.inspection.prompts import item_prompt, own_prompt
 from qlora_exp.inspection.sampling import Sampling
 from qlora_exp.inspection.steps import answer_of, generate_steps, option_scores, shown_token
 from qlora_exp.models.tokenizers import load_tokenizer
+from qlora_exp.models.tuning import without_tuning
 from qlora_exp.paths import RunPaths
 from qlora_exp.records.files import read_record
 from qlora_exp.runs.entry_points import config_from_plain
@@ -39,7 +40,7 @@ def inspect_prompt(
     model, tokenizer = load_tuned_model(record, paths, "auto")
     found = generate_steps(model, tokenizer, start, steps=steps, top=top, sampling=sampling, branches=branches)
     # The base answers by itself, too: after the tuned model's tokens it only says how likely it finds them.
-    with model.disable_adapter():
+    with without_tuning(model):
         base = generate_steps(model, tokenizer, start, steps=steps, top=1)
     return Inspection(
         run_id=record.run_id,

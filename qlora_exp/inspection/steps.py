@@ -16,6 +16,7 @@ from qlora_exp.evaluation.kv_cache import CausalModel, prefill, scoring_mode, st
 from qlora_exp.evaluation.likelihood import OptionTrie, option_log_likelihoods
 from qlora_exp.inspection.prompts import Prompt
 from qlora_exp.inspection.sampling import Sampling
+from qlora_exp.models.tuning import without_tuning
 
 INCOMPLETE_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 """Ends a decoded text whose last character isn't complete."""
@@ -147,7 +148,7 @@ def option_scores(model: Any, tokenizer: Any, prompt: Prompt) -> list[OptionScor
 
     with scoring_mode(model):
         tuned = probabilities()
-        with model.disable_adapter():
+        with without_tuning(model):
             base = probabilities()
     scores = [OptionScore(label, a, b) for label, a, b in zip(options, tuned, base, strict=True)]
     return sorted(scores, key=lambda score: -score.tuned)
@@ -203,7 +204,7 @@ def _base_log_probabilities(
 ) -> list[Tensor]:
     """Return what the base would have said before each of the ``chosen`` tokens, in one pass."""
     ids = torch.tensor([[*start, *chosen[:-1]]], device=causal.device)
-    with model.disable_adapter():
+    with without_tuning(model):
         logits, _ = causal(ids, torch.ones_like(ids), keep=len(chosen), cache=None, use_cache=False)
     return list(log_softmax(logits[0].cpu(), dim=-1))
 

@@ -23,20 +23,21 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qlora_exp.architecture.run_plan import adapter_dtype, effective_alpha
+from qlora_exp.architecture.run_plan import adapter_dtype, alpha_pattern, effective_alpha
+from qlora_exp.config.allowed_values import FROM_WEIGHTS
 from qlora_exp.config.enums import AdapterInit
 from qlora_exp.config.schema import Config, LoraConfig
 from qlora_exp.errors import ModelError
 from qlora_exp.models.base import Base, clone_sharing_weights
-from qlora_exp.models.portable_adapters import make_portable
+from qlora_exp.models.portable_adapters import SUBTRACTING, make_portable
 from qlora_exp.system.device_errors import is_device_error
 
 ADAPTER = "default"
 START_ATTRIBUTE = "_qlora_exp_adapter_start"
 """Attribute of the model that holds the adapters' first values until recast_adapters() reads them."""
 SUBTRACTED_ATTRIBUTE = "_qlora_exp_subtracted"
-"""Attribute of the model that holds what PiSSA subtracted from the base's weights (the adapters' first values), until
-save_adapter() writes it."""
+"""Attribute of the model that holds what PiSSA or OLoRA subtracted from the base's weights (the adapters' first
+values), until save_adapter() writes it."""
 MAGNITUDE = "lora_magnitude_vector"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -46,8 +47,8 @@ def attach_adapters(model: PreTrainedModel, config: Config, modules: Sequence[st
 
     A is drawn in fp32 on the CPU from a generator seeded by (seed, module name); B is zero. Both are then cast to
     ``lora.dtype`` (DoRA's magnitudes stay in fp32). So fp32, fp16, int8 and nf4 bases start from the same adapters.
-    PiSSA instead takes A and B from the base's weights and subtracts them there. It works on copies: tensors shared
-    with a cached base don't change.
+    PiSSA and OLoRA instead take A and B from the base's weights and subtract them there. They work on copies: tensors
+    shared with a cached base don't change.
 
     Raises:
         ModelError: the model lacks one of the names, or PEFT refuses.
@@ -57,16 +58,18 @@ def attach_adapters(model: PreTrainedModel, config: Config, modules: Sequence[st
     missing = [name for name in modules if name not in layers]
     if missing or not modules:
         raise ModelError("there are target modules that the model doesn't have", ", ".join(missing) or "none given")
-    if lora.init is AdapterInit.pissa:
+    if lora.init in FROM_WEIGHTS:
         _copy_weights([layers[name] for name in modules], lora.r)
     requested = set(modules)
     settings = peft.LoraConfig(
         r=lora.r,
         lora_alpha=effective_alpha(lora),
+        rank_pattern={re.escape(key): rank for key, rank in (lora.rank_pattern or {}).items()},
+        alpha_pattern=alpha_pattern(lora),
         lora_dropout=lora.dropout,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
-        init_lora_weights="pissa" if lora.init is AdapterInit.pissa else True,
+        init_lora_weights=lora.init.value if lora.init in FROM_WEIGHTS else True,
         target_modules=_peft_target_modules(layers, requested),
         fan_in_fan_out=any(isinstance(layers[name], Conv1D) for name in modules),
         bias="none",
@@ -79,9 +82,9 @@ def attach_adapters(model: PreTrainedModel, config: Config, modules: Sequence[st
         raise ModelError(
             "PEFT adapted other layers than those asked for", ", ".join(differing), "name them in targets.modules"
         )
-    if lora.init is not AdapterInit.pissa:
+    if lora.init not in FROM_WEIGHTS:
         _draw_a(adapted, lora, config.seed)
-    if lora.init is AdapterInit.pissa:  # before the cast: these are the values that PiSSA subtracted
+    if lora.init in FROM_WEIGHTS:  # before the cast: these are the values that PEFT subtracted
         setattr(
             adapted, SUBTRACTED_ATTRIBUTE, {name: value.detach().clone() for name, value in adapter_parameters(adapted)}
         )
@@ -139,7 +142,7 @@ def write_portable(base: Base, config: Config, modules: Sequence[str], source: P
     for name in (WEIGHTS_FILE, "adapter_config.json"):
         shutil.copyfile(source / name, target / name)
     start: dict[str, torch.Tensor] = {}
-    if config.lora.init is AdapterInit.pissa:
+    if config.lora.init in FROM_WEIGHTS:
         start = getattr(attach_adapters(clone_sharing_weights(base), config, modules), SUBTRACTED_ATTRIBUTE)
     make_portable(target, start)
 
@@ -161,7 +164,7 @@ def load_adapter(base: Base, folder: Path) -> PeftModel:
             raise
         raise ModelError(f"the adapter can't be read: {error}", str(folder), "copy it again") from None
     model = clone_sharing_weights(base)
-    if settings.get("init_lora_weights") == "pissa":
+    if settings.get("init_lora_weights") in SUBTRACTING:
         _copy_weights([module for module in model.modules() if hasattr(module, "weight")], 0)
     try:
         adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=False, autocast_adapter_dtype=False)
@@ -221,7 +224,7 @@ def _draw_a(model: PeftModel, lora: LoraConfig, seed: int) -> None:
         weight = layer.lora_A[ADAPTER].weight
         drawn = torch.empty(weight.shape, dtype=torch.float32)
         if lora.init is AdapterInit.gaussian:
-            nn.init.normal_(drawn, std=1 / lora.r, generator=generator)
+            nn.init.normal_(drawn, std=1 / weight.shape[0], generator=generator)
         else:
             nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
         dtype = getattr(torch, adapter_dtype(lora))
@@ -239,11 +242,11 @@ def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
 
 
 def _copy_weights(layers: Sequence[nn.Module], r: int) -> None:
-    """Give each of ``layers`` a copy of its weight: PiSSA writes into the base's weights."""
+    """Give each of ``layers`` a copy of its weight: PiSSA and OLoRA write into the base's weights."""
     for layer in layers:
         weight = layer.weight
         assert isinstance(weight, nn.Parameter)
         if r > min(weight.shape):
-            what = f"PiSSA can't take {r} principal directions from a {tuple(weight.shape)} matrix"
+            what = f"there are no {r} directions to start from in a {tuple(weight.shape)} matrix"
             raise ModelError(what, f"lora.r = {r}", f"lora.r={min(weight.shape)} or less, or lora.init=kaiming")
         layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)

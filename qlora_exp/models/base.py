@@ -24,11 +24,16 @@ from qlora_exp.errors import ModelError
 from qlora_exp.models.causality import check_causal
 from qlora_exp.models.gguf_header import gguf_parts
 from qlora_exp.models.gguf_tensors import weights_of_parts
-from qlora_exp.models.inspect import build_meta, check_weights
+from qlora_exp.models.inspect import build_meta, check_weights, quantizable_linears
+from qlora_exp.models.integer_linear import IntegerLinear, integer_format, replace_linears
+from qlora_exp.models.layer_pruning import prune_layers
 from qlora_exp.models.quiet_loading import quiet_loading
 from qlora_exp.models.sources import ModelSource, fingerprint, model_config, resolve_source
 from qlora_exp.models.starting_adapters import merge_adapter
 from qlora_exp.system.device_errors import is_device_error
+
+QUANTIZED_LINEARS = (Linear4bit, Linear8bitLt, IntegerLinear)
+"""The linear layers of quantized modes."""
 
 
 @dataclass
@@ -72,17 +77,24 @@ def load_model(
 ) -> PreTrainedModel:
     """Return the model of a resolved source, ready for adapters, in the state that :func:`load_base` promises."""
     dtype = getattr(torch, _compute_dtype(quantization, device_kind))
+    integers = integer_format(quantization)
     arguments: dict[str, Any] = {
         "dtype": dtype,
         "attn_implementation": None if attention == "auto" else attention,
-        "device_map": {"": _device(device_kind)},
+        # Integers are made on the CPU: the device never holds the exact weights.
+        "device_map": {"": _device(device_kind if integers is None else "cpu")},
         "quantization_config": bitsandbytes_config(quantization, dtype),
         "use_safetensors": True,
     }
     check_weights(source)
     with quiet_loading():
         try:
-            loaded = _from_files(source, arguments)
+            loaded = _from_files(replace(source, layers=()), arguments)
+            if source.layers:
+                loaded = prune_layers(loaded, source.layers, source.where)
+            if integers is not None:
+                replace_linears(loaded, integers, quantizable_linears(loaded))
+                loaded.to(_device(device_kind))
         except Exception as error:  # transformers and safetensors raise every kind for weights that don't fit
             if isinstance(error, ModelError) or is_device_error(error):
                 raise
@@ -133,8 +145,7 @@ def unquantized_modules(model: nn.Module) -> tuple[str, ...]:
     return tuple(
         name
         for name, module in model.named_modules()
-        if not isinstance(module, Linear4bit | Linear8bitLt)
-        and next(module.parameters(recurse=False), None) is not None
+        if not isinstance(module, QUANTIZED_LINEARS) and next(module.parameters(recurse=False), None) is not None
     )
 
 
@@ -256,10 +267,10 @@ def _warm_up(model: PreTrainedModel, source: ModelSource) -> PreTrainedModel:
 def _check_quantized(model: nn.Module, mode: Quantization, source: ModelSource) -> None:
     """Raise :class:`ModelError` if a quantized mode left every layer unquantized: a record that called the model
     quantized would be wrong. bitsandbytes replaces only torch's Linear and GPT-2's Conv1D."""
-    if mode not in QUANTIZED or any(isinstance(module, Linear4bit | Linear8bitLt) for module in model.modules()):
+    if mode not in QUANTIZED or any(isinstance(module, QUANTIZED_LINEARS) for module in model.modules()):
         return
     what = f"quantization={mode.value} leaves every layer of this model unquantized"
-    raise ModelError(what, source.where, "quantization=bf16, fp16 or fp32: bitsandbytes doesn't know its linear layers")
+    raise ModelError(what, source.where, "quantization=bf16, fp16 or fp32: it has no plain linear layers")
 
 
 def _compute_dtype(quantization: QuantizationConfig, device_kind: str) -> str:

@@ -66,7 +66,7 @@ def write_combined(folders: Sequence[Path], target: Path) -> None:
 def _check_plain(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
     reasons = {
         "DoRA's magnitudes don't add up": settings.get("use_dora"),
-        "PEFT subtracts PiSSA's start when it loads it": settings.get("init_lora_weights") == "pissa",
+        "PEFT subtracts its start when it loads it": settings.get("init_lora_weights") in ("pissa", "olora"),
         "its layers have different values of alpha": settings.get("alpha_pattern"),
         "it has more than A and B of linear layers": any(not n.endswith((A_SUFFIX, B_SUFFIX)) for n in tensors),
     }

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from qlora_exp.architecture.pruned import pruned
 from qlora_exp.architecture.shapes import (
     DTYPES,
     MODEL_DTYPE,
@@ -60,7 +61,7 @@ def describe(model: ModelConfig, to_load: bool = True) -> Architecture:
         _check_cached(source)
     built = build_meta(model_config(source), source)
     _check_attention(built, model.attention)
-    described = architecture_of(built)
+    described = pruned(architecture_of(built), model)
     check_adapters(source.adapters, built)
     check_weights(source, built)
     return described
@@ -214,6 +215,11 @@ def _weights(model: PreTrainedModel) -> Iterator[WeightShape]:
             quantizable=(conv or type(module) is nn.Linear) and should_convert_module(name, unquantized),
             element_bytes=widths.of(f"{name}.weight", module.weight),
         )
+
+
+def quantizable_linears(model: PreTrainedModel) -> set[str]:
+    """Return the names of the linear layers that a quantized mode replaces: all but the output head and experts."""
+    return {weight.name for weight in _weights(model) if weight.quantizable}
 
 
 def _names_without_adapters(model: PreTrainedModel) -> frozenset[str]:

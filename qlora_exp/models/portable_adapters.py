@@ -1,8 +1,8 @@
 """Adapter files that mean the same to every tool: W + alpha/r · B·A on the published base is the trained model.
 
-PiSSA trains on a base without its principal directions, s·B₀·A₀. Only PEFT subtracts these again when it loads the
-adapter. Written as [B, -B₀] · [A; A₀], with twice the rank, the adapter needs no such step. rsLoRA's scale, alpha/√r,
-is written as a different alpha: llama.cpp knows only alpha/r.
+PiSSA trains on a base without its principal directions, s·B₀·A₀; OLoRA without the first ones of its QR decomposition.
+Only PEFT subtracts these again when it loads the adapter. Written as [B, -B₀] · [A; A₀], with twice the rank, the
+adapter needs no such step. rsLoRA's scale, alpha/√r, is written as a different alpha: llama.cpp knows only alpha/r.
 """
 
 from __future__ import annotations
@@ -17,23 +17,25 @@ import torch
 from safetensors.torch import load_file, save_file
 
 A, B = "lora_A", "lora_B"
+SUBTRACTING = ("pissa", "olora")
+"""PEFT's names of starts that it subtracts from the base's weights."""
 WEIGHTS_FILE, SETTINGS_FILE = "adapter_model.safetensors", "adapter_config.json"
 
 
 def is_portable(settings: Mapping[str, Any]) -> bool:
     """Return whether an ``adapter_config.json`` needs only W + alpha/r · B·A."""
-    return settings.get("init_lora_weights") != "pissa" and not settings.get("use_rslora")
+    return settings.get("init_lora_weights") not in SUBTRACTING and not settings.get("use_rslora")
 
 
 def make_portable(folder: Path, start: Mapping[str, torch.Tensor]) -> None:
     """Rewrite the adapter in ``folder``, as PEFT saved it. ``start`` holds its values before training, by their names
-    in the model; only PiSSA needs them."""
+    in the model; only PiSSA and OLoRA need them."""
     settings: dict[str, Any] = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
     if is_portable(settings):
         return
     tensors = load_file(folder / WEIGHTS_FILE)
     scale = _scale(settings)
-    if settings.get("init_lora_weights") == "pissa":
+    if settings.get("init_lora_weights") in SUBTRACTING:
         first = {_saved_name(name): value for name, value in start.items()}
         tensors = {name: _with_start(name, value, first) for name, value in tensors.items()}
         settings["r"] *= 2

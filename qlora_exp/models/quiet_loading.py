@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+import importlib
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import Any
 
 import transformers
@@ -12,6 +14,10 @@ from transformers import core_model_loading, modeling_gguf_pytorch_utils
 
 from qlora_exp.progress import report_progress
 from qlora_exp.system.device_errors import is_device_error
+
+MEGABYTE = 10**6
+HUB_BARS = ("huggingface_hub.utils.tqdm", "huggingface_hub.utils._xet_progress_reporting")
+"""Modules whose ``tqdm`` is the bar of a download."""
 
 
 @contextlib.contextmanager
@@ -30,12 +36,18 @@ def quiet_loading() -> Iterator[None]:
         core_model_loading.log_conversion_errors = _without_device_errors(collect_errors)
     set_hook = getattr(log, "set_tqdm_hook", None)  # not in every version
     earlier_hook = set_hook(_counted) if set_hook is not None else None
+    modules = [importlib.import_module(name) for name in HUB_BARS]
+    download_bars = [module.tqdm for module in modules]
+    for module in modules:
+        module.tqdm = CountedDownload  # type: ignore[attr-defined]
     gguf_bars = modeling_gguf_pytorch_utils.tqdm
     modeling_gguf_pytorch_utils.tqdm = lambda *args, **kwargs: _counted(log.EmptyTqdm, args, kwargs)
     try:
         yield
     finally:
         modeling_gguf_pytorch_utils.tqdm = gguf_bars
+        for module, bar in zip(modules, download_bars, strict=True):
+            module.tqdm = bar  # type: ignore[attr-defined]
         if set_hook is not None:
             set_hook(earlier_hook)
         if collect_errors is not None:
@@ -43,6 +55,39 @@ def quiet_loading() -> Iterator[None]:
         log.set_verbosity(verbosity)
         if bars:
             log.enable_progress_bar()
+
+
+class CountedDownload:
+    """Takes the place of huggingface_hub's bar: reports the megabytes of a file, and draws nothing.
+
+    transformers downloads the files of a model one after the other. Files on Xet storage have two bars: of bytes that
+    came, and of bytes that were written; the second counts.
+    """
+
+    format_dict: Mapping[str, Any] = MappingProxyType({})
+
+    def __init__(self, *args: Any, total: int | None = None, initial: int = 0, desc: str = "", **kwargs: Any) -> None:
+        self.n, self.total, self.desc = initial, total, desc
+
+    def update(self, n: float | None = 1) -> None:
+        """Count ``n`` more bytes."""
+        self.n += int(n or 0)
+        file, _, what = self.desc.partition(": ")
+        if self.total is not None and self.total >= MEGABYTE and what != "downloading bytes":
+            unit = f"MB of {file.rpartition('/')[2]} downloaded"
+            report_progress(self.n // MEGABYTE, self.total // MEGABYTE, unit, share=min(self.n / self.total, 1.0))
+
+    def __enter__(self) -> CountedDownload:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        """Ignore what draws: ``set_postfix_str``, ``refresh``, ``close`` …"""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: None
 
 
 def _counted(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 from qlora_exp.config.enums import ComputeDtype, Quantization
 from qlora_exp.config.schema import QuantizationConfig
-from qlora_exp.models.base import load_model
+from qlora_exp.models.base import QUANTIZED_LINEARS, load_model
+from qlora_exp.models.integer_linear import IntegerLinear
 from qlora_exp.models.quiet_loading import quiet_loading
 from qlora_exp.models.sources import ModelSource
 
@@ -39,7 +39,7 @@ def quantization_self_test(mode: Quantization, device_kind: str) -> SelfTest:
 
     ``ok``: the first two agree, and are close to that of an fp32 copy with the dequantized weights.
     """
-    quantization = QuantizationConfig(mode, ComputeDtype.auto, True, 6.0)
+    quantization = QuantizationConfig(mode, ComputeDtype.auto, True, 6.0, 64)
     with tempfile.TemporaryDirectory() as folder, quiet_loading():
         _small_llama().save_pretrained(folder)
         source = ModelSource("self-test", str(Path(folder)), None, None, True)
@@ -62,8 +62,11 @@ def dequantized(model: PreTrainedModel) -> PreTrainedModel:
     """Return an fp32 copy of ``model`` with its quantized weights dequantized."""
     plain = copy.deepcopy(model)
     for name, module in list(plain.named_modules()):
-        if isinstance(module, Linear4bit | Linear8bitLt):
-            weight = dequantize_bnb_weight(module.weight, getattr(module, "state", None)).float()
+        if isinstance(module, QUANTIZED_LINEARS):
+            if isinstance(module, IntegerLinear):
+                weight = module.dequantized_weight()
+            else:
+                weight = dequantize_bnb_weight(module.weight, getattr(module, "state", None)).float()
             linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
             linear.weight = nn.Parameter(weight, requires_grad=False)
             if module.bias is not None:

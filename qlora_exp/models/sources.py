@@ -27,6 +27,7 @@ from huggingface_hub.errors import (
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from qlora_exp.architecture.pruned import kept_layers
 from qlora_exp.config.schema import ModelConfig
 from qlora_exp.errors import ModelError, nearest
 from qlora_exp.models.causality import check_configured_causal
@@ -64,6 +65,8 @@ class ModelSource:
     is_local: bool
     cached: bool = False
     """The Hub doesn't answer: only files in its local cache are used."""
+    layers: tuple[int, ...] = ()
+    """Numbers of the decoder layers that are kept; empty: all."""
     adapters: tuple[str, ...] = ()
     """Folders of adapters that are merged into the weights, in this order."""
 
@@ -120,7 +123,12 @@ def resolve_source(model: ModelConfig) -> ModelSource:
             known = nearest(model.variant.value, model.checkpoints)
             raise ModelError(f"{model.family} has no {model.variant.value} checkpoint", "model.variant", known)
         source = _checkpoint_source(checkpoint, model.revision, _key_of_id(model))
-    return _with_adapters(source, Path(model.adapter)) if model.adapter else source
+    if model.adapter:
+        source = _with_adapters(source, Path(model.adapter))
+    if model.layers is None:
+        return source
+    config = model_config(source)
+    return replace(source, layers=kept_layers(model.layers, config.num_hidden_layers, config.model_type))
 
 
 def instruct_sibling(model: ModelConfig) -> ModelSource | None:
@@ -201,6 +209,8 @@ def _read_gguf_config(source: ModelSource, size: int, modified: int) -> Pretrain
 def fingerprint(source: ModelSource) -> str:
     """Return SHA-256 over names and contents of the files on disk; for the Hub, its id and commit. The digests of
     merged adapters follow."""
+    if source.layers:
+        return f"{fingerprint(replace(source, layers=()))}+layers:{','.join(map(str, source.layers))}"
     if source.adapters:
         return "+".join([fingerprint(replace(source, adapters=())), *(adapter_digest(f) for f in source.adapters)])
     if not source.is_local:

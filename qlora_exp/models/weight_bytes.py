@@ -10,13 +10,15 @@ from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear8bitLt
 from torch import nn
 
-from qlora_exp.models.adapters import adapter_parameters
+from qlora_exp.models.integer_linear import IntegerLinear
+from qlora_exp.models.tuning import tuned_parameters
 
 
 @dataclass(frozen=True)
 class WeightBytes:
     """``base_weight_bytes``: parameters and buffers. ``quantization_state_bytes``: block constants, code books, row
-    scales. Each tensor counts once, also tied weights."""
+    scales. ``adapter_bytes``: what the run trains, also weights of the base itself. Each tensor counts once, also tied
+    weights."""
 
     base_weight_bytes: int
     quantization_state_bytes: int
@@ -25,11 +27,12 @@ class WeightBytes:
 
 def weight_bytes(model: nn.Module) -> WeightBytes:
     """Count the bytes of ``model``, quantized or not, with adapters or without."""
-    adapter = _bytes_by_storage(parameter for _, parameter in adapter_parameters(model))
+    adapter = _bytes_by_storage(parameter for _, parameter in tuned_parameters(model))
     tensors = _bytes_by_storage([*model.parameters(), *model.buffers()])
-    base = {key: size for key, size in tensors.items() if key not in adapter}
     state = _bytes_by_storage(tensor for module in model.modules() for tensor in _quantization_state(module))
-    state = {key: size for key, size in state.items() if key not in tensors}
+    weights = _bytes_by_storage(model.parameters())
+    state = {key: size for key, size in state.items() if key not in weights}
+    base = {key: size for key, size in tensors.items() if key not in adapter and key not in state}
     return WeightBytes(sum(base.values()), sum(state.values()), sum(adapter.values()))
 
 
@@ -46,6 +49,8 @@ def _quantization_state(module: nn.Module) -> Iterator[torch.Tensor]:
         scales = getattr(parameter, "SCB", None)
         if isinstance(scales, torch.Tensor):
             yield scales
+    if isinstance(module, IntegerLinear):
+        yield from module.buffers(recurse=False)
     if isinstance(module, Linear8bitLt):
         yield from (value for value in (module.state.CB, module.state.SCB) if isinstance(value, torch.Tensor))
 

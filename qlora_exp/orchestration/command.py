@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qlora_exp.config.choices import groups
 from qlora_exp.config.compose import GRID_CHECK_LIMIT, check_candidates, compose_raw, policy_of_searched_alpha
-from qlora_exp.config.enums import Engine, Pruner, Sampler, Variant
+from qlora_exp.config.enums import Engine, Method, Pruner, Sampler, Variant
 from qlora_exp.config.interpolations import (
     depends_on,
     resolve_outside,
@@ -149,7 +149,7 @@ def study_spec(overrides: Sequence[str], params: Mapping[str, str] | None = None
     fixed = _with_absolute_paths(fixed, raw)
     narrowed = [key for key, text in declared.items() if texts[key] != text]
     axes = _axes(texts, settings, narrowed)
-    raise_all(_one_model_for_two_variants(axes, raw))
+    raise_all([*_one_model_for_two_variants(axes, raw), *_axes_of_lora_alone(axes, raw)])
     ladder = ladder_of(settings, fixed, axes) if settings.sampler is Sampler.ladder else None
     points = grid(axes) if is_grid(axes) and ladder is None else None
     own_axes = axes
@@ -312,6 +312,21 @@ def _one_model_for_two_variants(axes: Sequence[Axis], raw: DictConfig) -> list[C
     example = "OWNER/NAME" if second == "instruct_id" else "PATH"
     hint = f"model.{second}={example} for a pair, or a single model.variant (task.format=plain,chat compares formats)"
     return [ConfigError("base and instruct would be the same model", f"model.variant={variants.text}", hint)]
+
+
+def _axes_of_lora_alone(axes: Sequence[Axis], raw: DictConfig) -> list[ConfigError]:
+    """Return an error for each axis ``lora.*`` of a search without ``method=lora``: all its trials would be equal."""
+    methods = next(([str(value) for value in axis.values] for axis in axes if axis.key == "method"), None)
+    methods = [str(raw.method.kind)] if methods is None else methods
+    if Method.lora.value in methods:
+        return []
+    name = ",".join(methods)
+    what, hint = f"method={name} has no LoRA adapters", f"method=lora, or an axis that method={name} reads"
+    return [
+        ConfigError(f"{what}: trials that differ in {axis.key} would be equal", f"{axis.key}={axis.text}", hint)
+        for axis in axes
+        if axis.key.startswith("lora.") and len(axis.values) != 1
+    ]
 
 
 def _is_under(key: str, names: Sequence[str]) -> bool:

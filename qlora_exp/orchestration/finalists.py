@@ -18,7 +18,7 @@ from qlora_exp.config.choices import groups
 from qlora_exp.config.compose import default_choices
 from qlora_exp.config.from_record import recorded_overrides
 from qlora_exp.config.overrides import escape_interpolations, hydra_value, override_key, override_value
-from qlora_exp.errors import ConfigError, RecordError, StudyError
+from qlora_exp.errors import ConfigError, RecordError, StudyError, nearest
 from qlora_exp.estimate.budget import STUDY_LIMITS
 from qlora_exp.formatting import flatten
 from qlora_exp.paths import OutputPaths, StudyPaths
@@ -72,6 +72,12 @@ class ConfirmPlan:
     """Numbers of seeds with which an answer was given before seeds were added."""
     answer: dict[str, Any] = field(default_factory=dict)
     """``sentences``, ``verdict``, ``use`` and what the table of pairs has; empty before there is one."""
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether the stored answer is that of all planned runs: seeds that were added since reopen it."""
+        seeds = self.answer.get("planned_seeds", self.answer.get("seeds"))
+        return seeds == len(self.seeds) and not self.answer.get("pending")
 
     @property
     def measure(self) -> Measure:
@@ -149,6 +155,26 @@ def choose_finalists(
         return contenders[:top]
     cheap = sorted(near[1:], key=lambda one: _cost(records.get(one.row.run_id or "")))[: top - 1]
     return [one for one in near if one is best or one in cheap]
+
+
+def best_of_each(contenders: Sequence[Contender], axis: str, study: str) -> list[Contender]:
+    """Return the best configuration for each value of ``axis``, e.g. of each ``method`` the one with the best learning
+    rate; best first.
+
+    Raises:
+        ConfigError: the study has no such axis, or fewer than two of its values have a score.
+    """
+    axes = sorted({key for one in contenders for key in _without_seed(one.row)})
+    if axis not in axes:
+        hint = nearest(axis, axes) if axes else f"qlora-exp status {shlex.quote(study)}"
+        raise ConfigError(f"the study has no axis {axis!r}", f"--each {axis}", hint)
+    best: dict[str, Contender] = {}
+    for one in contenders:
+        best.setdefault(repr(one.row.params.get(axis)), one)
+    if len(best) < 2:
+        what = f"{len(best)} value of {axis} has a score: there is nothing to compare"
+        raise ConfigError(what, f"--each {axis}", f"qlora-exp status {shlex.quote(study)}")
+    return list(best.values())
 
 
 def _named(

@@ -13,7 +13,8 @@ from qlora_exp.estimate.throughput import achieved_flops_per_second
 from qlora_exp.formatting import bytes_text
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records.files import read_record
-from qlora_exp.records.types import Fit, RunRecord, SkippedTrial, Status
+from qlora_exp.records.fit_types import Fit, SkippedTrial
+from qlora_exp.records.types import RunRecord, Status
 from qlora_exp.study.types import TrialRow
 
 MAX_CONSECUTIVE_SKIPS = 100

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from qlora_exp.errors import RecordError
 from qlora_exp.estimate.memory_fit import MemoryLimit
+from qlora_exp.records.fit_types import SkippedTrial
 from qlora_exp.records.schema import from_dict, to_dict
-from qlora_exp.records.types import SkippedTrial, Trial
+from qlora_exp.records.types import Trial
 
 PRELOADED = {"training": ("qlora_exp.runs.pipeline",), "tracking": ("qlora_exp.tracking.run",)}
 """Modules that a trial process imports before it is ready, by the name that its worker gives."""

@@ -48,7 +48,7 @@ def deletable(rows: Sequence[TrialRow], kept: set[int], outputs: OutputPaths) ->
     ended = [row for row in rows if row.run_id is not None and row.status is not None and _ended(row.run_id, outputs)]
     runs = [(row.number, outputs.run(str(row.run_id))) for row in ended]
     folders = [paths.checkpoints for _, paths in runs]
-    folders += [paths.adapter for number, paths in runs if number not in kept]
+    folders += [paths.weights for number, paths in runs if number not in kept]
     return [Deletable(folder, _size(folder)) for folder in folders if folder.is_dir()]
 
 

@@ -11,8 +11,14 @@ from typing import Any
 
 import yaml
 
-from qlora_exp.analysis.confirmation import confirm_finalists, margin_unit_of
-from qlora_exp.analysis.confirmation_words import ConfirmedSearch, confirmation_lines, settle_command
+from qlora_exp.analysis.confirmation import confirm_finalists, margin_unit_of, pending_runs
+from qlora_exp.analysis.confirmation_words import (
+    ConfirmedSearch,
+    confirmation_lines,
+    retry_command,
+    settle_command,
+    unanswered_sentence,
+)
 from qlora_exp.analysis.item_scores import item_scores
 from qlora_exp.analysis.margin import parse_margin
 from qlora_exp.architecture.run_plan import EARLIER_TRAINING_DEFAULTS
@@ -36,7 +42,7 @@ from qlora_exp.paths import OutputPaths, StudyPaths
 from qlora_exp.records.files import read_record, write_text
 from qlora_exp.records.redaction import REDACTED
 from qlora_exp.records.schema import to_dict
-from qlora_exp.records.types import RunRecord, Status
+from qlora_exp.records.types import RunRecord
 from qlora_exp.study.objectives import parse_objective
 from qlora_exp.study.types import StudySpec, TrialRow
 
@@ -130,7 +136,13 @@ def how_sure(spec: StudySpec, paths: StudyPaths, rows: Sequence[TrialRow], at_on
         at_once: trials that run at the same time, for the time that confirming takes.
     """
     if (plan := read_plan(paths)) is not None:
-        return [f"answer: {sentence}" for sentence in (plan.answer.get("sentences") or [])[:1]]
+        said = [f"answer: {sentence}" for sentence in (plan.answer.get("sentences") or [])[:1]]
+        if plan.is_answered:
+            return said
+        if said and not plan.answer.get("pending"):  # a complete answer, before seeds were added
+            earlier = f"answer with {plan.answer.get('seeds')} seeds, before more were added:"
+            said = [said[0].replace("answer:", earlier, 1)]
+        return [*said, f"  {_continue_words(plan)}"]
     command = confirm_command(spec.name, paths.outputs)
     if spec.ladder is not None:
         if not any(row.state == "COMPLETE" for row in rows):
@@ -184,9 +196,15 @@ def _confirmed(spec: StudySpec, paths: StudyPaths) -> list[str]:
     if plan is None or not own.created.exists() or plan.study_id != spec.id:
         return []
     sentences = plan.answer.get("sentences") or []
-    if not sentences or plan.answer.get("pending"):
-        return [f"  confirming isn't finished; to continue: {plan.command}"]
+    if not plan.is_answered:
+        return [f"  {_continue_words(plan)}"]
+    if plan.answer.get("verdict") is None:
+        return [f"  not confirmed: {sentence}" for sentence in sentences[:1]]
     return [f"  confirmed: {sentences[0]}", f"    more about it: qlora-exp report {shlex.quote(str(own.name))}"]
+
+
+def _continue_words(plan: ConfirmPlan) -> str:
+    return f"confirming isn't finished; to continue: {plan.command}"
 
 
 def duration_words(seconds: float) -> str:
@@ -219,20 +237,23 @@ def print_confirmation(
     skipped = sum(row.skipped is not None for row in rows)
     planned = len(plan.seeds) * len(plan.trials) - skipped
     found = confirm_finalists(records, plan.measure, item_scores(paths.outputs), margin, planned)
-    if found is None:
-        lost = {record.status for record in records} & {Status.FAILED, Status.OUT_OF_MEMORY, Status.DIVERGED}
-        again = f": qlora-exp resume {shlex.quote(spec.name)} --retry failed runs them again" if lost else ""
-        print(f"Every finalist lost a run{again}." if lost else "No finalist has a score yet.")
-        return None
     search = ConfirmedSearch.of(to_dict(plan))
+    progress = {"pending": pending_runs(records, planned), "skipped": skipped, "planned_seeds": len(plan.seeds)}
+    if found is None:
+        sentence = unanswered_sentence(records, len(plan.trials), search)
+        print(sentence)
+        if progress["pending"]:
+            print(f"  {_continue_words(plan)}")
+        command = plan.command if progress["pending"] else retry_command(records, search)
+        _store(plan, paths, {"verdict": None, **progress, "settle_command": command, "sentences": [sentence]})
+        return None
     sentences = confirmation_lines(found, search)
     prefix = "SYNTHETIC: " if spec.synthetic else ""
     print(prefix + sentences[0], *(f"  {sentence}" for sentence in sentences[1:]), sep="\n")
     used = found.use.first
     answer: dict[str, Any] = {
         "verdict": str(found.verdict),
-        "pending": found.pending,
-        "skipped": skipped,
+        **progress,
         "use_trial": plan.trials[used.trial.number % len(plan.trials)] if used.trial is not None else None,
         "use_run": used.run_id,
         "regret_bound": found.regret_bound,
@@ -253,6 +274,10 @@ def print_confirmation(
             for pair in found.pairs
         ],
     }
+    _store(plan, paths, answer)
+    return next((row for row in rows if row.run_id == used.run_id), None)
+
+
+def _store(plan: ConfirmPlan, paths: StudyPaths, answer: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):  # the answer can be computed again at any time
         write_plan(replace(plan, answer=answer), paths)
-    return next((row for row in rows if row.run_id == used.run_id), None)

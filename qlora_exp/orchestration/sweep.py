@@ -56,6 +56,7 @@ from qlora_exp.runs.process import (
     ExitCode,
     print_error,
 )
+from qlora_exp.study.objectives import parse_objective
 from qlora_exp.study.space import point_overrides
 from qlora_exp.study.spec import read_spec, storage_of, without_secrets, write_spec
 from qlora_exp.study.storage import is_unreachable, unreachable_error
@@ -245,7 +246,8 @@ class _Sweep:
             return
         with signals.delay_interrupt("the notification is being sent; Ctrl-C again leaves it out"):
             counts, best = self.opened.counts(), next(iter(self.opened.best()), None)
-            values = dict(zip(self.spec.objectives, best.values or (), strict=False)) if best is not None else {}
+            fields = [parse_objective(text).field for text in self.spec.objectives]
+            values = dict(zip(fields, best.values or (), strict=False)) if best is not None else {}
             names = ("total", "completed", "pruned", "failed", "skipped")
             action = "report" if counts.is_complete else "resume"
             notification = sweep_notification(
@@ -257,7 +259,7 @@ class _Sweep:
                 {"run_id": best.run_id, "params": best.params, "values": values} if best is not None else None,
                 self.command.paths.folder,
                 next((file for file in [self.command.paths.folder / "report.html"] if file.is_file()), None),
-                f"qlora-exp {action} {shlex.quote(self.spec.name)}",
+                f"qlora-exp {action} {shlex.quote(self.spec.name)}{output_option(self.outputs)}",
             )
             notify(config, notification)
 

@@ -12,11 +12,11 @@ from qlora_exp.errors import ExportError, nearest
 from qlora_exp.export.finished_run import check_run
 from qlora_exp.export.task_check import CheckItems, items_to_check
 from qlora_exp.models.inspect import describe
-from qlora_exp.models.merging import merged_model
+from qlora_exp.models.tuning import merged_tuned
 from qlora_exp.paths import RunPaths
-from qlora_exp.ptq.affine import AffineWeight, grouped
 from qlora_exp.ptq.ptq_config import Calibration, PtqConfig
 from qlora_exp.ptq.quantize_run import check_formats, layer_inputs, layer_weight, quantize_weight, quantized_shapes
+from qlora_exp.quantizers.affine import AffineWeight, grouped
 
 SHOWN_WEIGHTS = 10
 
@@ -41,7 +41,7 @@ def explain_layer(paths: RunPaths, settings: PtqConfig, layer: str, group: int) 
     if settings.calibration is Calibration.activations:
         questions = items_to_check(run.config, run.record, paths, run.tokenizer, 1, tolerance=0)
         items = questions.splits.train[: settings.rows] if isinstance(questions, CheckItems) else ()
-    model, _ = merged_model(run.config, paths.adapter)
+    model, _ = merged_tuned(run.config, paths.weights)
     weight = layer_weight(model, shape)
     inputs = layer_inputs(model.eval(), [shape], items).get(shape.name)
     lines = [f"{shape.name}: {shape.out_features:,} × {shape.in_features:,} weights"]

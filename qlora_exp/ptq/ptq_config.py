@@ -14,7 +14,7 @@ from qlora_exp.errors import ConfigError, nearest
 from qlora_exp.paths import CONF
 
 if TYPE_CHECKING:
-    from qlora_exp.ptq.affine import AffineFormat
+    from qlora_exp.quantizers.affine import AffineFormat
 
 BITS = range(2, 9)
 MOST_FORMATS = 64
@@ -47,7 +47,7 @@ class PtqConfig:
 
     def formats(self) -> list[AffineFormat]:
         """Return every combination."""
-        from qlora_exp.ptq.affine import AffineFormat
+        from qlora_exp.quantizers.affine import AffineFormat
 
         sizes: list[Any] = [int(group) if group.isdecimal() else group for group in self.groups]
         return [AffineFormat(b, symmetric, size) for b in self.bits for symmetric in self.symmetric for size in sizes]

@@ -24,16 +24,16 @@ from qlora_exp.errors import ExportError
 from qlora_exp.export.finished_run import FinishedRun, check_run
 from qlora_exp.export.task_check import CheckItems, answer_items, items_to_check
 from qlora_exp.models.inspect import describe
-from qlora_exp.models.merging import merged_model
+from qlora_exp.models.tuning import merged_tuned
 from qlora_exp.paths import RunPaths
-from qlora_exp.ptq.affine import (
+from qlora_exp.ptq.ptq_config import Calibration, PtqConfig
+from qlora_exp.quantizers.affine import (
     AffineFormat,
     AffineWeight,
     output_error,
     quantize_activation_aware,
     quantize_affine,
 )
-from qlora_exp.ptq.ptq_config import Calibration, PtqConfig
 from qlora_exp.records.files import write_json
 
 QUANTIZATION_SCHEMA_VERSION = 1
@@ -134,7 +134,7 @@ def quantize_run(
     questions = items_to_check(run.config, run.record, paths, run.tokenizer, settings.items, tolerance=0)
     calibration_items = questions.splits.train[: settings.rows] if isinstance(questions, CheckItems) else ()
     on_step("merge")
-    model, _ = merged_model(run.config, paths.adapter)
+    model, _ = merged_tuned(run.config, paths.weights)
     model.eval()
     inputs = layer_inputs(model, quantized_shapes(architecture), calibration_items)
     before = None

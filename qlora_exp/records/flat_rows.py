@@ -11,6 +11,7 @@ from typing import Any
 from qlora_exp.errors import ConfigError, nearest
 from qlora_exp.formatting import flatten
 from qlora_exp.records.labels import run_name
+from qlora_exp.records.method_name import is_lora, method_name
 from qlora_exp.records.model_name import model_name
 from qlora_exp.records.schema import to_dict
 from qlora_exp.records.types import RunRecord, Scores
@@ -68,7 +69,8 @@ def flat_run(record: RunRecord) -> dict[str, Any]:
     before, after = shown_scores(record)
     shown = after or before
     modules = settings.get("targets.modules")
-    baselines = record.baselines
+    baselines, lora = record.baselines, is_lora(record.config)
+    alpha = record.plan.alpha if record.plan is not None else settings.get("lora.alpha")
     return {
         "run_id": record.run_id,
         "name": run_name(record),
@@ -81,9 +83,10 @@ def flat_run(record: RunRecord) -> dict[str, Any]:
         "model": model_name(record.config.get("model") or {}),
         "variant": settings.get("model.variant"),
         "quantization": settings.get("quantization.mode"),
-        "r": settings.get("lora.r"),
-        "alpha": record.plan.alpha if record.plan is not None else settings.get("lora.alpha"),
-        "targets": "+".join(map(str, modules)) if modules else settings.get("targets.set"),
+        "method": method_name(record.config),
+        "r": settings.get("lora.r") if lora else None,
+        "alpha": alpha if lora else None,
+        "targets": ("+".join(map(str, modules)) if modules else settings.get("targets.set")) if lora else None,
         "learning_rate": settings.get("training.learning_rate"),
         "batch_size": settings.get("training.batch_size"),
         "max_steps": record.plan.max_steps if record.plan is not None else settings.get("training.max_steps"),

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qlora_exp.formatting import flatten
+from qlora_exp.records.method_name import LORA, method_name
 from qlora_exp.records.model_name import model_name
 from qlora_exp.records.redaction import redact
 from qlora_exp.records.types import RunRecord
+from qlora_exp.records.unread_settings import said_in_a_word, unread_prefixes
 
 MIN_ID_LENGTH = 4
 """Characters of a short id: an id's last four are random."""
@@ -27,6 +29,8 @@ SPELLINGS = {
     "quantization.mode": "",
     "task": "",
     "task.name": "",
+    "method": "",
+    "method.kind": "",
     "lora.r": "r",
     "lora.alpha": "alpha",
     "lora.alpha_policy": "alpha=",
@@ -41,6 +45,10 @@ SPELLINGS = {
     "training.epochs": "epochs",
     "seed": "s",
     "evaluation.split": "",
+    "ships": "",
+    "qat": "",
+    "teacher": "",
+    "kept": "",
 }
 """Setting → what precedes its value in a label, in the order of labels. Others read ``name=value`` and come last."""
 
@@ -132,6 +140,11 @@ def named_settings(row: Mapping[str, Any]) -> dict[str, Any]:
         del settings["lora.alpha_policy"]  # alpha's own value says it
     if not any(isinstance(value, Mapping) for value in config.values()):
         return settings  # a trial's params
+    unread = unread_prefixes(config)
+    settings = {key: value for key, value in settings.items() if not key.startswith(unread)}
+    if (method := method_name(config)) != LORA:
+        settings["method.kind"] = method
+    settings |= said_in_a_word(config)
     if isinstance(model := config.get("model"), Mapping) and "family" in model:
         settings["model.family"] = model_name(model, short=True)
         settings = {key: value for key, value in settings.items() if key not in IN_THE_NAME}
@@ -176,8 +189,8 @@ def _in_order(keys: Iterable[str]) -> list[str]:
 
 def _describing_keys(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     describing = [
-        *("model", "model.family", "model.variant", "quantization", "quantization.mode", "lora.r", "targets"),
-        *("targets.set", "training.learning_rate", "seed"),
+        *("model", "model.family", "model.variant", "quantization", "quantization.mode", "method.kind", "lora.r"),
+        *("targets", "targets.set", "training.learning_rate", "seed"),
     ]
     if any("model.family" in row for row in settings):
         return [key for key in describing if any(row.get(key) is not None for row in settings)]

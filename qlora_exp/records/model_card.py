@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from qlora_exp.formatting import figure
+from qlora_exp.records.method_name import is_lora, method_name, saves_adapter
 from qlora_exp.records.model_name import model_place
 from qlora_exp.records.redaction import redact, redact_text
 from qlora_exp.records.types import Data, RunRecord, Scores
@@ -40,10 +41,20 @@ def model_card(record: RunRecord, library: str = "peft", chapter: str = "") -> s
     model = config.get("model") or {}
     base = model_place(model)
     on_hub = base is not None and "/" in base and not base.startswith(("/", ".", "~"))
-    header = ModelCardData(base_model=base if on_hub else None, library_name=library, tags=["lora", "qlora-exp"])
+    lora = is_lora(config)
+    adapter = saves_adapter(config)
+    tags = ["lora" if lora else "peft" if adapter else "full-finetuning", "qlora-exp"]
+    header = ModelCardData(
+        base_model=base if on_hub else None,
+        library_name=library,
+        tags=tags,
+    )
     lines = ["---", header.to_yaml(), "---", "", f"# {record.name}", ""]
     mode = (config.get("quantization") or {}).get("mode")
-    lines.append(f"A LoRA adapter for `{base or model.get('family')}` ({model.get('variant')}, held in {mode}).")
+    what = "A LoRA adapter for" if lora else f"Weights tuned with method={method_name(config)} of"
+    if adapter and not lora:
+        what = f"An adapter ({method_name(config)}) for"
+    lines.append(f"{what} `{base or model.get('family')}` ({model.get('variant')}, held in {mode}).")
     if model.get("adapter"):
         lines.append(f"Training started with the adapter in `{model['adapter']}` merged into the base's weights.")
         lines.append(
@@ -134,12 +145,16 @@ def findings(record: RunRecord) -> Iterator[str]:
 
 def _settings(record: RunRecord, config: dict[str, Any]) -> Iterator[str]:
     lora, training = config.get("lora") or {}, config.get("training") or {}
-    rows: dict[str, Any] = {"rank r": lora.get("r"), "dropout": lora.get("dropout"), "initialisation": lora.get("init")}
+    rows: dict[str, Any] = {"method": method_name(config)}
+    if is_lora(config):
+        rows = {"rank r": lora.get("r"), "dropout": lora.get("dropout"), "initialisation": lora.get("init")}
     if record.plan is not None:
         plan = record.plan
         rows |= {
-            "alpha": f"{plan.alpha:g} (scale {plan.scale:g})",
-            "adapted modules": f"{plan.adapted_modules} ({', '.join(plan.target_modules)})",
+            "alpha": f"{plan.alpha:g} (scale {plan.scale:g})" if is_lora(config) else None,
+            "adapted modules": f"{plan.adapted_modules} ({', '.join(plan.target_modules)})"
+            if plan.target_modules
+            else None,
             "trainable parameters": f"{plan.trainable_parameters:,} of {plan.total_parameters:,}",
             "weights, computing, adapter": f"{plan.weight_dtype}, {plan.compute_dtype}, {plan.adapter_dtype}",
             "prompt format": plan.format,
@@ -158,12 +173,14 @@ def _settings(record: RunRecord, config: dict[str, Any]) -> Iterator[str]:
 
 
 def _limits(config: dict[str, Any]) -> Iterator[str]:
-    yield "The adapter works only with its base model; the licences of the base model and of the training"
+    with_base = "The adapter works only with its base model; the" if saves_adapter(config) else "The"
+    yield f"{with_base} licences of the base model and of the training"
     yield "data apply. This card was written from the run's record and claims nothing beyond the scores above."
-    lora = config.get("lora") or {}
-    if lora.get("init") == "pissa":
-        yield "PiSSA changes the base weights before training. The saved adapter undoes this change, which doubles its"
-        yield "rank: with the published base weights W, the trained model is W + alpha/r · B·A."
+    lora = (config.get("lora") or {}) if is_lora(config) else {}
+    if lora.get("init") in ("pissa", "olora"):
+        start = "PiSSA" if lora["init"] == "pissa" else "OLoRA"
+        yield f"{start} changes the base weights before training. The saved adapter undoes this change, which doubles"
+        yield "its rank: with the published base weights W, the trained model is W + alpha/r · B·A."
     if lora.get("dora"):
         yield "DoRA's magnitudes are read by PEFT; vLLM and llama.cpp refuse them. Merge the adapter for these."
     if (config.get("task") or {}).get("source") == "embedded":

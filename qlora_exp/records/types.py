@@ -12,6 +12,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from qlora_exp.records.fit_types import Fit
+from qlora_exp.records.shipped import Shipped
+from qlora_exp.records.teacher_run import TeacherRun
+
 SCHEMA_VERSION = 2
 
 
@@ -96,8 +100,9 @@ class Plan:
     target_modules: tuple[str, ...]
     """Distinct last parts of the adapted modules' names, e.g. ``q_proj``."""
     adapted_modules: int
-    alpha: float
-    scale: float
+    alpha: float | None
+    """``None``: the method isn't LoRA."""
+    scale: float | None
     """The factor of B·A: alpha / r, or alpha / sqrt(r) with rsLoRA."""
     device: str
     weight_dtype: str
@@ -163,46 +168,6 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Fit:
-    """A run's predicted memory and its memory limit, in bytes."""
-
-    peak_bytes: int
-    """Predicted peak of training, without correction."""
-    context_bytes: int
-    """Additional memory on the device: ``plan.predicted_context_bytes``."""
-    corrected_bytes: int
-    """Peak plus context, with the peak multiplied by measured / predicted peak of similar runs."""
-    limit_bytes: int
-    """The memory limit."""
-    error: float
-    """Relative prediction error: a trial may start up to (1 + error) × the limit."""
-    similar_runs: int
-    """Number of measured peaks in the correction."""
-    would_fit: str | None = None
-    """Settings that are predicted to fit, if the run is near the limit or above it."""
-
-    @property
-    def excess(self) -> float:
-        """Relative excess over the limit; negative below it."""
-        return self.corrected_bytes / self.limit_bytes - 1.0
-
-    @property
-    def borderline(self) -> bool:
-        return abs(self.excess) <= self.error
-
-
-@dataclass(frozen=True)
-class SkippedTrial:
-    """Predictions of a trial that was skipped because it was predicted not to fit."""
-
-    fit: Fit
-    train_seconds: float | None
-    """Predicted seconds of training; ``None`` if the machine's speed is unknown."""
-    train_flops: float | None
-    """FLOPs of training."""
-
-
-@dataclass(frozen=True)
 class Data:
     """The data that the run was trained and scored on, after validation of every row."""
 
@@ -250,6 +215,8 @@ class Memory:
     adapter_bytes: int | None = None
     gradient_bytes: int | None = None
     optimizer_bytes: int | None = None
+    saved_bytes: int | None = None
+    """The file with what the run trained."""
     resident_after_imports_bytes: int | None = None
     peak_load_bytes: int | None = None
     peak_train_bytes: int | None = None
@@ -390,6 +357,9 @@ class ScoreTable:
     forgetting: Forgetting | None = None
     forgetting_chat: Forgetting | None = None
     """On the answers of held-out chats; only for runs in the chat format."""
+    trained: Scores | None = None
+    """The trained model, if another one ships, of which ``after`` and ``test`` are then."""
+    trained_test: Scores | None = None
     few_shot: tuple[FewShot, ...] = ()
     """Only with ``evaluation.few_shots``."""
 
@@ -504,6 +474,8 @@ class RunRecord:
     spent: Spent | None = None
     training: Training | None = None
     scores: ScoreTable = field(default_factory=ScoreTable)
+    shipped: Shipped | None = None
+    teacher: TeacherRun | None = None
     baselines: Baselines | None = None
     goal: Goal | None = None
     failure: Failure | None = None

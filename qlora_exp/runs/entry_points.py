@@ -8,8 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from qlora_exp.architecture.run_plan import (
+    EARLIER_DISTILLATION,
     EARLIER_EVALUATION_DEFAULTS,
+    EARLIER_GROUP,
+    EARLIER_LORA_DEFAULTS,
+    EARLIER_METHOD,
     EARLIER_MODEL_DEFAULTS,
+    EARLIER_SHIP,
     EARLIER_TASK_DEFAULTS,
     EARLIER_TRAINING_DEFAULTS,
 )
@@ -107,6 +112,11 @@ def config_from_plain(plain: dict[str, Any]) -> Config:
         # Records don't hold the sweep's settings.
         plain = {"sweep": None, "workers": None, "notify": None, **plain}
         plain["budget"] = {**dict.fromkeys(STUDY_LIMITS), "force": False, **plain.get("budget", {})}
+        plain["distillation"] = {**EARLIER_DISTILLATION, **plain.get("distillation", {})}
+        plain["ship"] = {**EARLIER_SHIP, **plain.get("ship", {})}
+        plain["quantization"] = {"group": EARLIER_GROUP, **plain.get("quantization", {})}
+        plain["lora"] = {**EARLIER_LORA_DEFAULTS, **plain.get("lora", {})}
+        plain["method"] = {**EARLIER_METHOD, **plain.get("method", {})}
         plain["model"] = {**EARLIER_MODEL_DEFAULTS, **plain.get("model", {})}  # older records lack some keys of these
         plain["task"] = {**EARLIER_TASK_DEFAULTS, **plain.get("task", {})}
         plain["task"]["columns"] = {"tools": None, **(plain["task"].get("columns") or {})}

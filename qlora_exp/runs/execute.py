@@ -19,7 +19,8 @@ from qlora_exp.estimate.budget import check_energy, without_limits
 from qlora_exp.estimate.memory_fit import MemoryLimit, PredictedOutOfMemory, smaller_micro_batch, with_micro_batch
 from qlora_exp.paths import OutputPaths, RunPaths
 from qlora_exp.records.files import read_record, write_json
-from qlora_exp.records.types import KILLED_FOR_MEMORY, Environment, Failure, Fit, Plan, RunRecord, Status, Trial
+from qlora_exp.records.fit_types import Fit
+from qlora_exp.records.types import KILLED_FOR_MEMORY, Environment, Failure, Plan, RunRecord, Status, Trial
 from qlora_exp.runs import sleep_engine
 from qlora_exp.runs.first_record import create_record, current_time, remove_record
 from qlora_exp.runs.process import (

@@ -7,11 +7,12 @@ import secrets
 
 import yaml
 
-from qlora_exp.config.enums import Engine
+from qlora_exp.config.enums import Engine, Method
 from qlora_exp.config.schema import Config, to_plain
 from qlora_exp.paths import OutputPaths, RunPaths, make_folder, slug
 from qlora_exp.records import redaction
 from qlora_exp.records.files import read_record, write_json, write_text
+from qlora_exp.records.method_name import LORA, method_name
 from qlora_exp.records.model_name import variant_name
 from qlora_exp.records.types import SCHEMA_VERSION, Environment, RunRecord, Status, Trial
 from qlora_exp.runs import sleep_engine
@@ -86,13 +87,20 @@ def display_name(config: Config) -> str:
     """Return model, quantization, rank, targets and seed in a few words, e.g. ``embedded-base nf4 r8 attention s1``."""
     targets = "+".join(config.targets.modules) if config.targets.modules else config.targets.set
     model = variant_name(vars(config.model))
-    return f"{model} {config.quantization.mode.value} r{config.lora.r} {targets} s{config.seed}"
+    return f"{model} {config.quantization.mode.value} {_tuning(config, f' {targets}')} s{config.seed}"
+
+
+def _tuning(config: Config, targets: str = "") -> str:
+    """Return ``r8`` and the targets, or another method's name."""
+    name = method_name(to_plain(config))
+    layers = "" if name == LORA else f" {name.removeprefix('lora ')}"
+    return f"r{config.lora.r}{targets}{layers}" if config.method.kind is Method.lora else name
 
 
 def _new_run_id(config: Config) -> str:
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
     model = variant_name(vars(config.model))
-    return slug(f"{stamp}-{model}-{config.quantization.mode.value}-r{config.lora.r}-{secrets.token_hex(2)}", 120)
+    return slug(f"{stamp}-{model}-{config.quantization.mode.value}-{_tuning(config)}-{secrets.token_hex(2)}", 120)
 
 
 def current_time() -> str:

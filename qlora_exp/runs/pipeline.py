@@ -12,11 +12,13 @@ from dataclasses import replace
 from typing import Any
 
 from qlora_exp.architecture.targets import rank_warning
-from qlora_exp.config.enums import EvaluationSplit
+from qlora_exp.config.checks_method import TUNES_WEIGHTS
+from qlora_exp.config.enums import EvaluationSplit, Method, ShippedModel
+from qlora_exp.config.peft_kinds import in_peft_format, start_warning
 from qlora_exp.config.schema import Config
 from qlora_exp.errors import ModelError, QloraExpError
 from qlora_exp.estimate.budget import affordable_steps, budget_stop_message
-from qlora_exp.estimate.estimator import with_first_predictions
+from qlora_exp.estimate.estimator import weights_by_pass, with_first_predictions
 from qlora_exp.estimate.workload import train_flops_per_token
 from qlora_exp.evaluation.base_scores import baselines_of, score_base_model, score_splits, write_items
 from qlora_exp.evaluation.few_shot import few_shot_scores
@@ -24,18 +26,20 @@ from qlora_exp.evaluation.goal import answer_goal
 from qlora_exp.evaluation.item_texts import ItemTexts, needs_samples
 from qlora_exp.evaluation.scoring import Evaluation, limit_items
 from qlora_exp.evaluation.shared_scores import Wait
-from qlora_exp.models.adapters import attach_adapters, load_adapter, save_adapter
 from qlora_exp.models.base_cache import NoCache
 from qlora_exp.models.base_models import BaseModels
 from qlora_exp.models.kernels import with_kernels
+from qlora_exp.models.tuning import attach, end_training, load_tuned, save_tuned
 from qlora_exp.models.weight_bytes import weight_bytes
 from qlora_exp.paths import OutputPaths, RunPaths
 from qlora_exp.records.files import write_json
 from qlora_exp.records.redaction import redact_text
 from qlora_exp.records.schema import from_dict
 from qlora_exp.records.types import Failure, Plan, RunRecord, ScoreTable, Status
+from qlora_exp.runs.ask_teacher import find_teacher, teacher_targets
 from qlora_exp.runs.prepare import Prepared, plan_for_model
 from qlora_exp.runs.record_figures import RunFigures
+from qlora_exp.runs.ship import ship_of, shipped_model
 from qlora_exp.system.device_errors import is_cuda_error
 from qlora_exp.training import meter as measurement
 from qlora_exp.training.checkpoints import newest_valid, step_of
@@ -62,7 +66,7 @@ def run_pipeline(
         paths,
         measurement.Meter(prepared.plan.device, process_reused=_host_is_reused()),
         earlier_seconds=record.speed.total_seconds or 0.0,
-        useful_flops_per_token=_useful_flops_per_token(prepared),
+        useful_flops_per_token=_useful_flops_per_token(config, prepared),
     )
     try:
         observer = observer or NullObserver()
@@ -120,18 +124,30 @@ def _run_pipeline(
     before = ScoreTable(before=base_scores.scores, test_before=base_scores.test_scores, few_shot=few_shot.draws)
     progress.record = _with_warning(progress.record.replace(scores=before, baselines=baselines), few_shot.warning())
     progress.record = _with_warning(progress.record, _few_rows_warning(planned, len(splits.train)))
-    progress.record = _with_warning(progress.record, rank_warning(prepared.architecture, prepared.modules, config.lora))
+    if config.method.kind is Method.lora:
+        too_wide = rank_warning(prepared.architecture, prepared.modules, config.lora)
+        progress.record = _with_warning(progress.record, too_wide)
+    progress.record = _with_warning(progress.record, start_warning(config.method))
 
     progress.enter("train", observer)
+    if (teacher := find_teacher(config, planned.format, tokenizer)) is not None:
+        progress.record = progress.record.replace(teacher=teacher.recorded())
     progress.trained = _finished_training(paths)
     if progress.trained is not None:  # the run was interrupted after its training
-        model = with_kernels(load_adapter(base, paths.adapter), planned.kernels)
+        model = with_kernels(load_tuned(base, config, paths.weights), planned.kernels)
         progress.weights = weight_bytes(model)
     else:
-        model = with_kernels(attach_adapters(bases.model(base), config, prepared.modules), planned.kernels)
+        model = attach(bases.model(base), config, prepared.modules, prepared.architecture, splits.train)
+        model = with_kernels(model, planned.kernels)
         progress.weights = weight_bytes(model)
         model.train()
         validation = limit_items(splits.validation, config)
+        targets = None
+        if teacher is not None:
+            progress.enter("ask the teacher", observer)
+            asked = (config, splits.train, splits.record.fingerprint, planned.device, cache)
+            targets = teacher_targets(teacher, *asked, _wait("teacher", observer))
+            progress.enter("train", observer)
         with meter.phase("train"):
             progress.trained = train(
                 planned,
@@ -146,8 +162,10 @@ def _run_pipeline(
                 progress.watching,
                 lambda: progress.exhausted(config.budget),
                 reporters,
+                targets,
             )
-        save_adapter(model, paths.adapter)
+        end_training(model, planned.compute_dtype)
+        save_tuned(model, paths.adapter if in_peft_format(config.method) else paths.tuned)
         write_json(paths.trained, progress.trained)
 
     progress.record = _with_warning(progress.record, _budget_warning(progress.trained, planned))
@@ -156,6 +174,16 @@ def _run_pipeline(
     with meter.phase("evaluate"):
         after, test, forgotten = score_splits(model, tokenizer, splits, config, base_scores)
     _check_finite(after, progress.trained)
+    if (ship := ship_of(config)) is not None:
+        before = replace(before, trained=after.scores, trained_test=test.scores if test else None)
+        progress.enter("evaluate what ships", observer)
+        with meter.phase("ship"):
+            shipping = (config, ship, planned, model, base, prepared.architecture, paths.weights)
+            model, shipped = shipped_model(*shipping)
+            if ship.model is not ShippedModel.trained:
+                model = with_kernels(model, planned.kernels)
+                after, test, forgotten = score_splits(model, tokenizer, splits, config, base_scores)
+        progress.record = progress.record.replace(shipped=shipped)
     write_items(after.items, paths.items("after", "validation"), keep_texts)
     if test is not None:
         write_items(test.items, paths.items("after", "test"), keep_texts)
@@ -247,11 +275,14 @@ def _check_same_model(record: RunRecord, fingerprint: str) -> None:
         )
 
 
-def _useful_flops_per_token(prepared: Prepared) -> float:
+def _useful_flops_per_token(config: Config, prepared: Prepared) -> float:
     """Return the plan's operations for one unpadded token, without those for padding and recomputation."""
     row = prepared.estimate.workload.row
     unpadded, trainable = replace(row, padded=row.tokens, attended=row.tokens), prepared.plan.trainable_parameters
-    return train_flops_per_token(prepared.architecture, trainable, unpadded, recomputed=False, fused_head=False)
+    architecture = prepared.architecture
+    passes = weights_by_pass(architecture, config, prepared.modules)
+    adapters = 0 if config.method.kind in TUNES_WEIGHTS else trainable
+    return train_flops_per_token(architecture, adapters, unpadded, recomputed=False, fused_head=False, weights=passes)
 
 
 _runs_in_this_process = itertools.count()

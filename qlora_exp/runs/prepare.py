@@ -10,10 +10,12 @@ from typing import Any
 from qlora_exp.architecture import run_plan
 from qlora_exp.architecture.padding import needs_padding
 from qlora_exp.architecture.shapes import Architecture
-from qlora_exp.architecture.targets import rank_warning, resolve_targets
+from qlora_exp.architecture.targets import rank_warning
+from qlora_exp.architecture.tuned_weights import trained_modules
 from qlora_exp.config.checks_lora import int8_dora, scaled_16_bit_adapters
+from qlora_exp.config.checks_method import scaled_16_bit_weights
 from qlora_exp.config.checks_task import GENERATED_METRICS, parse_goal
-from qlora_exp.config.enums import EvaluationSplit, PaddingFree
+from qlora_exp.config.enums import EvaluationSplit, Method, PaddingFree
 from qlora_exp.config.schema import Config
 from qlora_exp.data.items import Splits, check_positions, check_vocabulary
 from qlora_exp.data.load import load_data
@@ -34,6 +36,8 @@ from qlora_exp.models.tokenizers import load_tokenizer
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records.find import EndedRuns
 from qlora_exp.records.types import Environment, Plan
+from qlora_exp.runs.ask_teacher import find_teacher
+from qlora_exp.runs.ship import check_format
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ def prepare(
     """
     if environment.device.kind == "cpu" and (problem := int8_dora(config)):
         raise problem  # with training.device=auto the device is known only here
+    if environment.device.kind == "cpu" and (problem := scaled_16_bit_weights(config)):
+        raise problem
     device = environment.device
     computed_in = run_plan.compute_dtype(config.quantization, device.kind, device.bf16)
     if device.kind == "cuda" and (problem := scaled_16_bit_adapters(config, computed_in)):
@@ -70,11 +76,14 @@ def prepare(
     model_id = model_key(config.model)
     architecture = bases.memoize("architecture", model_id, lambda: describe(config.model))
     kernels = kernels_of_run(config.training.kernels, architecture.model_type, device.kind)
-    modules = resolve_targets(architecture, config.targets)
-    rank_warning(architecture, modules, config.lora)
+    modules = trained_modules(architecture, config)
+    if config.method.kind is Method.lora:
+        rank_warning(architecture, modules, config.lora)
     tokenizer = load_tokenizer(config.model)
     length = config.training.max_length
     splits = bases.memoize("splits", (task_key, model_id, length), lambda: load_data(config, tokenizer, length, rows))
+    find_teacher(config, splits.format, tokenizer)
+    check_format(architecture, config)
     check_vocabulary(splits, tokenizer, architecture.vocabulary_size)
     check_positions(splits, architecture.positions)
     if config.evaluation.generate and not splits.whole_texts:

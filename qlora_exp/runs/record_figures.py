@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from qlora_exp.config.schema import BudgetConfig
 from qlora_exp.estimate.budget import RECORD_SECONDS, exhausted, spent_before
@@ -114,6 +115,7 @@ def _memory(progress: RunFigures, trained: Trained | None) -> Memory:
         adapter_bytes=weights.adapter_bytes if weights else None,
         gradient_bytes=trained.gradient_bytes if trained else None,
         optimizer_bytes=trained.optimizer_bytes if trained else None,
+        saved_bytes=_saved_bytes(progress.paths.weights) if progress.trained else None,
         resident_after_imports_bytes=progress.resident_bytes,
         peak_load_bytes=meter.of("load").peak_bytes,
         peak_train_bytes=meter.of("train").peak_bytes,
@@ -125,6 +127,12 @@ def _memory(progress: RunFigures, trained: Trained | None) -> Memory:
         process_reused=meter.process_reused,
         source=meter.source,
     )
+
+
+def _saved_bytes(folder: Path) -> int | None:
+    """Return the size of the safetensors files in ``folder``; ``None`` if there is none."""
+    sizes = [file.stat().st_size for file in folder.glob("*.safetensors")]
+    return sum(sizes) if sizes else None
 
 
 def _working_set(progress: RunFigures) -> int | None:

@@ -26,17 +26,16 @@ from qlora_exp.estimate.budget import RECORD_SECONDS, budget_stop_message, exhau
 from qlora_exp.estimate.memory_fit import MemoryEstimate, MemoryLimit, PredictedOutOfMemory, correction_key, fit_into
 from qlora_exp.paths import RunPaths
 from qlora_exp.records.files import training_losses, write_json
+from qlora_exp.records.fit_types import Fit, SkippedTrial
 from qlora_exp.records.redaction import redact_text
 from qlora_exp.records.types import (
     Environment,
     Failure,
-    Fit,
     Memory,
     PilotLoss,
     RunRecord,
     Scores,
     ScoreTable,
-    SkippedTrial,
     Speed,
     Spent,
     Status,

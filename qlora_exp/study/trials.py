@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from qlora_exp.records.fit_types import SkippedTrial
 from qlora_exp.records.schema import from_dict, to_dict
-from qlora_exp.records.types import Failure, SkippedTrial, Status
+from qlora_exp.records.types import Failure, Status
 from qlora_exp.records.upgrade import SKIPPED_TRIAL_KEYS, renamed
 from qlora_exp.study.distributions import decode_params
 from qlora_exp.study.types import Counts, Outcome, StudySpec, TrialRow

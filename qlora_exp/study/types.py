@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from qlora_exp.records.types import Failure, Process, SkippedTrial, Status
+from qlora_exp.records.fit_types import SkippedTrial
+from qlora_exp.records.types import Failure, Process, Status
 
 Value = str | int | float | bool | None
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from qlora_exp.records.types import KILLED_FOR_MEMORY, Failure, Fit, RunRecord
+from qlora_exp.records.fit_types import Fit
+from qlora_exp.records.types import KILLED_FOR_MEMORY, Failure, RunRecord
 from qlora_exp.system import memory_limits
 from qlora_exp.system.device_errors import bitsandbytes_error, is_out_of_memory
 

@@ -168,7 +168,7 @@ def deliver_all(
 
 def adapter_files(paths: RunPaths) -> list[Path]:
     """Return the adapter's files that are logged, sorted by name."""
-    files = paths.adapter.iterdir() if paths.adapter.is_dir() else []
+    files = paths.weights.iterdir() if paths.weights.is_dir() else []
     return sorted(file for file in files if file.is_file() and file.suffix in ADAPTER_SUFFIXES)
 
 
@@ -199,7 +199,7 @@ def _log_artifacts(client: MlflowClient, run_id: str, record: RunRecord, paths: 
         client.log_text(run_id, yaml.safe_dump(redacted, sort_keys=False, allow_unicode=True), "config.yaml")
     files = adapter_files(paths)
     for file in files:
-        client.log_artifact(run_id, str(file), "adapter")
+        client.log_artifact(run_id, str(file), paths.weights.name)
     if files:
-        client.log_text(run_id, model_card(record), "adapter/README.md")
+        client.log_text(run_id, model_card(record), f"{paths.weights.name}/README.md")
     log_answers(client, run_id, paths)

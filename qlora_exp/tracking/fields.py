@@ -12,6 +12,7 @@ from typing import Any
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
 
 from qlora_exp.formatting import figure, flatten
+from qlora_exp.records.method_name import LORA, is_lora, method_name
 from qlora_exp.records.model_card import findings, score_rows
 from qlora_exp.records.model_name import model_name
 from qlora_exp.records.redaction import redact, redact_text
@@ -108,12 +109,15 @@ def run_params(record: RunRecord) -> dict[str, str]:
         values["model.family"] = model_name(config["model"])  # the name that tells models apart, not hub or local
     if values["quantization.mode"] not in ("nf4", "fp4"):
         values["quantization.double_quantization"] = None  # only 4-bit modes have it
-    targets = config.get("targets") or {}
+    if not (lora := is_lora(config)):
+        values = {key: value for key, value in values.items() if not key.startswith("lora.")}
+    values["method"] = method_name(config) if method_name(config) != LORA else None  # as in earlier versions
+    targets = config.get("targets") or {} if lora else {}
     values["targets"] = ",".join(targets.get("modules") or []) or targets.get("set")
     values["seed"] = record.seed if record.seed is not None else config.get("seed")
     if record.plan is not None:
-        values["lora.alpha"] = record.plan.alpha
-        values["lora.scale"] = record.plan.scale
+        if lora:
+            values |= {"lora.alpha": record.plan.alpha, "lora.scale": record.plan.scale}
         values["task.format"] = record.plan.format
         values["training.micro_batch_size"] = record.plan.micro_batch_size
         values["training.micro_batch_tokens"] = record.plan.micro_batch_tokens

@@ -13,6 +13,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from qlora_exp.analysis.pilots import comparison_loss, comparison_step
+from qlora_exp.config.shipping import QatConfig
+from qlora_exp.models.fake_quantization import FakeQuantization, strength_at
 from qlora_exp.records.files import read_curve, training_losses, write_text
 from qlora_exp.records.types import PilotLoss
 from qlora_exp.system import signals
@@ -31,6 +33,32 @@ ITEM_NATS = "eval_item_nats"
 """Metric with nats of each validation item, in order; in addition to ``eval_loss`` if ``PruneCheck.per_item``."""
 MAX_SCALER_SKIPS = 10
 """Consecutive non-finite gradients that are allowed under a loss scaler (fp16)."""
+
+
+class NoInputGradients(TrainerCallback):  # type: ignore[misc]
+    """Lets the backward pass end at the first trained layer.
+
+    With gradient checkpointing transformers gives the embeddings' output a gradient, which only reentrant checkpointing
+    needs. Layers before the first trained one would then be kept, recomputed, and passed backward for nothing.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        hooks = model.get_input_embeddings()._forward_hooks
+        for key in [key for key, hook in hooks.items() if getattr(hook, "__name__", "") == "make_inputs_require_grads"]:
+            del hooks[key]
+
+
+class QatCallback(TrainerCallback):  # type: ignore[misc]
+    """Sets the strength of fake quantization before each step, and to its full at the end."""
+
+    def __init__(self, fake: FakeQuantization, qat: QatConfig) -> None:
+        self.fake, self.qat = fake, qat
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.fake.strength = strength_at(state.global_step, state.max_steps, self.qat)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.fake.strength = 1.0
 
 
 class StepMeter(TrainerCallback):  # type: ignore[misc]

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,13 +22,22 @@ from torch.nn.functional import pad
 from transformers import masking_utils
 from trl import SFTTrainer
 
+from qlora_exp.config.shipping import DistillationConfig
+from qlora_exp.models.tuning import is_peft, restore_tuned, save_tuned
 from qlora_exp.training.batches import REAL_ROWS, token_count
+from qlora_exp.training.distillation import (
+    ITEM,
+    TEACHER_LOG_PROBS,
+    TEACHER_TOKENS,
+    DistilledTokens,
+    TeacherTargets,
+)
 
 TOKENS = "unpadded_tokens"
 """Key of a batch: the number of its tokens that aren't padding (an int, which stays with the host)."""
 LOSS_POSITIONS = "loss_positions"
 """Key of a batch: which predictions carry a loss, as indices into rows × (length - 1) predictions (int64)."""
-FOR_THE_HOST = (TOKENS, LOSS_POSITIONS, REAL_ROWS)
+FOR_THE_HOST = (TOKENS, LOSS_POSITIONS, REAL_ROWS, TEACHER_TOKENS, TEACHER_LOG_PROBS)
 """Keys of a batch that the model doesn't take."""
 
 
@@ -36,12 +46,32 @@ class CountingCollator:
     """Adds :data:`TOKENS` and :data:`LOSS_POSITIONS` to each batch that ``collate`` makes."""
 
     collate: Callable[[Any], Any]
+    teacher: TeacherTargets | None = None
 
     def __call__(self, rows: Any) -> Any:
+        targets = {}
+        if self.teacher is not None and ITEM in rows[0]:
+            targets = self.teacher.of([row[ITEM] for row in rows])
+            rows = [{key: value for key, value in row.items() if key != ITEM} for row in rows]
         batch = self.collate(rows)
+        batch |= targets
         batch[TOKENS] = token_count(batch)
         batch[LOSS_POSITIONS] = (batch["labels"][:, 1:] != -100).flatten().nonzero().squeeze(1)
         return batch
+
+
+def separate_rates(optimizer: torch.optim.Optimizer, model: nn.Module, ratio: float) -> None:
+    """Move B matrices to parameter groups with ``ratio`` times their group's learning rate: LoRA+ (Hayou et al. 2024).
+
+    A's groups stay first: the logged learning rate is theirs.
+    """
+    b_matrices = {id(parameter) for name, parameter in model.named_parameters() if ".lora_B." in name}
+    for group in list(optimizer.param_groups):
+        moved = [parameter for parameter in group["params"] if id(parameter) in b_matrices]
+        if moved:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in b_matrices]
+            rest = {key: value for key, value in group.items() if key != "params"}
+            optimizer.add_param_group({**rest, "params": moved, "lr": ratio * group["lr"]})
 
 
 class LightTrainer(SFTTrainer):  # type: ignore[misc]
@@ -54,6 +84,10 @@ class LightTrainer(SFTTrainer):  # type: ignore[misc]
 
     logits_multiple = 1
     """The number of tokens that get logits is rounded up to a multiple of this, if shapes are compiled."""
+    loraplus_lr_ratio: float | None = None
+    """Learning rate of LoRA's B relative to A's; ``None``: equal."""
+    distillation: DistillationConfig | None = None
+    """How a teacher's targets enter the loss; ``None``: they don't."""
     _trainable: tuple[nn.Parameter, ...] = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -66,6 +100,19 @@ class LightTrainer(SFTTrainer):  # type: ignore[misc]
         self._trainable = tuple(parameter for parameter in self.model.parameters() if parameter.requires_grad)
         with few_module_walks(self.model, self._trainable):
             return super().train(*args, **kwargs)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if ITEM not in self._signature_columns:
+            self._signature_columns.append(ITEM)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Give LoRA's B the learning rate of ``loraplus_lr_ratio``. The scheduler scales both rates alike."""
+        existing = self.optimizer is not None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.loraplus_lr_ratio is not None and not existing:
+            separate_rates(optimizer, self.model, self.loraplus_lr_ratio)
+        return optimizer
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0
@@ -82,9 +129,30 @@ class LightTrainer(SFTTrainer):  # type: ignore[misc]
         """Return the log-probability of each next token, rows × (length - 1); 0 for tokens without a loss."""
         positions, mask = inputs[LOSS_POSITIONS], inputs.get("attention_mask")
         batch = {name: value for name, value in inputs.items() if name not in FOR_THE_HOST}
-        with known_padding(mask, inputs[TOKENS]), logits_for_loss_tokens(positions, self.logits_multiple):
+        distilled = DistilledTokens.of(self.distillation, inputs)
+        with known_padding(mask, inputs[TOKENS]), logits_for_loss_tokens(positions, self.logits_multiple, distilled):
             result: torch.Tensor = model(**batch, use_cache=False, fused_lm_head=True).log_probs
         return result
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Save what is trained. The Trainer would write the whole model if it isn't PEFT's."""
+        if is_peft(self.model):
+            super()._save(output_dir, state_dict)
+            return
+        save_tuned(self.model, Path(output_dir or self.args.output_dir))
+        self.processing_class.save_pretrained(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if is_peft(self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            restore_tuned(self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        if is_peft(self.model):
+            super()._load_best_model()
+        elif self.state.best_model_checkpoint is not None:
+            restore_tuned(self.model, Path(self.state.best_model_checkpoint))
 
     def _clip_grad_norm(self, model: Any) -> Any:
         return self.accelerator.clip_grad_norm_(self._trainable, self.args.max_grad_norm)
@@ -142,7 +210,9 @@ def known_padding(mask: torch.Tensor | None, tokens: int) -> Iterator[None]:
 
 
 @contextmanager
-def logits_for_loss_tokens(positions: torch.Tensor, rows_multiple: int = 1) -> Iterator[None]:
+def logits_for_loss_tokens(
+    positions: torch.Tensor, rows_multiple: int = 1, distilled: DistilledTokens | None = None
+) -> Iterator[None]:
     """Patch TRL's fused head so that it computes logits only for tokens that carry a loss, on every device.
 
     With Triton the head (``add_fused_lm_head``) does that already, by boolean masks: for each, the host waits for its
@@ -152,7 +222,7 @@ def logits_for_loss_tokens(positions: torch.Tensor, rows_multiple: int = 1) -> I
     head = trl.trainer.utils
     original_check, original_function = head._use_triton, head._ChunkedLogProbFunction
     head._use_triton = lambda device: False  # the head then passes all tokens
-    head._ChunkedLogProbFunction = LossTokenLogProbs(original_function, positions, rows_multiple)
+    head._ChunkedLogProbFunction = LossTokenLogProbs(original_function, positions, rows_multiple, distilled)
     try:
         yield
     finally:
@@ -170,6 +240,8 @@ class LossTokenLogProbs:
     function: Any
     positions: torch.Tensor
     multiple: int = 1
+    distilled: DistilledTokens | None = None
+    """A teacher's targets: each value is then that of the distillation's loss, with the opposite sign."""
 
     def apply(self, hidden: torch.Tensor, weight: Any, bias: Any, targets: torch.Tensor, *settings: Any) -> Any:
         scored, missing = len(self.positions), -len(self.positions) % self.multiple
@@ -179,5 +251,18 @@ class LossTokenLogProbs:
         temperature, chunk_size, softcapping, logit_scale, _ = settings
         only_log_probs = (temperature, chunk_size, softcapping, logit_scale, ("log_probs",))
         values = self.function.apply(rows, weight, bias, words, *only_log_probs)[0][:scored]
+        if self.distilled is not None:
+            scored_hidden = hidden.index_select(0, self.positions)
+            logits = _logits(scored_hidden, weight, bias, softcapping, logit_scale)
+            values = self.distilled.mixed(values, logits)
         log_probs = values.new_zeros(len(hidden)).index_copy(0, self.positions, values)
         return log_probs, None, None, None, None
+
+
+def _logits(
+    hidden: torch.Tensor, weight: Any, bias: Any, softcapping: float | None, scale: float | None
+) -> torch.Tensor:
+    """Return the logits of these tokens, as the head computes them."""
+    logits: torch.Tensor = nn.functional.linear(hidden, weight, bias)
+    logits = logits if scale is None else logits * scale
+    return softcapping * torch.tanh(logits / softcapping) if softcapping else logits

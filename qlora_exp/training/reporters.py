@@ -154,4 +154,6 @@ def _reporters(names: Sequence[str], observer: Observer) -> Iterator[Reporter]:
             [callback_class] = get_reporting_integration_callbacks([name])
             yield Reporter(name, callback_class(), observer)
         except Exception as error:
-            observer.note(f"tracking.also: {name} can't start, and the run continues without it: {error}")
+            observer.note(
+                f"tracking.also: {name} can't start, and the run continues without it: {redact_text(str(error))}"
+            )

@@ -16,13 +16,16 @@ from trl import SFTConfig, SFTTrainer
 from trl.models import enable_selective_activation_checkpointing
 
 from qlora_exp.architecture.run_plan import optimizer_on
-from qlora_exp.config.enums import Checkpointing
+from qlora_exp.config.checks_method import TUNES_WEIGHTS
+from qlora_exp.config.enums import Checkpointing, Method
 from qlora_exp.config.schema import Config
 from qlora_exp.data.items import Item
 from qlora_exp.data.load import to_training_dataset
-from qlora_exp.models.adapters import autocast_casts_inputs, recast_adapters
+from qlora_exp.models.adapters import autocast_casts_inputs
 from qlora_exp.models.attention import attention_by_rows
+from qlora_exp.models.fake_quantization import fake_quantization_of
 from qlora_exp.models.optimizers import bitsandbytes_optimizers
+from qlora_exp.models.tuning import is_peft, restore_precision
 from qlora_exp.paths import RunPaths
 from qlora_exp.records.types import Plan, Training
 from qlora_exp.training import checkpoints
@@ -33,11 +36,14 @@ from qlora_exp.training.callbacks import (
     Budget,
     GracefulInterrupt,
     LossCurve,
+    NoInputGradients,
     PilotCallback,
     PruningCallback,
+    QatCallback,
     StepMeter,
     TokenBudget,
 )
+from qlora_exp.training.distillation import TeacherTargets
 from qlora_exp.training.light_trainer import LOSS_POSITIONS, TOKENS, CountingCollator, LightTrainer
 from qlora_exp.training.micro_batches import PARTS, MicroBatchCollator, padded_tokens
 from qlora_exp.training.outcome import Diverged, Interrupted, NullObserver, Observer, PruneCheck, no_pruning
@@ -111,8 +117,9 @@ def train(
     watching: Callable[[TrainingState], None] = lambda state: None,
     exhausted: Callable[[], str | None] = lambda: None,
     reporters: Sequence[Reporter] = (),
+    teacher: TeacherTargets | None = None,
 ) -> Trained:
-    """Train ``model`` (a PeftModel; changed in place) on ``train_items``.
+    """Train ``model`` (from models.tuning.attach; changed in place) on ``train_items``.
 
     Args:
         report: called after each validation, or for a pilot at the step of comparison; returns whether the pruner stops
@@ -120,6 +127,7 @@ def train(
         watching: gets the training's state before the first step, so that a failed run's record has its figures.
         exhausted: called after each step; returns the limit of ``budget`` that is spent.
         reporters: get the training's log, as callbacks.
+        teacher: what a teacher says of ``train_items``, for distillation.
 
     Raises:
         Diverged: a loss, gradient or adapter weight is not finite.
@@ -154,13 +162,19 @@ def train(
         checkpoints.ChecksumCallback(current_counters),
         *reporters,
     ]
+    if plan.gradient_checkpointing and (config.method.layers is not None or config.method.kind in TUNES_WEIGHTS):
+        callbacks.append(NoInputGradients())
+    if (fake := fake_quantization_of(model)) is not None:
+        callbacks.append(QatCallback(fake, config.training.qat))
     if config.training.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(config.training.early_stopping_patience))
     folder = paths.checkpoints
-    trainer = _trainer(plan, model, tokenizer, train_items, validation_items, config, folder, callbacks, meter)
+    trainer = _trainer(plan, model, tokenizer, train_items, validation_items, config, folder, callbacks, meter, teacher)
     trainer.per_item = report.per_item
     autocast = trainer.accelerator.native_amp and not config.lora.dora
-    casts = autocast_casts_inputs(model, active=autocast)
+    # Only LoRA's layers have the switch; other adapters cast as PEFT does.
+    is_lora = config.method.kind is Method.lora
+    casts = autocast_casts_inputs(model, active=autocast) if is_lora else nullcontext()
     attention = attention_by_rows(model) if plan.padding_free else nullcontext()
     with interrupt, bitsandbytes_optimizers(), casts, attention:
         meter.began = time.perf_counter()
@@ -298,26 +312,32 @@ def _trainer(
     folder: Path,
     callbacks: list[Any],
     meter: StepMeter,
+    teacher: TeacherTargets | None,
 ) -> _MeteredTrainer:
     evaluates = config.training.evaluate_every_steps is not None
     if plan.gradient_checkpointing and config.training.gradient_checkpointing is Checkpointing.selective:
         # SFTConfig's key "selective" does the same on the PeftModel, whose method transformers 5.23 doesn't call: torch
         # then refuses the key ("Unexpected keyword arguments").
-        enable_selective_activation_checkpointing(model.get_base_model())
+        base = model.get_base_model() if is_peft(model) else model
+        enable_selective_activation_checkpointing(base)
     trainer = _TokenTrainer(
         model=model,
         args=trainer_arguments(plan, config, folder),
-        train_dataset=to_training_dataset(train_items),
+        train_dataset=to_training_dataset(train_items, numbered=teacher is not None),
         eval_dataset=to_training_dataset(validation_items) if evaluates else None,
         processing_class=tokenizer,
         callbacks=callbacks,
     )
     # SFTTrainer casts the adapters of a quantized model to bfloat16. Cast them back before the optimizer exists.
-    recast_adapters(model, config.lora)
+    restore_precision(model, config)
     if plan.padding_free and (plan.length_multiple, plan.logits_multiple) != (1, 1):
         collate = RoundedBatches(trainer.data_collator.collate, plan.logits_multiple, plan.length_multiple)
         trainer.data_collator = CountingCollator(collate)
+    if teacher is not None:
+        trainer.data_collator = replace(trainer.data_collator, teacher=teacher)
+        trainer.distillation = config.distillation
     trainer.meter = meter
+    trainer.loraplus_lr_ratio = config.lora.loraplus_lr_ratio
     trainer.logits_multiple = plan.logits_multiple
     trainer.micro_batch_tokens, trainer.length_multiple = plan.micro_batch_tokens, plan.length_multiple
     # Remove the Trainer's console output: the observer shows progress.
@@ -366,7 +386,8 @@ def trainer_arguments(plan: Plan, config: Config, folder: Path) -> SFTConfig:
         dataset_kwargs={"skip_prepare_dataset": True},
         packing=False,
         pad_to_multiple_of=None if plan.padding_free or plan.length_multiple == 1 else plan.length_multiple,
-        bf16=cuda and plan.compute_dtype == "bfloat16",
+        # PEFT casts what its adapters read; trained base weights are float32 and need autocast on a CPU, too.
+        bf16=(cuda or config.method.kind in TUNES_WEIGHTS) and plan.compute_dtype == "bfloat16",
         fp16=cuda and plan.compute_dtype == "float16",
         use_cpu=not cuda,
         gradient_checkpointing=plan.gradient_checkpointing,
@@ -420,4 +441,4 @@ def _best_step(trainer: SFTTrainer) -> int | None:
 def _check_adapters_finite(model: Any, step: int) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad and not torch.isfinite(parameter).all():
-            raise Diverged("an adapter weight", step)
+            raise Diverged("a trained weight", step)

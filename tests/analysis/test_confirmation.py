@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,17 @@ from qlora_exp.analysis.confirmation import (
     margin_unit_of,
     pair_intervals,
 )
-from qlora_exp.analysis.confirmation_words import ConfirmedSearch, confirmation_lines
+from qlora_exp.analysis.confirmation_words import (
+    ConfirmedSearch,
+    confirmation_card,
+    confirmation_lines,
+    unanswered_sentence,
+)
 from qlora_exp.analysis.error_rates.confirmations import NOISE_WORLDS, NoiseWorld, confirm_rates
 from qlora_exp.analysis.margin import Margin, MarginUnit, parse_margin
 from qlora_exp.analysis.report import build
 from qlora_exp.analysis.report_content import CardStatus, StudyInfo, to_markdown
-from qlora_exp.records.types import RunRecord
+from qlora_exp.records.types import RunRecord, Status
 
 LOSS = Measure("loss_per_item", False)
 MARGIN = parse_margin("0.25%")
@@ -159,6 +165,54 @@ def test_a_finalist_that_lost_a_run_is_not_chosen_and_is_named() -> None:
     assert any("r 8" in line and "lost 1 of 3 runs" in line for line in confirmation_lines(found, SEARCH))
 
 
+def test_the_interval_of_a_loss_is_over_seeds_alone_and_says_so() -> None:
+    """An accuracy's interval has the items' part; a loss's has only the spread over seeds."""
+    records = runs({8: 1.4, 16: 1.5}, 0.004)
+    assert "3 new seeds and 1,000 items)" in confirmation_lines(decided(records), SEARCH)[0]
+    only_losses = [
+        record.replace(scores=replace(record.scores, test=replace(record.scores.test, accuracy=None)))
+        for record in records
+        if record.scores.test is not None
+    ]
+    assert "3 new seeds, these 1,000 items)" in confirmation_lines(decided(only_losses), SEARCH)[0]
+
+
+def lose(records: list[RunRecord], ranks: tuple[int, ...], status: Status) -> list[RunRecord]:
+    """Return the records with the first run of each of these ranks lost."""
+    lost = dict[int, int]()
+    for n, record in enumerate(records):
+        lost.setdefault(record.config["lora"]["r"], n)
+    made = list(records)
+    for r in ranks:
+        n = lost[r]
+        made[n] = made_up.failed(n, status).replace(config=records[n].config, seed=records[n].seed)
+    return made
+
+
+@pytest.mark.parametrize(("status", "retry"), [(Status.FAILED, "failed"), (Status.OUT_OF_MEMORY, "out_of_memory")])
+def test_the_only_finalist_that_lost_no_run_is_not_settled_and_the_retry_is_named(status: Status, retry: str) -> None:
+    search = replace(SEARCH, command="qlora-exp confirm lora --output-root 'my runs'")
+    records = lose(runs({8: 1.3, 16: 1.4}, 0.002), (8,), status)
+    found = decided(records)
+    command = f"qlora-exp resume made-up --retry {retry} --output-root 'my runs'"
+    assert (found.verdict, found.use.rank) == (ConfirmVerdict.OPEN, 16)
+    assert any(line.endswith(command) for line in confirmation_lines(found, search))
+    card = confirmation_card(found, search)
+    assert (card.status, card.command) == (CardStatus.OPEN, command)
+
+
+def test_when_every_finalist_lost_a_run_the_retry_is_named() -> None:
+    records = lose(runs({8: 1.3, 16: 1.4}, 0.002), (8, 16), Status.OUT_OF_MEMORY)
+    assert confirm_finalists(records, LOSS, None, MARGIN) is None
+    sentence = unanswered_sentence(records, 2, SEARCH)
+    assert sentence == "Every finalist lost a run: qlora-exp resume made-up --retry out_of_memory"
+    diverged = lose(runs({8: 1.3, 16: 1.4}, 0.002), (8, 16), Status.DIVERGED)
+    assert "--retry" not in unanswered_sentence(diverged, 2, SEARCH)
+    # One lost, the other not started: nothing can be said of that one.
+    one = lose(runs({8: 1.3, 16: 1.4}, 0.002), (8,), Status.FAILED)[:1]
+    assert unanswered_sentence(one, 2, SEARCH) == "No finalist that lost no run has a score yet."
+
+
 def test_before_all_planned_runs_have_ended_there_is_no_winner() -> None:
     records = runs({8: 1.4, 16: 1.5}, 0.004)
     complete = confirm_finalists(records, LOSS, None, MARGIN, planned=6)
@@ -169,7 +223,10 @@ def test_before_all_planned_runs_have_ended_there_is_no_winner() -> None:
         assert found is not None
         assert (found.verdict, found.pending) == (ConfirmVerdict.OPEN, 6 - ended)
         first, *_ = confirmation_lines(found, SEARCH)
-        assert first.startswith(f"Not finished, {6 - ended} runs to come. So far: ")
+        assert first.startswith(f"Not finished, {6 - ended} run{'s' * (ended < 5)} to come. So far: ")
+        card = confirmation_card(found, SEARCH)
+        assert (card.status, card.command) == (CardStatus.OPEN, SEARCH.command)
+        assert "Not finished" in card.verdict
 
 
 def test_order_and_winner_come_from_the_seeds_that_all_share() -> None:
@@ -180,10 +237,14 @@ def test_order_and_winner_come_from_the_seeds_that_all_share() -> None:
     ]
     found = decided(records)
     assert (found.verdict, found.use.rank, found.seeds) == (ConfirmVerdict.WINNER, 16, 2)
+    qualities = [c.quality.mean for c in found.finalists if c.quality is not None]
+    assert qualities == pytest.approx([1.4005, 1.5005])
+    assert found.level == pytest.approx(1.4505)
 
 
-def test_a_bare_margin_of_a_loss_is_in_nats_per_item() -> None:
-    assert parse_margin("0.1", margin_unit_of(LOSS)) == parse_margin("0.1 nats_per_item")
+@pytest.mark.parametrize("loss", ["loss_per_item", "loss", "bits_per_byte"])
+def test_a_bare_margin_of_a_loss_is_in_nats_per_item(loss: str) -> None:
+    assert parse_margin("0.1", margin_unit_of(Measure(loss, False))) == parse_margin("0.1 nats_per_item")
     assert parse_margin("0.1", margin_unit_of(Measure("accuracy", True))).unit is MarginUnit.SCORE
 
 

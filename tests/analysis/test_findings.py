@@ -151,7 +151,7 @@ def test_the_data_file_keeps_what_the_answers_need(findings: Any, tmp_path: Path
 
 
 def test_the_page_is_that_of_its_data_file(findings: Any) -> None:
-    assert findings.page(findings.load(DOCS / "findings.csv")) == (DOCS / "findings.md").read_text(encoding="utf-8")
+    assert findings.whole_page(DOCS / "findings.csv") == (DOCS / "findings.md").read_text(encoding="utf-8")
 
 
 def test_the_planned_settings_are_valid(findings: Any) -> None:
@@ -161,3 +161,41 @@ def test_the_planned_settings_are_valid(findings: Any) -> None:
             assert (config.lora.r, config.lora.alpha) == (point.rank, point.alpha)
             assert config.quantization.mode.value == point.quantization
             assert config.evaluation.split.value == "test"
+
+
+def made_up_methods(methods: Any, ratio: float, forgets_more: float, noise: float = 0.01) -> list[Any]:
+    """Runs of both methods. ``ratio``: of the best rates. ``forgets_more``: nats per byte of full tuning."""
+    draw, runs = np.random.default_rng(2), []
+    best = {"lora": methods.CENTRES["lora"], "full": methods.CENTRES["lora"] / ratio}
+    for _ in range(4):
+        for point in methods.points(runs):
+            if point in {run.point for run in runs}:
+                continue
+            off = math.log2(point.learning_rate / best[point.method])
+            losses = (1 + 0.1 * off**2 + draw.normal(0, noise)) * np.ones(methods.ITEMS)
+            forgetting = 0.3 + (forgets_more if point.method == "full" else 0.0) + draw.normal(0, noise)
+            runs.append(methods.MethodRun(point, "completed", 10, 1.0, "2026-12-01", list(losses), forgetting))
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("ratio", "forgets_more", "verdicts"),
+    [(10.0, 0.2, ("holds", "holds")), (2.0, -0.2, ("does not hold", "does not hold"))],
+)
+def test_planted_differences_of_methods_are_found(
+    findings: Any, ratio: float, forgets_more: float, verdicts: tuple[str, str]
+) -> None:
+    methods = importlib.import_module("findings_methods")
+    found = methods.method_answers(made_up_methods(methods, ratio, forgets_more), draws=500)
+    assert abs(math.log2(found.ratio.value / ratio)) < 0.2
+    assert found.ratio_verdict == verdicts[0]
+    assert found.forgetting_verdict == verdicts[1]
+    assert [len(runs) for runs in found.best.values()] == [methods.SEEDS] * 2
+
+
+def test_the_methods_data_file_keeps_what_the_answers_need(findings: Any, tmp_path: Path) -> None:
+    methods = importlib.import_module("findings_methods")
+    runs = methods.load_methods(DOCS / "findings_methods.csv")
+    methods.save_methods(runs, tmp_path / "again.csv")
+    assert methods.load_methods(tmp_path / "again.csv") == runs
+    compose([*methods.SETTINGS, "method=full", "training.learning_rate=4e-4"])

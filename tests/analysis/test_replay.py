@@ -105,6 +105,7 @@ def test_each_cell_of_the_page_has_its_heading() -> None:
     assert len(replay_page.cells(row)) == len(replay_page.HEADINGS)
 
 
+@pytest.mark.long
 def test_the_committed_page_follows_from_the_committed_runs(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--data", str(ROOT / DATA)])
     page = (ROOT / "docs" / "replay.md").read_text(encoding="utf-8")

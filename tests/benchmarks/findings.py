@@ -1,4 +1,4 @@
-"""Three published findings about LoRA and QLoRA, measured again on small models (docs/findings.md).
+"""Published findings about LoRA and QLoRA, measured again on small models (docs/findings.md).
 
     OMP_NUM_THREADS=1 python tests/benchmarks/findings.py --output outputs/findings [--minutes 10]
     python tests/benchmarks/findings.py --output outputs/findings --collect docs/findings.csv
@@ -9,7 +9,8 @@ The first command trains: short runs on the embedded pair, and on SmolLM2-135M i
 ``findings_runs.planned``: every second rank first, then the other ranks and more seeds. A command that was
 killed continues when it is called again: each run that has ended is kept, an interrupted one starts anew. ``--minutes``
 starts no run after that time; ``--models`` selects models. The second command writes the figures of all runs to one
-file. The third computes the answers from that file and trains nothing.
+file. The third computes the answers from that file, and from
+findings_methods.csv next to it, and trains nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow.parquet as pq
+from findings_methods import load_methods, methods_part
 from findings_page import page
 from findings_runs import MODELS, Model, Point, Run, load, planned, save
 
@@ -56,7 +58,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="also write the answers to this Markdown file")
     given = parser.parse_args()
     if given.source is not None:
-        text = page(load(given.source))
+        text = whole_page(given.source)
         print(text)
         if given.page is not None:
             given.page.write_text(text, encoding="utf-8")
@@ -69,6 +71,12 @@ def main() -> None:
         return
     models = [model for model in MODELS if given.models is None or model.name in given.models]
     train(outputs, models, time.monotonic() + 60 * given.minutes)
+
+
+def whole_page(source: Path) -> str:
+    """Return the page of a CSV file and of findings_methods.csv next to it."""
+    of_methods = load_methods(source.with_name("findings_methods.csv"))
+    return page(load(source), methods_part(of_methods), len(of_methods))
 
 
 def train(outputs: OutputPaths, models: Iterable[Model], until: float) -> None:

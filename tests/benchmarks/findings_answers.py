@@ -240,9 +240,9 @@ def rates_answer(model: Model, policy: str, runs: Sequence[Run], draws: int = DR
     """Fit best rate ∝ rank^exponent; ``None`` if fewer than two ranks have a grid with two seeds.
 
     The standard error is a bootstrap's, over seeds and items; the interval has t with the degrees of freedom of the
-    seeds. Seeds are drawn for each rank, each with its losses at all
-    rates; items are drawn once for all ranks. A draw's deviations from the mean over seeds are scaled by
-    √(S / (S − 1)), since few seeds drawn with replacement vary too little (Rao and Wu 1988).
+    seeds. Seeds are drawn for each rank, each with its losses at all rates; items are drawn once for all ranks. A
+    draw's deviations from the mean over seeds are scaled by √(S / (S − 1)), since few seeds drawn with replacement vary
+    too little (Rao and Wu 1988).
     """
     grids = {rank: grid for rank in rate_ranks(model) if (grid := rate_grid(model, runs, policy, rank)) is not None}
     if len(grids) < 2:
@@ -252,28 +252,52 @@ def rates_answer(model: Model, policy: str, runs: Sequence[Run], draws: int = DR
     found, drawn = [], []
     for rank, (factors, losses) in grids.items():
         centre = law_rate(model, policy, rank)
-        logs = np.log2(np.array(factors) * centre)
-        seeds = losses.shape[1]
-        means = losses.mean(axis=(1, 2))
-        finite = np.where(np.isfinite(losses), losses, 0.0)
-        of_seed = np.einsum("fsi,di->dfs", finite, weights)
-        counts = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws)
-        shares = 1 / seeds + math.sqrt(seeds / (seeds - 1)) * (counts - 1) / seeds
-        curves = np.where(np.isfinite(means), np.einsum("dfs,ds->df", of_seed, shares), np.inf)
-        bests = minimum(logs, curves)
-        found_log = float(minimum(logs, means[None])[0])
-        half = t_half_width(bests, seeds - 1)
-        best = Estimate(*(float(2.0**log) for log in (found_log, found_log - half, found_log + half)))
-        at_edge = float(np.isin(curves.argmin(axis=1), (0, len(factors) - 1)).mean())
-        rates = tuple(float(rate) for rate in 2.0**logs)
-        found.append(BestRate(rank, alpha_of(policy, rank), seeds, rates, tuple(map(float, means)), best, at_edge))
-        drawn.append(bests)
+        minimum_of = grid_minimum(np.log2(np.array(factors) * centre), losses, weights, generator)
+        bounds = (minimum_of.log, minimum_of.log - minimum_of.half_width, minimum_of.log + minimum_of.half_width)
+        best = Estimate(*(float(2.0**log) for log in bounds))
+        rates = tuple(float(each) for each in np.array(factors) * centre)
+        alpha, seeds = alpha_of(policy, rank), losses.shape[1]
+        found.append(BestRate(rank, alpha, seeds, rates, minimum_of.means, best, minimum_of.at_edge))
+        drawn.append(minimum_of.draws)
     doublings = np.log2(np.array(list(grids), dtype=float))
     centred = (doublings - doublings.mean()) / ((doublings - doublings.mean()) ** 2).sum()
     exponents = centred @ np.array(drawn)
     value = float(centred @ np.log2([each.best.value for each in found]))
     half = t_half_width(exponents, sum(each.seeds - 1 for each in found))
     return RatesAnswer(policy, tuple(found), Estimate(value, value - half, value + half))
+
+
+@dataclass(frozen=True)
+class GridMinimum:
+    """The best rate of one grid. ``log``: its log2; ``half_width``: of the 95 % interval of that; ``draws``: the
+    bootstrap's; ``means``: loss of each rate; ``at_edge``: share of the draws at the smallest or largest rate."""
+
+    log: float
+    half_width: float
+    draws: Array
+    means: tuple[float, ...]
+    at_edge: float
+
+    @property
+    def resolved(self) -> bool:
+        """Return whether the grid contains the interval of the best rate."""
+        return self.at_edge <= (1 - LEVEL) / 2
+
+
+def grid_minimum(logs: Array, losses: Array, weights: Array, generator: np.random.Generator) -> GridMinimum:
+    """Return where the losses (rates, seeds, items) are lowest; ``logs``: log2 of the rates; ``weights``: of the items
+    in each draw, (draws, items)."""
+    seeds, draws = losses.shape[1], len(weights)
+    means = losses.mean(axis=(1, 2))
+    finite = np.where(np.isfinite(losses), losses, 0.0)
+    of_seed = np.einsum("fsi,di->dfs", finite, weights)
+    counts = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws)
+    shares = 1 / seeds + math.sqrt(seeds / (seeds - 1)) * (counts - 1) / seeds
+    curves = np.where(np.isfinite(means), np.einsum("dfs,ds->df", of_seed, shares), np.inf)
+    bests = minimum(logs, curves)
+    found = float(minimum(logs, means[None])[0])
+    at_edge = float(np.isin(curves.argmin(axis=1), (0, len(logs) - 1)).mean())
+    return GridMinimum(found, t_half_width(bests, seeds - 1), bests, tuple(map(float, means)), at_edge)
 
 
 def t_half_width(draws: Array, df: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from findings_answers import (
     DRAWS,
@@ -25,9 +26,9 @@ LAW_NAMES = {"fixed": "one rate for all ranks", "2r": "rate ∝ r^−½"}
 HEAD = """# Published findings, measured again
 
 `python tests/benchmarks/findings.py --from docs/findings.csv --page docs/findings.md` wrote this page from the figures
-of {runs} runs in [findings.csv](findings.csv). `make findings` trains them again.
+of {runs} runs in [findings.csv](findings.csv){other}. `make findings` trains them again.
 
-Do three published findings about LoRA and QLoRA hold on small models, in short trainings on a CPU? Each finding is a
+Do published findings about LoRA and QLoRA hold on small models, in short trainings on a CPU? Each finding is a
 claim with a margin. The margins were chosen before results were compared, but after six runs that timed the machine,
 and no record of that time proves it: read them as round numbers. *Holds* and *does not hold* mean that the whole 95 %
 confidence interval lies on one side of the margin. Otherwise the claim is *not decided*: the interval says what is left
@@ -126,25 +127,34 @@ has one CPU thread.
 """
 
 
-def page(runs: Sequence[Run]) -> str:
+@dataclass(frozen=True)
+class Part:
+    """What other runs add to the page: rows of its first table, and a section."""
+
+    rows: tuple[Sequence[object], ...]
+    text: str
+
+
+def page(runs: Sequence[Run], other: Part | None = None, other_runs: int = 0) -> str:
     """Return the whole page; models without runs are named as left out."""
     found = [each for model in MODELS if (each := answers(model, runs)).runs]
     margin = f"{100 * MARGIN:g} %"
-    text = HEAD.format(runs=len(runs), summary=_summary(found))
+    text = HEAD.format(runs=len(runs), other=_of_other(other_runs), summary=_summary(found, other))
     text += QUANTIZATION.format(
-        margin=margin, table=_quantization_table(found), sentences=_paragraph(_quantization_words(found))
+        margin=margin, table=_quantization_table(found), sentences=paragraph(_quantization_words(found))
     )
     laws = "; ".join(f"{LAW_NAMES[policy]} under {name}" for policy, name in POLICY_NAMES.items())
     text += CURVES.format(
-        margin=margin, laws=laws, table=_curves_table(found), sentences=_paragraph(_curves_words(found))
+        margin=margin, laws=laws, table=_curves_table(found), sentences=paragraph(_curves_words(found))
     )
     text += RATES.format(
         little=LITTLE,
         draws=DRAWS,
         table=_rates_table(found),
-        sentences=_paragraph(_rates_words(found)),
+        sentences=paragraph(_rates_words(found)),
         grids=_grids(found),
     )
+    text += other.text if other is not None else ""
     return text + TAIL.format(
         settings=_settings(found, runs),
         versions=_versions(runs),
@@ -171,7 +181,7 @@ def table(titles: Sequence[str], rows: Iterator[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def _paragraph(text: str) -> str:
+def paragraph(text: str) -> str:
     """Return the text in lines of 120 characters; a number stays with its sign."""
     joined = text.replace(" %", "\u00a0%").replace("× ", "×\u00a0").replace("r = ", "r\u00a0=\u00a0")
     return textwrap.fill(joined, 120, break_long_words=False, break_on_hyphens=False).replace("\u00a0", " ")
@@ -181,7 +191,11 @@ def _name(found: ModelAnswers) -> str:
     return found.model.title
 
 
-def _summary(found: Sequence[ModelAnswers]) -> str:
+def _of_other(count: int) -> str:
+    return f"\nand of {count} in [findings_methods.csv](findings_methods.csv)" if count else ""
+
+
+def _summary(found: Sequence[ModelAnswers], other: Part | None) -> str:
     def rows() -> Iterator[Sequence[object]]:
         for each in found:
             if each.quantization is not None:
@@ -205,6 +219,7 @@ def _summary(found: Sequence[ModelAnswers]) -> str:
                         narrow = "" if rates.resolved else "; the grid of rates is too narrow"
                         figure = f"exponent {number_interval(rates.exponent)}{narrow}"
                         yield what, _name(each), f"**{rates.verdict}**", figure
+        yield from other.rows if other is not None else ()
 
     return table(("finding", "model", "here", "estimate (95 % CI)"), rows())
 
@@ -384,12 +399,12 @@ def _settings(found: Sequence[ModelAnswers], runs: Sequence[Run]) -> str:
 def _versions(runs: Sequence[Run]) -> str:
     days = sorted({run.measured for run in runs})
     between = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
-    return _paragraph(f"Measured {between} with {'; '.join(sorted({run.versions for run in runs}))}.")
+    return paragraph(f"Measured {between} with {'; '.join(sorted({run.versions for run in runs}))}.")
 
 
 def _left_out(runs: Sequence[Run]) -> Iterator[str]:
     yield "* A grid of rates on the embedded instruct model, and learning curves under alpha = 2r on SmolLM2."
-    yield "* LoRA against full fine-tuning, nf4 without double quantization, rsLoRA."
+    yield "* nf4 without double quantization, rsLoRA."
     for model in MODELS:
         own = {run.point for run in runs if run.point.model == model.name}
         points = planned(model, runs)

@@ -10,6 +10,7 @@ import pytest
 from tests.contracts import reading, store
 from tests.contracts.golden_files import check, differences, missing_numbers, read, report
 
+pytestmark = pytest.mark.long
 STEPS = [f"{number:02} {step}" for number, step in enumerate(reading.STEPS)]
 
 

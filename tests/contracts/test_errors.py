@@ -10,6 +10,7 @@ import pytest
 from tests.contracts import errors
 from tests.contracts.golden_files import differences, read, report
 
+pytestmark = pytest.mark.long
 COMPARED = ("command", "exit_code", "where", "bare")
 """The message is stored for whoever reads a change, and may change."""
 

@@ -10,6 +10,8 @@ import pytest
 from tests.contracts import plans
 from tests.contracts.golden_files import check
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 from tests.contracts import runs
 from tests.contracts.golden_files import RELATIVE_TOLERANCE, check, read
 
+pytestmark = pytest.mark.long
 SHARE = re.compile(r"accuracy|_f1|exact_match|invalid_answer_rate|rouge_l")
 """Scores that count items: on a machine that rounds otherwise, one item in eight may fall the other way."""
 GRADIENT = re.compile(r"gradient_norm|perplexity")

@@ -79,6 +79,7 @@ def test_no_item_is_nearly_a_training_text() -> None:
     assert close(definitions(*SPLITS), trained(), word_grams) == []
 
 
+@pytest.mark.long
 def test_no_held_out_item_is_nearly_a_training_text_by_characters_either() -> None:
     assert close(definitions(*HELD_OUT), trained(), character_grams) == []
 

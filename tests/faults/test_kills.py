@@ -85,6 +85,7 @@ def check_rounds(tmp_path: Path, rounds: int, undisturbed: dict[tuple[str, ...],
         assert not survivors(root)
 
 
+@pytest.mark.faults
 def test_a_sweep_killed_at_random_ends_like_an_undisturbed_one(
     tmp_path: Path, undisturbed: dict[tuple[str, ...], list[dict[str, str]]], kill_rounds: int | None
 ) -> None:

@@ -25,6 +25,7 @@ def hub(tiny_models: dict[str, Path]) -> FakeHub:
     return FakeHub({("models", name): tiny_models["llama"] for name in names})
 
 
+@pytest.mark.long
 def test_an_id_is_enough_to_plan_to_train_and_to_train_again_without_the_hub(hub: FakeHub, tmp_path: Path) -> None:
     write_colour_task(tmp_path / "colours.jsonl")
     task = ["task=local", "task.path=colours.jsonl", "tracking=off"]

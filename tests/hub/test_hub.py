@@ -16,6 +16,7 @@ from qlora_exp import load_run
 from tests.conftest import write_colour_task
 from tests.hub.fake_hub import FakeHub, serving
 
+pytestmark = pytest.mark.long
 METRIC = """
 import datasets
 import evaluate

@@ -130,12 +130,14 @@ def test_a_saved_adapter_is_read_back_exactly(
         assert not torch.equal(loaded(TOKENS).logits, base.model(TOKENS).logits)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dora", ["false", "true"])
-def test_pissa_starts_at_the_base_and_leaves_a_warm_one_untouched(
-    family: str, dora: str, tiny_models: dict[str, Path], tmp_path: Path
+@pytest.mark.parametrize(
+    ("family", "init", "dora"),
+    [*((family, "pissa", dora) for family in FAMILIES for dora in ("false", "true")), ("llama", "olora", "false")],
+)
+def test_a_start_from_the_bases_weights_begins_at_the_base_and_leaves_a_warm_one_as_it_was(
+    family: str, init: str, dora: str, tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
-    base, model, _ = adapted(tiny_models[family], "quantization=fp32", "lora.init=pissa", f"lora.dora={dora}")
+    base, model, _ = adapted(tiny_models[family], "quantization=fp32", f"lora.init={init}", f"lora.dora={dora}")
     fresh = load_base(compose(["model=local", f"model.path={tiny_models[family]}", "quantization=fp32"]), "cpu")
     for (name, weight), (_, original) in zip(
         base.model.named_parameters(), fresh.model.named_parameters(), strict=True

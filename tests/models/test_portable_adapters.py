@@ -27,6 +27,8 @@ VARIANTS = [
     ["lora.rslora=true"],
     ["lora.dora=true"],
     ["lora.init=pissa"],
+    ["lora.init=olora"],
+    ["lora.rank_pattern={q_proj: 2, c_attn: 2, qkv_proj: 2, layers.0.mlp.down_proj: 16}"],
     ["lora.init=pissa", "lora.rslora=true"],
     ["lora.init=pissa", "lora.dora=true"],
     ["lora.alpha_policy=fixed", "lora.alpha=5", "lora.rslora=true"],
@@ -81,6 +83,8 @@ def test_the_published_base_with_the_saved_adapter_is_the_trained_model(
     family: str, variant: list[str], tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = tiny_models[family]
+    if family == "gpt2" and "lora.init=olora" in variant:
+        pytest.skip("refused: test_lora_variants.py")
     _, base, _, model = trained(folder, family, *variant)
     wanted, start = logits(model), logits(base.model)
     save_adapter(model, tmp_path)

@@ -80,6 +80,7 @@ def test_a_micro_batch_in_tokens_stays_as_it_is_set(capsys: pytest.CaptureFixtur
     assert not any("micro_batch_size" in text for text in overrides)
 
 
+@pytest.mark.long
 def test_where_nothing_fits_nothing_is_recommended_and_each_advice_holds(capsys: pytest.CaptureFixture[str]) -> None:
     assert not any(run["recommended"] for run in planned(capsys, "--fit", "8GB", *LLAMA))
     assert main(["plan", "--fit", "8GB", *LLAMA]) == 0

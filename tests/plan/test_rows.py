@@ -138,6 +138,7 @@ def test_rows_that_are_not_here_are_unknown(
     assert "for rows as long as training.max_length" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_the_plan_and_the_run_predict_the_same(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

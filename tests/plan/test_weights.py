@@ -54,7 +54,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "opt": OPT | {"word_embed_proj_dim": 32},
     "mixtral": LLAMA_LIKE | {"num_local_experts": 4},
 }
-MODES = ("fp32", "bf16", "fp16", "int8", "nf4", "nf4 quantization.double_quantization=false", "fp4")
+INTEGERS = ("int8_sym quantization.group=32", "int4_asym quantization.group=16", "int2_asym quantization.group=8")
+MODES = ("fp32", "bf16", "fp16", "int8", "nf4", "nf4 quantization.double_quantization=false", "fp4", *INTEGERS)
 
 
 @pytest.fixture(scope="module")

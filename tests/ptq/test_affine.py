@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_exp.ptq.affine import (
+from qlora_exp.quantizers.affine import (
     AffineFormat,
     Granularity,
     output_error,

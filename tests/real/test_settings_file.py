@@ -28,6 +28,9 @@ A_VALUE = {
     "task.format": "chat",
     "seed": 7,
     "evaluation.split": "test",
+    "method": "layerwise",
+    "route": "qlora",
+    "distillation.gold_weight": 0.25,
 }
 """A value that a file may give to each key that the package's sweeps search."""
 SLEEP = ["training.engine=sleep", "training.sleep_seconds=0", "tracking=off"]

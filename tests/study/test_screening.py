@@ -194,6 +194,7 @@ def test_screening_that_can_not_choose_is_refused_before_anything_runs(
     assert any(where in str(error) and hint in str(error) for error in errors), raised.value
 
 
+@pytest.mark.long
 def test_the_whole_question_is_one_study_that_a_budget_may_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,8 +15,9 @@ import pytest
 from studies import a_record, a_spec, answer, claimed, completed, finish, loss_of, myself, opened, paths_of, worker
 
 from qlora_exp.errors import ConfigError, Problems, StudyError
+from qlora_exp.records.fit_types import Fit, SkippedTrial
 from qlora_exp.records.schema import to_dict
-from qlora_exp.records.types import Failure, Fit, Process, SkippedTrial, Status
+from qlora_exp.records.types import Failure, Process, Status
 from qlora_exp.study.open import rebuild_study
 from qlora_exp.study.study import Study
 from qlora_exp.study.trials import FAILURE, SKIPPED
@@ -280,6 +281,7 @@ def test_wilcoxon_compares_the_same_items_at_the_same_step(tmp_path: Path) -> No
     assert not study.report(claimed(study), 20, 0.9, worse)
 
 
+@pytest.mark.long
 def test_eight_processes_start_cold_on_one_fresh_database_and_none_fails_or_doubles(tmp_path: Path) -> None:
     spec = a_spec(tmp_path, n_trials=16)
     code = "print(json.dumps([claim.number for claim in finish(study)]))"

@@ -73,7 +73,12 @@ def state(model: torch.nn.Module) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "mode", ["fp32", "nf4", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("fp16", "int8"))]
+    "mode",
+    [
+        pytest.param("fp32", marks=pytest.mark.long),
+        "nf4",
+        *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("fp16", "int8")),
+    ],
 )
 def test_warm_trials_equal_fresh_ones_and_leave_the_base_as_it_was(tmp_path: Path, mode: str) -> None:
     bases = BaseCache()
