@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -90,3 +93,22 @@ def test_handlers_are_put_back() -> None:
     with signals.signals_as_interrupts(), signals.delay_interrupt(""):
         pass
     assert [signal.getsignal(number) for number in signals.ENDING_SIGNALS] == before
+
+
+@pytest.mark.parametrize("number", [HUP, TERM, INT])
+def test_an_interrupted_import_leaves_the_exit_code_to_the_program(number: int, tmp_path: Path) -> None:
+    """Imports run texts by ``exec``: CPython would end the process by SIGINT in place of the exit code."""
+    (tmp_path / "interrupted.py").write_text(
+        "import os, signal, sys\n"
+        "from qlora_exp.system import signals\n"
+        f"signal.signal({number}, signal.SIG_DFL)\n"
+        "try:\n"
+        "    with signals.signals_as_interrupts():\n"
+        f"        exec('os.kill(os.getpid(), {number})')\n"
+        "except KeyboardInterrupt:\n"
+        "    sys.exit(130)\n",
+        encoding="utf-8",
+    )
+    search = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    command, environment = [sys.executable, "-m", "interrupted"], {**os.environ, "PYTHONPATH": search}
+    assert subprocess.run(command, env=environment, timeout=60).returncode == 130

@@ -17,7 +17,7 @@ from qlora_exp.estimate.candidates import search_space
 from qlora_exp.estimate.device import PlanDevice
 from qlora_exp.estimate.memory_fit import BORDERLINE_NOTES, CPU_PROCESS_BYTES
 from qlora_exp.estimate.planner import PlannedRun, Planner
-from qlora_exp.estimate.recommended import LORA_KEYS, NothingFits, Recommended, command_lines
+from qlora_exp.estimate.recommended import LORA_KEYS, RECIPE, NothingFits, Recommended, command_lines
 from qlora_exp.estimate.tables import candidate_name, cost_summary, notes
 from qlora_exp.formatting import UNKNOWN_CELL, bytes_text, number, print_table, simple_table
 
@@ -40,7 +40,8 @@ FRONT_HEADINGS = {
     "training.max_length": "length",
     "training.micro_batch_size": "micro-batch",
 }
-PRECISIONS = {"fp32": 4, "bf16": 3, "fp16": 3, "int8": 2, "nf4": 1, "fp4": 0}
+_LEVELS = (("int2_asym",), ("int3_asym",), ("fp4",), ("nf4", "int4_asym", "int4_sym"), ("int8", "int8_sym", "int8_asym"))
+PRECISIONS = {mode: level for level, modes in enumerate((*_LEVELS, ("fp16", "bf16"), ("fp32",))) for mode in modes}
 
 
 def named_methods(overrides: Sequence[str]) -> frozenset[str]:
@@ -51,10 +52,18 @@ def named_methods(overrides: Sequence[str]) -> frozenset[str]:
 
 
 def with_precision(overrides: Sequence[str], device: PlanDevice | None = None) -> list[str]:
-    """Return ``overrides`` with a 16-bit base if a method trains the base's own weights and they name none."""
-    tunes_weights = named_methods(overrides) & {kind.value for kind in TUNES_WEIGHTS}
-    if not tunes_weights or any(override_key(text).partition(".")[0] == "quantization" for text in overrides):
+    """Return ``overrides`` with a 16-bit base if they name no quantization and rule out the recommended one: a method
+    that trains the base's own weights, quantization-aware training, some kinds of PEFT.
+
+    Raises:
+        ConfigError, Problems: a misspelt key or choice, a wrong type.
+    """
+    if any(override_key(text).partition(".")[0] == "quantization" for text in overrides):
         return list(overrides)
+    if not named_methods(overrides) & {kind.value for kind in TUNES_WEIGHTS}:
+        recipe = search_space([*overrides, f"quantization={RECIPE['quantization']}"]).points
+        if any(point.config is not None for point in recipe):
+            return list(overrides)
     no_bf16 = device is not None and device.kind == "cuda" and not device.bf16
     return [*overrides, f"quantization={'fp16' if no_bf16 else 'bf16'}"]
 

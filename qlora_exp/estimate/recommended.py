@@ -30,7 +30,11 @@ RECIPE = {"quantization": "nf4", "targets": "all_linear", "lora.r": "16"}
 """Dettmers et al. 2023 (QLoRA): nf4 equals 16 bit if all linear layers get adapters; the rank matters less."""
 LORA_KEYS = ("targets", "lora.r")
 """Keys that mean nothing for other methods."""
-QUANTIZATION_ORDER = ("nf4", "int8", "fp4", "bf16", "fp16", "fp32")
+QUANTIZATION_ORDER = (
+    *("nf4", "int4_asym", "int4_sym", "int8", "int8_asym", "int8_sym", "fp4"),
+    *("bf16", "fp16", "fp32", "int3_asym", "int2_asym"),
+)
+"""The preferred mode first, where the command line gives a choice."""
 LENGTH_STEP = 64
 """A sequence length is rounded up to a multiple of this many tokens."""
 USUAL_SHARE = 0.99
@@ -88,7 +92,10 @@ def recommend(
         ConfigError, Problems: a misspelt key or choice, a wrong type.
     """
     keys = {override_key(text) for text in overrides}
-    configs = [point.config for point in search_space(overrides).points if point.config is not None]
+    candidates = search_space(overrides).points
+    configs = [point.config for point in candidates if point.config is not None]
+    if not configs and candidates[0].problem is not None:
+        raise candidates[0].problem
     first, kinds = configs[0], [config.method.kind for config in configs]
     names_task = any(key == "task" or key.startswith("task.") for key in keys)
     counter = RowCounter() if names_task or first.model.family == "embedded" else None  # that model comes with a task

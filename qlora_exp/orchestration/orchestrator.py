@@ -211,7 +211,7 @@ def stop_workers_on_signal(paths: StudyPaths) -> Iterator[None]:
             processes = [process for _, process, _ in worker_files(paths) if process.pid in descendants]
             workers = [process.pid for process in processes if is_alive(process)]
         if not workers:
-            raise KeyboardInterrupt
+            raise signals.SignalInterrupt
         for pid in workers:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGTERM)
@@ -225,7 +225,7 @@ def stop_workers_on_signal(paths: StudyPaths) -> Iterator[None]:
         with signals.handle_signals(stop_workers):
             yield
         if timers:
-            raise KeyboardInterrupt
+            raise signals.SignalInterrupt
     finally:
         _sweeping.depth -= 1
         for timer in timers:

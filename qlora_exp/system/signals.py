@@ -31,6 +31,14 @@ class Meaning(enum.Enum):
     AGAIN = "another request: it is urgent"
 
 
+class SignalInterrupt(KeyboardInterrupt):
+    """A signal asked this process to end.
+
+    A subclass, because CPython marks the process if exactly KeyboardInterrupt leaves ``exec`` of a text, which imports
+    often call (dataclasses, SQLAlchemy). ``python -m`` then ends by SIGINT, although the exception was caught.
+    """
+
+
 class _Requests:
     """When this process got signals, since the outermost :func:`handle_signals` began (``time.monotonic`` seconds)."""
 
@@ -79,13 +87,13 @@ def handle_signals(handler: Handler, numbers: tuple[int, ...] = ENDING_SIGNALS) 
 
 
 def signals_as_interrupts() -> contextlib.AbstractContextManager[None]:
-    """Let all of these signals raise KeyboardInterrupt, once per request."""
+    """Let all of these signals raise :class:`SignalInterrupt`, once per request."""
     return handle_signals(interrupt)
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
     if meaning_of(number) is not Meaning.SAME:
-        raise KeyboardInterrupt
+        raise SignalInterrupt
 
 
 @contextlib.contextmanager
@@ -99,7 +107,7 @@ def delay_interrupt(text: str) -> Iterator[None]:
             return
         presses += 1
         if presses > 1:
-            raise KeyboardInterrupt
+            raise SignalInterrupt
         print_to_stderr(text)
 
     with handle_signals(count):

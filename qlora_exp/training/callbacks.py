@@ -246,7 +246,7 @@ class GracefulInterrupt(TrainerCallback):  # type: ignore[misc]
         if signals.meaning_of(number) is signals.Meaning.SAME:
             return
         if self.asked:
-            raise KeyboardInterrupt
+            raise signals.SignalInterrupt
         self.asked = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from qlora_exp.cli import main
+from qlora_exp.config.enums import Quantization
 from qlora_exp.estimate.memory_fit import RELATIVE_ERROR
 
 LLAMA = ("model=llama3_1_8b",)
@@ -110,3 +111,25 @@ def test_the_answer_is_one_screen_within_a_hundred_columns(
 def test_the_memory_of_two_cards_is_not_added_up(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--fit", "2x24GB", *LLAMA]) == 2
     assert "--fit 24GB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        *(f"quantization={mode.value}" for mode in Quantization),
+        *("method=full", "method=full,lora", "method=layerwise method.layers=last:2", "method=bottleneck"),
+        *("method=peft method.peft_type=loha", "method=peft method.peft_type=ia3"),
+        *("training.qat.format=int4", "method=full training.qat.format=ternary", "quantization=int4_sym,nf4,fp32"),
+    ],
+)
+def test_every_quantization_and_method_gets_a_recommendation_that_can_be_planned(
+    capsys: pytest.CaptureFixture[str], chosen: str
+) -> None:
+    few = ("training.max_length=128", "training.micro_batch_size=4,8")
+    _, overrides = recommended(capsys, "--fit", "16GB", *few, *chosen.split())
+    assert planned(capsys, *overrides)[0]["fits"] is not False
+
+
+def test_what_can_never_be_trained_is_answered_with_its_problem(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--fit", "16GB", "method=full", "quantization=nf4"]) == 2
+    assert "where: quantization" in capsys.readouterr().err
