@@ -40,8 +40,11 @@ FRONT_HEADINGS = {
     "training.max_length": "length",
     "training.micro_batch_size": "micro-batch",
 }
-_LEVELS = (("int2_asym",), ("int3_asym",), ("fp4",), ("nf4", "int4_asym", "int4_sym"), ("int8", "int8_sym", "int8_asym"))
-PRECISIONS = {mode: level for level, modes in enumerate((*_LEVELS, ("fp16", "bf16"), ("fp32",))) for mode in modes}
+_LEVELS = (
+    *(("int2_asym",), ("int3_asym",), ("fp4",), ("nf4", "int4_asym", "int4_sym")),
+    *(("int8", "int8_sym", "int8_asym"), ("fp16", "bf16"), ("fp32",)),
+)
+PRECISIONS = {mode: level for level, modes in enumerate(_LEVELS) for mode in modes}
 
 
 def named_methods(overrides: Sequence[str]) -> frozenset[str]:
