@@ -68,6 +68,17 @@ from qlora_exp.records.types import RunRecord, Status
 MAX_GROUPS = 3
 """Groups of comparable runs that the report shows; it only counts further ones."""
 MIN_SEEDS_SHOWN = 2
+ONLY_OF_SOME = {
+    "rank": "it needs runs with at least two ranks that were scored on the same items",
+    "ladder": "it needs a study of sweeps=rank_doubling",
+    "instruct-base": "it needs runs of both variants that were scored on the same items",
+    "importance": "it needs a study that searched with Optuna",
+    "confirmation": "it needs a study that qlora-exp confirm started",
+    "methods": "it needs runs of at least two tuning methods",
+    "routes": "it needs runs that ship a smaller model (sweeps=routes)",
+    "students": "it needs runs with distillation.teacher (sweeps=distill)",
+}
+"""Sections that not every report has, and what they need."""
 CONFIRM_SETTLES = "The best ones with new seeds, scored on test, would tell more."
 
 
@@ -355,7 +366,10 @@ def only_section(report: ReportContent, name: str) -> ReportContent:
     chosen = [section for section in report.sections if f"{section.name}-".startswith(f"{name}-")]
     if not chosen:
         names = [section.name for section in report.sections]
-        raise AnalysisError(f"the report of these runs has no section {name!r}", "--only", nearest(name, names))
+        hint = nearest(name, names)
+        if name in ONLY_OF_SOME:
+            hint = f"{ONLY_OF_SOME[name]}; this report has: {', '.join(names)}"
+        raise AnalysisError(f"the report of these runs has no section {name!r}", f"--only {name}", hint)
     shown = {section.name for section in chosen} | ({"ladder-1"} if name == "rank" else set())
     cards = tuple(card for card in report.cards if card.section in shown)
     return replace(report, question=None, headline=(), cards=cards, command=None, sections=tuple(chosen))

@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,36 @@ class StudyInfo:
     """``confirm.json`` of a study that confirms another one's finalists."""
     confirm_command: str | None = None
     """Command that confirms this study's best configurations; ``None``: it doesn't choose by a validation score."""
+
+
+def report_object(content: ReportContent) -> dict[str, Any]:
+    """Return the answer, its cards, and the sections with unrounded tables, without figures, for JSON."""
+    return {
+        "title": content.title,
+        "question": content.question,
+        "headline": list(content.headline),
+        "why_none": content.why_none,
+        "command": content.command,
+        "cards": [asdict(card) for card in content.cards],
+        "sections": [
+            {
+                "name": section.name,
+                "title": section.title,
+                "paragraphs": list(section.paragraphs),
+                "points": list(section.points),
+                "commands": list(section.commands),
+                "tables": [
+                    {
+                        "caption": table.caption,
+                        "columns": [column.name for column in table.columns],
+                        "rows": [list(row) for row in table.rows],
+                    }
+                    for table in section.tables
+                ],
+            }
+            for section in content.sections
+        ],
+    }
 
 
 def formatted_value(value: DisplayedValue, kind: str) -> str:

@@ -54,6 +54,7 @@ def validate(
 ) -> int:
     """Check configuration and data without loading weights."""
     from qlora_exp.architecture.targets import rank_warning
+    from qlora_exp.formatting import print_wrapped
     from qlora_exp.runs.execute import preflight
 
     config, prepared, environment = _prepared([*combined_overrides(source, overrides), *forced(force)])
@@ -77,9 +78,8 @@ def validate(
             content | {"plan": to_dict(prepared.plan), "data": to_dict(prepared.splits.record), "warnings": warnings}
         )
         return 0
-    print("\n".join(_summary_lines(config, prepared.plan, prepared.splits)))
-    for text in warnings:
-        print(f"  warning  {text}")
+    print_wrapped(_summary_lines(config, prepared.plan, prepared.splits))
+    print_wrapped(f"  warning  {text}" for text in warnings)
     return 0
 
 

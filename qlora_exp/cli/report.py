@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qlora_exp.cli.arguments import OutputRoot, complete_studies, examples, outputs_of
+from qlora_exp.cli.arguments import AsJson, OutputRoot, complete_studies, examples, outputs_of
 
 if TYPE_CHECKING:
     from qlora_exp.analysis.margin import Margin
@@ -77,6 +77,7 @@ def report(
             " with --output, also write it to the files",
         ),
     ] = None,
+    as_json: AsJson = False,
     output_root: OutputRoot = None,
 ) -> int:
     """Write report.html, report.md and runs.csv: the answer in words, and its evidence."""
@@ -85,7 +86,8 @@ def report(
 
     from qlora_exp.analysis.margin import MarginUnit, parse_margin
     from qlora_exp.analysis.report import only_section
-    from qlora_exp.analysis.report_content import to_csv, to_html, to_markdown
+    from qlora_exp.analysis.report_content import report_object, to_csv, to_html, to_markdown
+    from qlora_exp.cli.tables import print_json
     from qlora_exp.errors import RecordError
     from qlora_exp.records.files import write_text
     from qlora_exp.records.find import find_study
@@ -96,8 +98,11 @@ def report(
     content, runs = content_of(study_paths, outputs, margin)
     if only is not None:
         content = only_section(content, only)
-        print(to_markdown(content))
+        if not as_json:
+            print(to_markdown(content))
         if output is None:
+            if as_json:
+                print_json({**report_object(content), "files": {}})
             return 0
     folder = output or (study_paths[0].folder if study_paths else outputs.root)
     # The links stay valid if the run folders and the report are moved together.
@@ -111,6 +116,9 @@ def report(
             raise RecordError(what, str(folder / name), "--output DIR") from None
     for paths in study_paths if output is None else ():
         _log_report(paths, runs, outputs)
+    if as_json:
+        print_json({**report_object(content), "files": {name: str(folder / name) for name in files}})
+        return 0
     if only is None:
         print("\n".join(content.headline or [str(content.why_none)]))
         for card in content.cards:

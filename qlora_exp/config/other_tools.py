@@ -437,6 +437,8 @@ def suggestion(key: str, text: str, value: Any, others: Mapping[str, Any]) -> st
     if row is None:
         return None
     settings = _settings_or_none(row, value, others)
+    if row.key is not None and value in (None, ""):
+        return f"did you mean {row.key}=VALUE? No value follows the equals sign"
     is_axis = ("," in text or "(" in text) and not isinstance(value, list)
     if row.key is not None and (is_axis or (settings and _is_number(text) and list(settings) == [row.key])):
         return f"did you mean {row.key}={text}?"  # as it was written: 1e-4, not 0.0001

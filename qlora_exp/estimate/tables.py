@@ -23,7 +23,7 @@ from qlora_exp.estimate.planner import PlannedMemory, PlannedRun, Planner
 from qlora_exp.estimate.throughput import Interval
 from qlora_exp.estimate.tokens import PlannedRows
 from qlora_exp.estimate.weights_and_optimizer import BITS_PER_WEIGHT, adapter_bytes, base_bytes, in_mode
-from qlora_exp.formatting import UNKNOWN_CELL, bytes_text, number, print_table, simple_table
+from qlora_exp.formatting import UNKNOWN_CELL, bytes_text, number, print_table, print_wrapped, simple_table
 from qlora_exp.records.model_name import model_name
 from qlora_exp.records.schema import to_dict
 
@@ -106,10 +106,9 @@ def print_plan(runs: Sequence[PlannedRun], space: SearchSpace) -> None:
     """Print the table, and what a reader needs to know about it."""
     print_table(plan_table(runs))
     print()
-    print(*summary_lines(runs, space), sep="\n")
-    for reason in reasons(runs):
-        print(f"  {reason}")
-    print(LEGEND, *notes(runs), *row_notes(runs), sep="\n")
+    print_wrapped(summary_lines(runs, space))
+    print_wrapped([f"  {reason}" for reason in reasons(runs)])
+    print_wrapped([LEGEND, *notes(runs), *row_notes(runs)])
 
 
 def summary_lines(runs: Sequence[PlannedRun], space: SearchSpace) -> list[str]:
