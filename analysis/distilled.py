@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from qlora_exp.analysis.comparable import answering_scores
+from qlora_exp.analysis.comparable import answering_scores, base_model_scores
 from qlora_exp.analysis.configurations import INTERVAL_CONFIDENCE, Configuration, Measure, known_mean, mean
 from qlora_exp.analysis.contrasts import Difference, ItemScores, stratified_difference
 from qlora_exp.analysis.report_content import Section, value_table
 from qlora_exp.records.teacher_run import TeacherRun
 from qlora_exp.records.types import RunRecord
 
+ROWS_ALONE = "the rows' answers alone"
+"""What the student learns that the others are compared with."""
+
+
+NOT_OF_THE_STUDENT = ("distillation", "seed", "name", "output_root", "tracking", "budget", "notify", "sweep", "workers")
+"""Sections and keys of a configuration in which compared students may differ."""
+
 
 @dataclass(frozen=True)
 class StudentResult:
-    """A student with one weight of the rows' own answers. ``gain``: against the student that learned these alone.
+    """A student, and what it learns, in words. ``gain``: against the student that learned the rows' answers alone.
 
     ``share``: of the gap between that student and the teacher, how much is closed, with its interval over seeds.
     """
 
-    gold_weight: float
+    learns: str
     configuration: Configuration
     gain: Difference | None
     share: tuple[float, float | None, float | None] | None
@@ -43,27 +50,48 @@ class Distilled:
 def compare_students(
     configurations: Sequence[Configuration], measure: Measure, items: ItemScores | None = None
 ) -> Distilled | None:
-    """Compare students of one teacher; ``None`` unless one of them learned the rows' answers alone
-    (``distillation.gold_weight=1``), another one from the teacher, and the teacher was scored on the same split."""
-    by_weight: dict[float, list[Configuration]] = defaultdict(list)
+    """Compare students of one teacher.
+
+    ``None`` unless one of them learned the rows' answers alone (``distillation.gold_weight=1``), another one from the
+    teacher, and the teacher was scored on the same split. Students that differ in anything but what they learn are left
+    to the report's other sections: only those with the settings of the first one are compared.
+    """
+    students: dict[str, Configuration] = {}
+    settings = None
     for c in configurations:
-        if c.first.teacher is not None and c.quality is not None:
-            by_weight[_gold(c.first)].append(c)
-    teachers = {c.first.teacher for own in by_weight.values() for c in own}
-    if 1.0 not in by_weight or len(by_weight) < 2 or len(teachers) != 1:
+        if c.first.teacher is None or c.quality is None:
+            continue
+        own = {key: value for key, value in c.first.config.items() if key not in NOT_OF_THE_STUDENT}
+        settings = settings if settings is not None else own
+        if own == settings:
+            students.setdefault(what_is_learned(c.first.config), c)
+    teachers = {c.first.teacher for c in students.values()}
+    if ROWS_ALONE not in students or len(students) < 2 or len(teachers) != 1:
         return None
     (teacher,) = teachers
-    alone = by_weight[1.0][0]
+    alone = students.pop(ROWS_ALONE)
     scored = answering_scores(alone.first)
     assert teacher is not None
     if scored is None or (teacher.split, teacher.items) != (scored.split, scored.items):
         return None
-    results = [StudentResult(1.0, alone, None, None)]
-    for weight in sorted(by_weight, reverse=True)[1:]:
-        student = by_weight[weight][0]
+    results = [StudentResult(ROWS_ALONE, alone, None, None)]
+    for learns, student in students.items():
         gain = stratified_difference([(student.runs, alone.runs)], measure.name, items)
-        results.append(StudentResult(weight, student, gain, _share(student.runs, alone.runs, teacher, measure)))
+        results.append(StudentResult(learns, student, gain, _share(student.runs, alone.runs, teacher, measure)))
     return Distilled(tuple(results), teacher, measure)
+
+
+def what_is_learned(config: Mapping[str, Any]) -> str:
+    """Return what the student of a configuration learns, e.g. ``the teacher's probabilities``."""
+    settings = config.get("distillation") or {}
+    gold = float(settings.get("gold_weight", 1.0))
+    if settings.get("mode") == "answers":
+        return "the answers that the teacher writes"
+    if gold == 1.0:
+        return ROWS_ALONE
+    kind = "" if settings.get("divergence") == "forward" else f", {settings.get('divergence')}"
+    soft = "" if settings.get("temperature") == 1.0 else f", temperature {settings.get('temperature'):g}"
+    return f"the teacher's probabilities{f' and the rows, gold weight {gold:g}' if gold else ''}{kind}{soft}"
 
 
 def fieller(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float, float | None, float | None]:
@@ -93,16 +121,17 @@ def student_sentence(found: Distilled) -> str:
         return "No student of the teacher was scored."
     best = max(others, key=lambda result: result.gain.value if result.gain is not None else 0.0)
     assert best.gain is not None
-    name = f"The student that learns from the teacher (gold weight {best.gold_weight:g})"
+    name = f"The student that learns {best.learns}"
     shown = best.gain.low is not None and best.gain.low > 0
     if not shown:
-        return f"{name} isn't shown to be better than one that learns the rows' answers alone: {best.gain}."
+        return f"{name} isn't shown to be better than one that learns {ROWS_ALONE}: {best.gain}."
     closed = ""
     if best.share is not None and best.share[1] is not None and best.share[2] is not None:
         share, low, high = (100 * value for value in best.share if value is not None)
         closed = f", which closes {share:.0f} % of the gap to the teacher (95 % CI {low:.0f} to {high:.0f} %)"
-    better = f"is better than one that learns the rows' answers alone by {best.gain} in {found.measure.label}"
-    return f"{name} {better}{closed}."
+    better = f"is better than one that learns {ROWS_ALONE} by {best.gain} in {found.measure.label}"
+    chosen = f" It is the best of {len(others)}, which flatters it." if len(others) > 1 else ""
+    return f"{name} {better}{closed}.{chosen}"
 
 
 def students_section(found: Distilled) -> Section:
@@ -110,43 +139,51 @@ def students_section(found: Distilled) -> Section:
     measure, teacher = found.measure, found.teacher
     columns = (
         *("model", ("seeds", "integer"), ("parameters", "integer"), (measure.words, "figure")),
-        *(("better than the second by", "figure"), ("low", "figure"), ("high", "figure")),
+        *(("better by", "figure"), ("low", "figure"), ("high", "figure")),
         *(("of the gap", "percent"), ("from", "percent"), ("to", "percent"), ("accuracy", "figure")),
-        *(("tokens/s", "figure"),),
+        *(("answers as the teacher", "percent"), ("KL per token, nats", "figure"), ("tokens/s", "figure")),
     )
     unknown: list[None] = [None] * 6
     score = teacher.score(measure.name)
     rows: list[tuple[str | float | None, ...]] = [
-        (f"teacher {teacher.run_id[-4:]}", 1, teacher.parameters, score, *unknown, teacher.accuracy, None)
+        (f"teacher {teacher.name}", 1, teacher.parameters, score, *unknown, teacher.accuracy, None, None, None)
     ]
+    first = found.results[0].configuration.runs
+    untuned = [measure.of(scores) if (scores := base_model_scores(run)) else None for run in first]
+    if any(value is not None for value in untuned):
+        parameters = first[0].plan.total_parameters if first[0].plan else None
+        accuracies = [scores.accuracy if (scores := base_model_scores(run)) else None for run in first]
+        cells = (mean(untuned), *unknown, mean(accuracies), None, None, None)
+        rows.append(("student before training", len(first), parameters, *cells))
     for result in found.results:
         runs, gain, share = result.configuration.runs, result.gain, result.share or (None, None, None)
-        name = "student, the rows' answers alone" if gain is None else f"student, gold weight {result.gold_weight:g}"
+        close = [run.agreement for run in runs if run.agreement is not None]
         rows.append(
             (
-                *(name, len(runs), runs[0].plan.total_parameters if runs[0].plan else None),
+                *(f"student: {result.learns}", len(runs), runs[0].plan.total_parameters if runs[0].plan else None),
                 mean(measure.of(answering_scores(run)) for run in runs),
                 *((gain.value, gain.low, gain.high) if gain else (None, None, None)),
                 *share,
                 mean(scores.accuracy if (scores := answering_scores(run)) else None for run in runs),
+                known_mean(one.equal_answers for one in close),
+                known_mean(one.kl_nats_per_token for one in close),
                 known_mean(run.speed.train_tokens_per_second for run in runs),
             )
         )
     over = next((r.gain.over for r in found.results if r.gain is not None), "")
+    caption = f"Differences are paired with the student that learns {ROWS_ALONE}; 95 % intervals over {over}"
     return Section(
         "students",
         "How much of the teacher fits into the student?",
         (student_sentence(found),),
-        (value_table(columns, rows, f"Differences are paired with the second row; 95 % intervals over {over}"),),
+        (value_table(columns, rows, caption),),
         points=(
             "The teacher is one run: the interval of the share is over the students' seeds alone (Fieller's), and"
             " another teacher may teach more or less.",
+            "KL is that of the student from the teacher on the validation items' answers; answers are compared on the"
+            " scored items.",
         ),
     )
-
-
-def _gold(run: RunRecord) -> float:
-    return float((run.config.get("distillation") or {}).get("gold_weight", 1.0))
 
 
 def _share(

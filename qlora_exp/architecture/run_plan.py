@@ -138,6 +138,9 @@ def config_fingerprint(config: Config) -> str:
     plain.pop("method")
     if method := method_settings(config):
         plain["method"] = method
+    for key, value in NEWER_DISTILLATION_DEFAULTS.items():
+        if plain["distillation"][key] == value:
+            del plain["distillation"][key]
     if plain["distillation"]["teacher"] is None:
         del plain["distillation"]
     if plain.pop("ship")["model"] is not None:
@@ -220,7 +223,11 @@ EARLIER_TRAINING_DEFAULTS: dict[str, Any] = {
 }
 """What a training did before these keys existed."""
 
+NEWER_DISTILLATION_DEFAULTS: dict[str, Any] = {"teacher_quantization": None, "mode": "offline"}
+"""Keys that the first runs with a teacher lacked, and what those did."""
+
 EARLIER_DISTILLATION: dict[str, Any] = {
+    **NEWER_DISTILLATION_DEFAULTS,
     "teacher": None,
     "divergence": "forward",
     "temperature": 1.0,

@@ -113,6 +113,16 @@ def hub_id_meant(path: str | None) -> str | None:
     return written if OWNER_AND_NAME.fullmatch(written) and not os.path.exists(os.path.dirname(path)) else None
 
 
+def model_overrides(name: str) -> list[str]:
+    """Return the overrides that choose the model ``name``: a family, a folder or file, or an id of the Hub.
+
+    Example: ``Qwen/Qwen3-8B`` gives ``model=hub model.id=Qwen/Qwen3-8B``.
+    """
+    if Path(name).expanduser().exists():
+        return ["model=local", f"model.path={name}"]
+    return ["model=hub", f"model.id={name}"] if OWNER_AND_NAME.fullmatch(name) else [f"model={name}"]
+
+
 def model_choice_hint(name: str, valid: list[str]) -> str:
     """Return what to write instead of ``model=NAME``, which is no family."""
     if Path(name).expanduser().exists():

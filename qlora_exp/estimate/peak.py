@@ -22,7 +22,7 @@ from qlora_exp.architecture.targets import rank_of
 from qlora_exp.architecture.tuned_weights import layer_of, tuned_tensors
 from qlora_exp.config.allowed_values import INTEGER_MODES, QUANTIZED
 from qlora_exp.config.checks_method import TUNES_WEIGHTS
-from qlora_exp.config.enums import Checkpointing, Method, Quantization
+from qlora_exp.config.enums import Checkpointing, DistillationMode, Method, Quantization
 from qlora_exp.config.schema import Config
 from qlora_exp.estimate.activations import (
     TrainingPass,
@@ -167,7 +167,9 @@ def predicted_peak(
     recomputed = batch.tokens * activations.layer * 2 if checkpointing else 0.0
     hidden_gradient = batch.loss_tokens * architecture.hidden_size * FLOAT32_BYTES
     logits = _logits_tile(architecture, batch.loss_tokens, width, cuda) + hidden_gradient
-    if config.distillation.teacher is not None:  # logits, their log-softmax and its gradient, of all learned tokens
+    distillation = config.distillation
+    if distillation.teacher is not None and distillation.mode is DistillationMode.offline:
+        # Logits, their log-softmax and its gradient, of all learned tokens.
         logits += 3 * FLOAT32_BYTES * batch.loss_tokens * architecture.vocabulary_size
     # Before the first backward pass of a step the gradients of the last step are freed. From the second micro-batch of
     # a batch on, gradients of the earlier ones exist.

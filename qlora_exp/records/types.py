@@ -14,7 +14,7 @@ from typing import Any
 
 from qlora_exp.records.fit_types import Fit
 from qlora_exp.records.shipped import Shipped
-from qlora_exp.records.teacher_run import TeacherRun
+from qlora_exp.records.teacher_run import StudentAgreement, TeacherRun
 
 SCHEMA_VERSION = 2
 
@@ -476,6 +476,8 @@ class RunRecord:
     scores: ScoreTable = field(default_factory=ScoreTable)
     shipped: Shipped | None = None
     teacher: TeacherRun | None = None
+    agreement: StudentAgreement | None = None
+    """With the teacher, after training."""
     baselines: Baselines | None = None
     goal: Goal | None = None
     failure: Failure | None = None

@@ -260,6 +260,9 @@ def _figures(record: RunRecord) -> Iterator[tuple[str, float | None]]:
     if record.baselines is not None:
         yield "baseline/tfidf_accuracy", record.baselines.tfidf_accuracy
         yield "baseline/majority_accuracy", record.baselines.majority_accuracy
+    if record.agreement is not None:
+        yield "teacher/equal_answers", record.agreement.equal_answers
+        yield "teacher/kl_nats_per_token", record.agreement.kl_nats_per_token
     yield "cost/usd", speed.cost_usd
     yield "memory/adapter_mib", _mib(memory.adapter_bytes)
     yield "memory/optimizer_mib", _mib(memory.optimizer_bytes)
