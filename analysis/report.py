@@ -46,6 +46,7 @@ from qlora_exp.analysis.learning_curves import Curves, curves_section
 from qlora_exp.analysis.margin import Margin, parse_margin
 from qlora_exp.analysis.quantization import LevelComparison, compare_quantizations, compare_targets
 from qlora_exp.analysis.quantization_words import quantization_recommendation, targets_recommendation
+from qlora_exp.analysis.quantized_results import QuantizationFiles, quantized_section
 from qlora_exp.analysis.recommendation import study_margin
 from qlora_exp.analysis.report_cards import answer_card, baseline_card, not_asked_card, rank_card, screening_card
 from qlora_exp.analysis.report_choice import (
@@ -76,6 +77,7 @@ ONLY_OF_SOME = {
     "confirmation": "it needs a study that qlora-exp confirm started",
     "methods": "it needs runs of at least two tuning methods",
     "routes": "it needs runs that ship a smaller model (sweeps=routes)",
+    "quantized": "it needs runs that qlora-exp quantize rounded",
     "students": "it needs runs with distillation.teacher (sweeps=distill)",
 }
 """Sections that not every report has, and what they need."""
@@ -124,6 +126,7 @@ def build(
     curves: Curves | None = None,
     command_of: Callable[[RunRecord], str | None] | None = None,
     answers: Answers | None = None,
+    quantized: QuantizationFiles | None = None,
 ) -> ReportContent:
     """Return the report of these runs.
 
@@ -137,6 +140,7 @@ def build(
         curves: training curves of runs; without them there are no learning curves.
         command_of: run → command that runs its configuration; ``None`` if none is known.
         answers: run → its items with their answers; without them, the report doesn't show what a model says.
+        quantized: run → the results of ``qlora-exp quantize``; without them, the report leaves them out.
 
     Raises:
         AnalysisError: no runs, SYNTHETIC ones, or none that has finished.
@@ -204,6 +208,7 @@ def build(
         _answers_section(first, answers),
         *ladder_sections(views),
         *(section for compared in shown for section in _group_sections(compared, groups)),
+        quantized_section(first.candidates, quantized) if quantized is not None else None,
         sections.importance_section(studies, completed),
         sections.failure_section(records),
         sections.feasibility_section(studies),

@@ -145,6 +145,7 @@ def content_of(
         curves=lambda record: training_losses(read_curve(outputs.run(record.run_id).curve)),
         command_of=partial(_command, study_paths, outputs),
         answers=partial(_answers, outputs),
+        quantized=lambda record: _read_json(outputs.run(record.run_id).quantization),
     )
     return content, runs
 

@@ -149,3 +149,35 @@ def test_a_run_that_is_not_complete_is_refused(
     write_json(record, raw | {"status": "INTERRUPTED"})
     assert main(["quantize", "last", "--output-root", str(moved)]) == 2
     assert "training is not complete" in capsys.readouterr().err
+
+
+def test_the_report_lists_what_rounding_costs_and_names_the_worst_layer(
+    outputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = quantized(outputs, "--bits", "8,2", "--group", "channel", "--asymmetric", "--calibration", "minmax")
+    capsys.readouterr()
+    assert main(["report", "--only", "quantized", "--json", "--output-root", str(outputs)]) == 0
+    [section] = json.loads(capsys.readouterr().out)["sections"]
+    [table] = section["tables"]
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
+    assert [row["format"] for row in rows] == ["int8_asym_channel", "int2_asym_channel"]
+    for row, result in zip(rows, found["results"], strict=True):
+        loss = result["loss_per_item"]
+        assert (row["costs"], row["low"], row["high"]) == (loss["difference"], loss["low"], loss["high"])
+        errors = {layer["name"]: layer["output_error"] for layer in result["layers"]}
+        assert row["worst layer"] == max(errors, key=lambda name: errors[name])
+    assert "the smallest format that isn't shown to cost anything" in section["paragraphs"][0]
+    run = next((outputs / "runs").iterdir()) / "quantization.json"
+    run.rename(tmp_path / "kept.json")
+    assert main(["report", "--only", "quantized", "--output-root", str(outputs)]) == 2
+    assert "qlora-exp quantize" in capsys.readouterr().err
+    (tmp_path / "kept.json").rename(run)
+
+
+def test_a_model_that_does_not_fit_into_memory_is_refused_before_it_is_loaded(
+    outputs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlora_exp.system.memory_limits.total_bytes", lambda: 1000)
+    monkeypatch.setattr("qlora_exp.ptq.quantize_run.merged_tuned", None)
+    assert main(["quantize", "last", "--output-root", str(outputs)]) == 2
+    assert "of this machine's 1 kB" in capsys.readouterr().err
