@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -130,11 +131,15 @@ def _other_lengths_off(changes: Sequence[str], training: Mapping[str, Any]) -> l
 
 
 def _run(overrides: Sequence[str], curve: bool | None) -> int:
+    from qlora_exp.config.checks_method import unread_overrides
     from qlora_exp.config.compose import compose
     from qlora_exp.runs.entry_points import run_with_progress
 
     with _interruptible():
-        return run_with_progress(compose(list(overrides)), curve=curve)
+        config = compose(list(overrides))
+        if (unread := unread_overrides(config, overrides)) is not None:
+            print(f"note: {unread}", file=sys.stderr, flush=True)
+        return run_with_progress(config, curve=curve)
 
 
 @contextlib.contextmanager
