@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
-from qlora_exp.config.schema import Config
 from qlora_exp.evaluation.generation import StopRule
+from qlora_exp.inspection.model_pair import ModelPair
 from qlora_exp.inspection.prompts import own_prompt
 from qlora_exp.inspection.sampling import Sampling
 from qlora_exp.inspection.steps import GeneratedToken, answer_of, generate_steps
-from qlora_exp.models.tuning import without_tuning
-from qlora_exp.records.types import RunRecord
+from qlora_exp.inspection.subject import Subject
 
 Messages = list[tuple[str, str]]
 
@@ -24,10 +22,8 @@ class Conversation:
     In the plain format there is no conversation: each message is a prompt by itself.
     """
 
-    model: Any
-    tokenizer: Any
-    config: Config
-    record: RunRecord
+    models: ModelPair
+    subject: Subject
     steps: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
     system: str | None = None
@@ -40,7 +36,12 @@ class Conversation:
     @property
     def is_chat(self) -> bool:
         """Whether the run's format has turns."""
-        return self.record.plan is not None and self.record.plan.format == "chat"
+        return self.subject.format == "chat"
+
+    @property
+    def sides(self) -> list[str]:
+        """Which models can answer."""
+        return ["tuned", "base"] if self.models.has_base else ["tuned"]
 
     def answer(self, message: str, side: str, on_text: Callable[[str], None] = lambda _: None) -> str:
         """Return the answer of ``side`` (``tuned`` or ``base``), and add both messages to its conversation.
@@ -53,7 +54,8 @@ class Conversation:
         earlier = self.turns[side] if self.is_chat else []
         system = [("system", self.system)] if self.system and self.is_chat else []
         turns = [*system, *earlier, ("user", message)]
-        prompt = own_prompt(self.config, self.record, self.tokenizer, turns, self.stop)
+        tokenizer = self.subject.tokenizer
+        prompt = own_prompt(self.subject.config, self.subject.record, tokenizer, turns, self.stop)
         self.stop = prompt.stop
         started = False
 
@@ -62,17 +64,15 @@ class Conversation:
             on_text(text if started else text.lstrip())
             started = started or bool(text.strip())
 
-        def steps() -> list[GeneratedToken]:
-            return generate_steps(
-                self.model, self.tokenizer, prompt, steps=self.steps, sampling=self.sampling, on_text=show
-            )
+        def steps(models: ModelPair) -> list[GeneratedToken]:
+            return generate_steps(models, tokenizer, prompt, steps=self.steps, sampling=self.sampling, on_text=show)
 
         if side == "base":
-            with without_tuning(self.model):
-                found = steps()
+            with self.models.as_base() as base:
+                found = steps(ModelPair(base, None))
         else:
-            found = self.last_steps = steps()
-        text = answer_of(found, self.tokenizer).strip()
+            found = self.last_steps = steps(self.models)
+        text = answer_of(found, tokenizer).strip()
         if self.is_chat:
             self.turns[side] = [*earlier, ("user", message), ("assistant", text)]
         return text
