@@ -11,7 +11,7 @@ from qlora_exp.config.schema import Config
 from qlora_exp.errors import QloraExpError, RecordError, nearest
 from qlora_exp.export.results import Export
 from qlora_exp.export.tuned_model import load_tuned_model
-from qlora_exp.inspection.gguf_models import config_of_file, engine_words, load_gguf_model
+from qlora_exp.inspection.gguf_models import Engine, config_of_file, engine_of, load_gguf_model
 from qlora_exp.inspection.model_pair import ModelPair
 from qlora_exp.inspection.prompts import prompt_format
 from qlora_exp.models.base import load_base
@@ -39,6 +39,8 @@ class Subject:
     record: RunRecord | None
     paths: RunPaths | None
     file_config: Config | None = None
+    engine: Engine | None = None
+    """What computes the GGUF file."""
     notes: tuple[str, ...] = ()
     """What a reader must know: what computes, and why there is no base."""
 
@@ -63,10 +65,11 @@ class Subject:
             assert self.paths is not None
             model, _ = load_tuned_model(self.record, self.paths, "auto")
             return ModelPair(model, model)
+        assert self.engine is not None
         hide_other_gpus(DeviceChoice.auto)
         set_threads(None)
         kind = environment.probe(DeviceChoice.auto).device.kind
-        tuned = load_gguf_model(self.file_config, len(self.tokenizer), tokens, kind)
+        tuned = load_gguf_model(self.file_config, self.engine, len(self.tokenizer), tokens, kind)
         if self.record is None:
             return ModelPair(tuned, None)
         return ModelPair(tuned, load_base(self.config, kind).model)
@@ -107,22 +110,22 @@ def _of_run(paths: RunPaths) -> Subject:
 
 def _of_file(file: Path, paths: RunPaths | None) -> Subject:
     alone = config_of_file(file)
-    engine = engine_words()
+    engine = engine_of(file)
     if paths is None:
         tokenizer = load_tokenizer(alone.model)
         prompts = (
             "the file's chat template writes the prompt" if tokenizer.chat_template else "the prompt is plain text"
         )
         why = f"{prompts}, and there is no base, because its run isn't known: RUN --gguf FILE shows both as in the run"
-        return Subject(alone, tokenizer, None, None, alone, (engine, why))
+        return Subject(alone, tokenizer, None, None, alone, engine, (engine.words, why))
     record = read_record(paths.record)
     config = config_from_plain(record.config)
     try:
         tokenizer = load_tokenizer(config.model)
     except QloraExpError as error:
         why = f"its base isn't shown: {error.what}"
-        return Subject(alone, load_tokenizer(alone.model), None, None, alone, (engine, why))
-    return Subject(config, tokenizer, record, paths, alone, (engine,))
+        return Subject(alone, load_tokenizer(alone.model), None, None, alone, engine, (engine.words, why))
+    return Subject(config, tokenizer, record, paths, alone, engine, (engine.words,))
 
 
 def _gguf_of_run(name: str, paths: RunPaths) -> Path:
