@@ -61,7 +61,8 @@ def samples_section(ordered: Sequence[Configuration], answers: Answers) -> Secti
         for number, row in enumerate(items)
     )
     where = f"{len(items)} of {len(first):,} {first[0]['split']} items, drawn at random"
-    text = f"{where}; of each configuration the first run. {answer_words(first)}{_left_out(ordered)}"
+    loss = "The loss is that of the right answer, in nats per token."
+    text = f"{where}; of each configuration the first run. {answer_words(first)} {loss}{_left_out(ordered)}"
     return Section("samples", "What every configuration answers", (text,), tables)
 
 
@@ -78,7 +79,7 @@ def changes_section(ordered: Sequence[Configuration], answers: Answers, losses: 
     texts = (
         f"For each configuration the {SHOWN_ITEMS} items on which base and tuned model differ most, of its first run."
         " The measure is the loss of the right answer and its end, in nats per token, tuned minus base: below 0, tuning"
-        " made the right answer more likely; −1 makes each token 2.7 times as likely on average.",
+        " made the right answer more likely; -1 makes each token 2.7 times as likely on average.",
         f"qlora-exp inspect RUN --item ITEM shows such an answer token by token.{_left_out(ordered)}",
     )
     return Section("changed-most", "Where tuning changed the model most", texts, tuple(tables))

@@ -333,7 +333,8 @@ def _print_steps(steps: Sequence[GeneratedToken], shown: int) -> None:
     for number, step in enumerate(steps):
         if step.drawn_from is not None:
             drawn = ", ".join(f"{visible_token(one.text)} {one.probability:.3f}" for one in step.drawn_from)
-            print(f"step {number} was drawn from {step.drawn_candidates} tokens: {drawn}")
+            chance = _figure(step.drawn_probability, 3)
+            print(f"step {number} was drawn with {chance} from {step.drawn_candidates} tokens: {drawn}")
 
 
 def _cells(step: GeneratedToken, shown: int) -> tuple[str, ...]:

@@ -55,6 +55,8 @@ class GeneratedToken:
     drawn_from: tuple[Alternative, ...] | None = None
     drawn_candidates: int | None = None
     """Tokens that could have been drawn."""
+    drawn_probability: float | None = None
+    """With which this token was drawn."""
     forced: bool = False
     ends: bool = False
     """The token ends the answer."""
@@ -104,7 +106,7 @@ def generate_steps(
             what = f"the prompt has {len(start)} tokens, and the model reads at most {causal.max_positions}"
             raise ModelError(what, "PROMPT", "a shorter prompt")
         forced = _forced_tokens(branches or {}, tokenizer, limit)
-        chosen, tuned, drawn = _generate(causal, tokenizer, start, prompt, limit, sampling, forced, top, on_text)
+        chosen, tuned, drawn = _generate(causal, tokenizer, start, prompt, limit, sampling, forced, on_text)
     base = _base_log_probabilities(models, start, chosen)
     results = []
     for number, token in enumerate(chosen):
@@ -122,8 +124,9 @@ def generate_steps(
                 divergence=None if theirs is None else float((ours.exp() * (ours - theirs)).nansum()),
                 top_tuned=_alternatives(ours.exp(), tokenizer, top),
                 top_base=() if theirs is None else _alternatives(theirs.exp(), tokenizer, top),
-                drawn_from=draw[0] if draw is not None else None,
-                drawn_candidates=draw[1] if draw is not None else None,
+                drawn_from=_alternatives(draw, tokenizer, top) if draw is not None else None,
+                drawn_candidates=int((draw > 0).sum()) if draw is not None else None,
+                drawn_probability=float(draw[token]) if draw is not None else None,
                 forced=number in forced,
                 ends=token in prompt.stop.token_ids,
             )
@@ -165,15 +168,15 @@ def _generate(
     limit: int,
     sampling: Sampling,
     forced: Mapping[int, int],
-    top: int,
     on_text: Callable[[str], None],
-) -> tuple[list[int], list[Tensor], list[tuple[tuple[Alternative, ...], int] | None]]:
+) -> tuple[list[int], list[Tensor], list[Tensor | None]]:
+    """Return the tokens; before each of them the tuned model's log-probabilities, and what it was drawn from."""
     generator = torch.Generator().manual_seed(sampling.seed)
     logits, context = prefill(causal, [list(start)])
     shown = 0
     chosen: list[int] = []
     tuned: list[Tensor] = []
-    drawn: list[tuple[tuple[Alternative, ...], int] | None] = []
+    drawn: list[Tensor | None] = []
     while len(chosen) < limit:
         scores = logits[0].cpu()
         tuned.append(log_softmax(scores, dim=-1))
@@ -182,7 +185,7 @@ def _generate(
             token = forced[len(chosen)]
         elif sampling.temperature > 0:
             probabilities = _limited(scores, sampling)
-            drawn[-1] = _alternatives(probabilities, tokenizer, top), int((probabilities > 0).sum())
+            drawn[-1] = probabilities
             token = int(torch.multinomial(probabilities, 1, generator=generator))
         else:
             token = int(scores.argmax())
