@@ -23,7 +23,7 @@ from qlora_exp.records.types import RunRecord
 
 SHOWN_CONFIGURATIONS = 25
 SHOWN_ITEMS = 5
-SHOWN_CHARACTERS = 300
+SAMPLE_CHARACTERS = 300
 """Of each text."""
 CAPTION_COLUMNS = 160
 OPEN_TABLES = 3
@@ -147,4 +147,4 @@ def _left_out(ordered: Sequence[Configuration]) -> str:
 
 
 def _text(text: str | None) -> str | None:
-    return None if text is None else one_line(without_end(text, SHOWN_CHARACTERS))
+    return None if text is None else one_line(without_end(text, SAMPLE_CHARACTERS))

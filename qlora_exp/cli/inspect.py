@@ -11,10 +11,13 @@ import typer
 from qlora_exp.cli.arguments import OutputRoot, complete_runs, examples, outputs_of
 
 if TYPE_CHECKING:
+    from qlora_exp.inspection.chat import Conversation
     from qlora_exp.inspection.page import Inspection
     from qlora_exp.inspection.sampling import Sampling
     from qlora_exp.inspection.steps import GeneratedToken
+    from qlora_exp.inspection.subject import Subject
 
+EMPTY = "(nothing: the answer ends at once)"
 OPTIONS_SHOWN = 5
 """Labels in the terminal; ``--json`` and ``--html`` have all."""
 
@@ -121,7 +124,7 @@ def inspect_run(
     return 0
 
 
-def _subject(run: str, gguf: str | None, output_root: str | None) -> Any:
+def _subject(run: str, gguf: str | None, output_root: str | None) -> Subject:
     from qlora_exp.errors import ConfigError
 
     if gguf is not None and run.lower().endswith(".gguf"):
@@ -196,29 +199,79 @@ def chat(
         print(f"note: {note}.")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
+    print(f"{subject.name}: {' and '.join(sides)}.")
     if not talk.is_chat:
-        print("The format is plain: each message is a prompt by itself.")
-    print("/help lists the commands; an empty line is ignored.")
-    while True:
-        print("> ", end="", flush=True)
-        line = sys.stdin.readline()
-        message = line.rstrip("\n")
-        if not line or message.strip() in ("/quit", "/exit"):
-            print()
-            return 0
+        print(f"The format is plain: each message is a whole prompt{_example_of(subject)}.")
+    print("/help lists the commands; Ctrl-C ends an answer, Ctrl-D the conversation.")
+    while (line := _next_message()) is not None:
+        message = line.strip()
+        if message in ("/quit", "/exit"):
+            break
         try:
             if message.startswith("/"):
                 sides = _command(message, talk, sides)
-            elif message.strip():
-                for side in sides:
-                    print(f"{side}: ", end="", flush=True)
-                    talk.answer(message, side, lambda text: print(text, end="", flush=True))
-                    print()
+            elif message:
+                _answer(line if talk.is_chat else line.replace("\\n", "\n"), talk, sides)
+        except KeyboardInterrupt:
+            print("\nstopped: the answer isn't part of the conversation", flush=True)
         except QloraExpError as error:
-            print(f"\nerror: {error}", flush=True)
+            print(f"error: {error}", flush=True)
+    return 0
 
 
-def _command(message: str, talk: Any, sides: list[str]) -> list[str]:
+def _example_of(subject: Subject) -> str:
+    """Return a prompt of the run, in the form in which it can be typed."""
+    from itertools import chain
+
+    from qlora_exp.errors import RecordError
+    from qlora_exp.inspection.page import printable
+    from qlora_exp.records.items import read_items
+
+    try:
+        rows = read_items(subject.paths.folder) if subject.paths is not None else []
+    except RecordError:
+        rows = []
+    prompts = chain((row["prompt"] for row in rows if row["prompt"] and len(row["prompt"]) < 300), [None])
+    prompt = next(prompts)
+    return "" if prompt is None else f", as {printable(prompt.replace(chr(10), chr(92) + 'n'))} (\\n is a line break)"
+
+
+def _next_message() -> str | None:
+    """Return the next line from standard input, with line editing on a terminal; ``None`` at its end."""
+    import contextlib
+    import sys
+
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        with contextlib.suppress(ImportError):  # not on Windows
+            import readline  # noqa: F401  input() uses it
+        try:
+            return input("> ")
+        except EOFError:
+            print()
+            return None
+    print("> ", end="", flush=True)
+    line = sys.stdin.readline()
+    if not line:
+        print()
+    return line.rstrip("\n") if line else None
+
+
+def _answer(message: str, talk: Conversation, sides: Sequence[str]) -> None:
+    """Print the answers while they are generated."""
+    from qlora_exp.errors import QloraExpError
+    from qlora_exp.inspection.page import printable
+
+    for side in sides:
+        print(f"{side}: ", end="", flush=True)
+        try:
+            answer = talk.answer(message, side, lambda text: print(printable(text), end="", flush=True))
+        except QloraExpError:
+            print()
+            raise
+        print("" if answer else EMPTY)
+
+
+def _command(message: str, talk: Conversation, sides: list[str]) -> list[str]:
     """Carry out a command of the conversation, and return which models answer from now on."""
     from qlora_exp.errors import ConfigError, nearest
     from qlora_exp.inspection.sampling import Sampling
@@ -228,14 +281,20 @@ def _command(message: str, talk: Any, sides: list[str]) -> list[str]:
     if name in ("/tuned", "/base", "/both"):
         if name != "/tuned" and not talk.models.has_base:
             raise ConfigError("the base of this file isn't known", name, "qlora-exp chat RUN --gguf FILE")
-        return [name[1:]] if name != "/both" else talk.sides
-    if name == "/sample":
+        sides = [name[1:]] if name != "/both" else talk.sides
+        print(f"{' and '.join(sides)} from now on")
+    elif name == "/sample":
         talk.sampling = Sampling() if rest in ("", "off") else _sampling(rest) or Sampling()
+        print("tokens are drawn" if talk.sampling.temperature > 0 else "the most likely tokens are taken")
     elif name == "/system":
+        if not talk.is_chat:
+            raise ConfigError("the plain format has no system message", name, "write it into the prompt")
         talk.system = rest or None
         talk.forget()
+        print(f"a new conversation, {'with' if rest else 'without'} a system message")
     elif name == "/new":
         talk.forget()
+        print("a new conversation")
     elif name == "/inspect":
         if not talk.last_steps:
             raise ConfigError("the tuned model hasn't answered yet", name, "a message first")
@@ -299,16 +358,16 @@ def _branch(text: str) -> tuple[int, str]:
 
 def _print(inspection: Inspection, top: int) -> None:
     from qlora_exp.formatting import plain_table, print_table
-    from qlora_exp.inspection.page import option_line
+    from qlora_exp.inspection.page import option_line, printable
 
     for note in inspection.notes:
         print(f"note: {note}.")
-    print(inspection.prompt)
+    print(printable(inspection.prompt))
     print(f"({len(inspection.prompt_tokens)} tokens; · is a space, ⏎ a line break)\n")
     _print_steps(inspection.steps, top)
-    print(f"\ntuned:        {inspection.answer.strip()}")
+    print(f"\ntuned:        {printable(inspection.answer.strip()) or EMPTY}")
     if inspection.base_answer is not None:
-        print(f"base:         {inspection.base_answer.strip()}")
+        print(f"base:         {printable(inspection.base_answer.strip()) or EMPTY}")
     if inspection.expected is not None:
         print(f"right answer: {inspection.expected}")
     if inspection.options:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from qlora_exp.evaluation.generation import StopRule
 from qlora_exp.inspection.model_pair import ModelPair
@@ -19,7 +19,8 @@ Messages = list[tuple[str, str]]
 class Conversation:
     """Two conversations with the same user: each model continues its answers, not the other's.
 
-    In the plain format there is no conversation: each message is a prompt by itself.
+    In the plain format there is no conversation: each message is a prompt by itself. Each sampled answer has a seed of
+    its number, so a conversation can be repeated, and its answers differ.
     """
 
     models: ModelPair
@@ -51,21 +52,27 @@ class Conversation:
         Raises:
             DataError, ModelError: the template can't write the conversation, or it is too long. Nothing is added then.
         """
-        earlier = self.turns[side] if self.is_chat else []
+        said = self.turns[side]
+        earlier = said if self.is_chat else []
         system = [("system", self.system)] if self.system and self.is_chat else []
         turns = [*system, *earlier, ("user", message)]
         tokenizer = self.subject.tokenizer
         prompt = own_prompt(self.subject.config, self.subject.record, tokenizer, turns, self.stop)
         self.stop = prompt.stop
-        started = False
+        started, held = False, ""
 
         def show(text: str) -> None:
-            nonlocal started
-            on_text(text if started else text.lstrip())
-            started = started or bool(text.strip())
+            """Leave out white space before and after the answer."""
+            nonlocal started, held
+            text = held + text if started else text.lstrip()
+            started = started or bool(text)
+            held = text[len(text.rstrip()) :]
+            on_text(text.rstrip())
+
+        sampling = replace(self.sampling, seed=self.sampling.seed + len(said) // 2)
 
         def steps(models: ModelPair) -> list[GeneratedToken]:
-            return generate_steps(models, tokenizer, prompt, steps=self.steps, sampling=self.sampling, on_text=show)
+            return generate_steps(models, tokenizer, prompt, steps=self.steps, sampling=sampling, on_text=show)
 
         if side == "base":
             with self.models.as_base() as base:
@@ -73,8 +80,7 @@ class Conversation:
         else:
             found = self.last_steps = steps(self.models)
         text = answer_of(found, tokenizer).strip()
-        if self.is_chat:
-            self.turns[side] = [*earlier, ("user", message), ("assistant", text)]
+        self.turns[side] = [*said, ("user", message), ("assistant", text)]
         return text
 
     def forget(self) -> None:

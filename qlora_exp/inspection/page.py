@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,8 +63,16 @@ def shade(probability: float) -> str:
 
 
 def visible_token(text: str) -> str:
-    """Return a token's text with its white space and control characters made visible_token."""
-    return "".join(_SIGNS.get(character, character) for character in text)
+    """Return a token's text with its white space made visible."""
+    return printable("".join(_SIGNS.get(character, character) for character in text))
+
+
+def printable(text: str) -> str:
+    """Return a text of a file or a model without control characters, which a terminal would obey: ``�`` stands for
+    them."""
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
 
 
 _SIGNS = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}

@@ -25,7 +25,7 @@ from qlora_exp.runs.process import hide_other_gpus, set_threads
 from qlora_exp.system import environment
 
 GGUF = ".gguf"
-EXPORTED = "exported"
+ONLY_EXPORTED = "exported"
 """``--gguf exported``: the GGUF file in the run's export folder."""
 
 
@@ -48,6 +48,12 @@ class Subject:
     def file(self) -> str | None:
         """The GGUF file; ``None``: the run's own model is inspected."""
         return self.file_config.model.variant_path if self.file_config is not None else None
+
+    @property
+    def name(self) -> str:
+        """What is inspected, as a reader knows it."""
+        run = f"run {self.record.run_id}" if self.record is not None else None
+        return ", ".join(part for part in (self.file, run) if part is not None)
 
     @property
     def format(self) -> str:
@@ -138,13 +144,13 @@ def _gguf_of_run(name: str, paths: RunPaths) -> Path:
             raise RecordError(what, f"--gguf {name}", f"qlora-exp inspect {name}")
         return file.absolute()
     files = sorted(paths.export.glob(f"*{GGUF}"))
-    chosen = files if name == EXPORTED else [f for f in files if name in (f.stem, f.stem.removeprefix("model-"))]
+    chosen = files if name == ONLY_EXPORTED else [f for f in files if name in (f.stem, f.stem.removeprefix("model-"))]
     if len(chosen) == 1:
         return chosen[0]
     kinds = ", ".join(file.stem.removeprefix("model-") for file in files)
     if not files:
         what, hint = f"there is no file {name}, and the run has no export with a GGUF file", "qlora-exp export RUN"
-    elif name == EXPORTED:
+    elif name == ONLY_EXPORTED:
         what, hint = (
             f"the run has {len(files)} exported GGUF files",
             f"name one: --gguf {kinds.split(', ')[0]} ({kinds})",

@@ -78,7 +78,7 @@ def test_probabilities_are_those_of_the_files_weights_and_of_the_runs_base(
     root = ("--item", "0", "--steps", "4", "--output-root", str(outputs))
     assert inspected(capsys, "last", "--gguf", "q4_0", *root) == found
     other = inspected(capsys, "last", "--gguf", "q8_0", *root)
-    assert [step["top_base"] for step in other["steps"]][0] == found["steps"][0]["top_base"]
+    assert other["steps"][0]["top_base"] == found["steps"][0]["top_base"]
     assert other["steps"][0]["probability_tuned"] != found["steps"][0]["probability_tuned"]
     assert inspected(capsys, "last", *root)["file"] is None
 
