@@ -249,6 +249,9 @@ def _next_message() -> str | None:
         except EOFError:
             print()
             return None
+        except KeyboardInterrupt:
+            print()
+            return ""
     print("> ", end="", flush=True)
     line = sys.stdin.readline()
     if not line:

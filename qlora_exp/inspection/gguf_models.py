@@ -35,28 +35,28 @@ def config_of_file(file: Path) -> Config:
 
 
 @dataclass(frozen=True)
-class Engine:
+class GgufEngine:
     """What computes the probabilities of a GGUF file."""
 
     is_llama_cpp: bool
     words: str
 
 
-def engine_of(file: Path) -> Engine:
+def engine_of(file: Path) -> GgufEngine:
     """Return llama.cpp if it is installed and can run the file here, else transformers.
 
     Another process tries first: machine code that doesn't suit this processor would end this one.
     """
     exact = "computed by transformers from the file's weights, dequantized to float32: the weights are those that ship"
     if (missing := why_not()) is not None:
-        return Engine(False, f"{exact}. Only llama.cpp also rounds as a phone does; {missing}")
+        return GgufEngine(False, f"{exact}. Only llama.cpp also rounds as a phone does; {missing}")
     measured = measure_runtime(file, TRIED_TOKENS, 1)
     if measured.why is not None:
-        return Engine(False, f"{exact}. {measured.why}")
-    return Engine(True, f"computed by llama.cpp ({measured.name}), which computes on phones, too")
+        return GgufEngine(False, f"{exact}. {measured.why}")
+    return GgufEngine(True, f"computed by llama.cpp ({measured.name}), which computes on phones, too")
 
 
-def load_gguf_model(config: Config, engine: Engine, vocabulary: int, tokens: int | None, device_kind: str) -> Any:
+def load_gguf_model(config: Config, engine: GgufEngine, vocabulary: int, tokens: int | None, device_kind: str) -> Any:
     """Return the model of :func:`config_of_file`.
 
     Args:

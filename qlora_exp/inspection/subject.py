@@ -11,7 +11,7 @@ from qlora_exp.config.schema import Config
 from qlora_exp.errors import QloraExpError, RecordError, nearest
 from qlora_exp.export.results import Export
 from qlora_exp.export.tuned_model import load_tuned_model
-from qlora_exp.inspection.gguf_models import Engine, config_of_file, engine_of, load_gguf_model
+from qlora_exp.inspection.gguf_models import GgufEngine, config_of_file, engine_of, load_gguf_model
 from qlora_exp.inspection.model_pair import ModelPair
 from qlora_exp.inspection.prompts import prompt_format
 from qlora_exp.models.base import load_base
@@ -39,7 +39,7 @@ class Subject:
     record: RunRecord | None
     paths: RunPaths | None
     file_config: Config | None = None
-    engine: Engine | None = None
+    engine: GgufEngine | None = None
     """What computes the GGUF file."""
     notes: tuple[str, ...] = ()
     """What a reader must know: what computes, and why there is no base."""
