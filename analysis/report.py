@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from qlora_exp.analysis import sections
-from qlora_exp.analysis.answers_section import Answers, answers_section
+from qlora_exp.analysis.answer_samples import Answers, Losses, changes_section, samples_section
+from qlora_exp.analysis.answers_section import answers_section, by_validation
 from qlora_exp.analysis.comparable import (
     Group,
     answering_scores,
@@ -127,6 +128,7 @@ def build(
     command_of: Callable[[RunRecord], str | None] | None = None,
     answers: Answers | None = None,
     quantized: QuantizationFiles | None = None,
+    losses: Losses | None = None,
 ) -> ReportContent:
     """Return the report of these runs.
 
@@ -141,6 +143,7 @@ def build(
         command_of: run → command that runs its configuration; ``None`` if none is known.
         answers: run → its items with their answers; without them, the report doesn't show what a model says.
         quantized: run → the results of ``qlora-exp quantize``; without them, the report leaves them out.
+        losses: run → the losses of its items; without them, the report doesn't show what tuning changed most.
 
     Raises:
         AnalysisError: no runs, SYNTHETIC ones, or none that has finished.
@@ -205,7 +208,7 @@ def build(
         confirmation_section(*confirmed) if confirmed is not None else None,
         *(replace(section, folded=False) for section in _asked_sections(first)),
         *_first_sections(first, runs, views, curves, command),
-        _answers_section(first, answers),
+        *_answers_sections(first, answers, losses),
         *ladder_sections(views),
         *(section for compared in shown for section in _group_sections(compared, groups)),
         quantized_section(first.candidates, quantized) if quantized is not None else None,
@@ -293,10 +296,17 @@ def _asked_sections(compared: _Compared) -> list[Section]:
     ]
 
 
-def _answers_section(first: _Compared, answers: Answers | None) -> Section | None:
+def _answers_sections(first: _Compared, answers: Answers | None, losses: Losses | None) -> list[Section | None]:
+    """Return the sections that show items and answers."""
     if answers is None or first.choice is None or first.measure is None:
-        return None
-    return answers_section(first.candidates, first.choice.configuration, first.measure, answers)
+        return []
+    chosen = first.choice.configuration
+    ordered = [chosen, *by_validation([c for c in first.candidates if c is not chosen], first.measure)]
+    return [
+        answers_section(ordered, answers),
+        samples_section(ordered, answers),
+        changes_section(ordered, answers, losses) if losses is not None else None,
+    ]
 
 
 def _why(first: _Compared, views: Sequence[LadderView]) -> list[str]:

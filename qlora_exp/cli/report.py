@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qlora_exp.analysis.margin import Margin
     from qlora_exp.analysis.report_content import ReportContent, StudyInfo
     from qlora_exp.paths import OutputPaths, StudyPaths
+    from qlora_exp.records.items import ItemLoss
     from qlora_exp.records.types import RunRecord
     from qlora_exp.study.study import Study
     from qlora_exp.study.types import StudySpec
@@ -146,6 +147,7 @@ def content_of(
         command_of=partial(_command, study_paths, outputs),
         answers=partial(_answers, outputs),
         quantized=lambda record: _read_json(outputs.run(record.run_id).quantization),
+        losses=partial(_losses, outputs),
     )
     return content, runs
 
@@ -260,13 +262,24 @@ def _read_json(file: Path) -> Any:
         raise RecordError(f"the file can't be read: {error}", str(file), "delete it, or resume the study") from None
 
 
-def _answers(outputs: OutputPaths, record: RunRecord) -> list[dict[str, Any]]:
-    """Return the run's items; empty if it has none that can be read."""
+def _answers(outputs: OutputPaths, record: RunRecord, ids: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Return the run's items, all or those of ``ids``; empty if it has none that can be read."""
     from qlora_exp.errors import RecordError
     from qlora_exp.records.items import read_items
 
     try:
-        return read_items(outputs.run(record.run_id).folder)
+        return read_items(outputs.run(record.run_id).folder, ids=ids)
+    except RecordError:
+        return []
+
+
+def _losses(outputs: OutputPaths, record: RunRecord) -> list[ItemLoss]:
+    """Return the losses of the run's items; empty if it has none that can be read."""
+    from qlora_exp.errors import RecordError
+    from qlora_exp.records.items import read_item_losses
+
+    try:
+        return read_item_losses(outputs.run(record.run_id).folder)
     except RecordError:
         return []
 
