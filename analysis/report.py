@@ -44,6 +44,7 @@ from qlora_exp.analysis.ladder_sections import ladder_sections
 from qlora_exp.analysis.ladder_views import LadderView, ladder_rank_of, ladder_views
 from qlora_exp.analysis.learning_curves import Curves, curves_section
 from qlora_exp.analysis.margin import Margin, parse_margin
+from qlora_exp.analysis.post_training import QuantizationFiles, post_training_section
 from qlora_exp.analysis.quantization import LevelComparison, compare_quantizations, compare_targets
 from qlora_exp.analysis.quantization_words import quantization_recommendation, targets_recommendation
 from qlora_exp.analysis.recommendation import study_margin
@@ -113,6 +114,7 @@ def build(
     curves: Curves | None = None,
     command_of: Callable[[RunRecord], str | None] | None = None,
     answers: Answers | None = None,
+    quantized: QuantizationFiles | None = None,
 ) -> ReportContent:
     """Return the report of these runs.
 
@@ -126,6 +128,7 @@ def build(
         curves: training curves of runs; without them there are no learning curves.
         command_of: run → command that runs its configuration; ``None`` if none is known.
         answers: run → its items with their answers; without them, the report doesn't show what a model says.
+        quantized: run → what ``qlora-exp quantize`` wrote for it; without them, the report has no section on it.
 
     Raises:
         AnalysisError: no runs, SYNTHETIC ones, or none that has finished.
@@ -191,6 +194,7 @@ def build(
         *(replace(section, folded=False) for section in _asked_sections(first)),
         *_first_sections(first, runs, views, curves, command),
         _answers_section(first, answers),
+        post_training_section(first.candidates, quantized) if quantized is not None else None,
         *ladder_sections(views),
         *(section for compared in shown for section in _group_sections(compared, groups)),
         sections.importance_section(studies, completed),

@@ -137,6 +137,7 @@ def content_of(
         curves=lambda record: training_losses(read_curve(outputs.run(record.run_id).curve)),
         command_of=partial(_command, study_paths, outputs),
         answers=partial(_answers, outputs),
+        quantized=partial(_quantization, outputs),
     )
     return content, runs
 
@@ -260,6 +261,17 @@ def _answers(outputs: OutputPaths, record: RunRecord) -> list[dict[str, Any]]:
         return read_items(outputs.run(record.run_id).folder)
     except RecordError:
         return []
+
+
+def _quantization(outputs: OutputPaths, run_id: str) -> dict[str, Any] | None:
+    """Return what ``qlora-exp quantize`` wrote for the run; ``None`` if there is nothing that can be read."""
+    from qlora_exp.errors import RecordError
+
+    try:
+        content = _read_json(outputs.run(run_id).quantization)
+    except RecordError:
+        return None
+    return content if isinstance(content, dict) and content.get("results") else None
 
 
 def _log_report(paths: StudyPaths, records: list[RunRecord], outputs: OutputPaths) -> None:
