@@ -45,9 +45,9 @@ from qlora_exp.analysis.ladder_sections import ladder_sections
 from qlora_exp.analysis.ladder_views import LadderView, ladder_rank_of, ladder_views
 from qlora_exp.analysis.learning_curves import Curves, curves_section
 from qlora_exp.analysis.margin import Margin, parse_margin
+from qlora_exp.analysis.post_training import QuantizationFiles, post_training_section
 from qlora_exp.analysis.quantization import LevelComparison, compare_quantizations, compare_targets
 from qlora_exp.analysis.quantization_words import quantization_recommendation, targets_recommendation
-from qlora_exp.analysis.quantized_results import QuantizationFiles, quantized_section
 from qlora_exp.analysis.recommendation import study_margin
 from qlora_exp.analysis.report_cards import answer_card, baseline_card, not_asked_card, rank_card, screening_card
 from qlora_exp.analysis.report_choice import (
@@ -78,7 +78,7 @@ ONLY_OF_SOME = {
     "confirmation": "it needs a study that qlora-exp confirm started",
     "methods": "it needs runs of at least two tuning methods",
     "routes": "it needs runs that ship a smaller model (sweeps=routes)",
-    "quantized": "it needs runs that qlora-exp quantize rounded",
+    "post-training": "it needs runs that qlora-exp quantize rounded",
     "students": "it needs runs with distillation.teacher (sweeps=distill)",
 }
 """Sections that not every report has, and what they need."""
@@ -142,8 +142,8 @@ def build(
         curves: training curves of runs; without them there are no learning curves.
         command_of: run → command that runs its configuration; ``None`` if none is known.
         answers: run → its items with their answers; without them, the report doesn't show what a model says.
-        quantized: run → the results of ``qlora-exp quantize``; without them, the report leaves them out.
         losses: run → the losses of its items; without them, the report doesn't show what tuning changed most.
+        quantized: run → what ``qlora-exp quantize`` wrote for it; without them, the report has no section on it.
 
     Raises:
         AnalysisError: no runs, SYNTHETIC ones, or none that has finished.
@@ -209,9 +209,9 @@ def build(
         *(replace(section, folded=False) for section in _asked_sections(first)),
         *_first_sections(first, runs, views, curves, command),
         *_answers_sections(first, answers, losses),
+        post_training_section(first.candidates, quantized) if quantized is not None else None,
         *ladder_sections(views),
         *(section for compared in shown for section in _group_sections(compared, groups)),
-        quantized_section(first.candidates, quantized) if quantized is not None else None,
         sections.importance_section(studies, completed),
         sections.failure_section(records),
         sections.feasibility_section(studies),

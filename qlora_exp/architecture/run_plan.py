@@ -376,6 +376,7 @@ def make_plan(
         length_multiple=length_multiple,
         logits_multiple=logits_multiple,
         inputs_rounded_in=inputs_rounded_in(config.quantization.mode, device.kind),
+        unpacked_from=architecture.unpacked_from,
     )
 
 

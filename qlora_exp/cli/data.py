@@ -187,6 +187,7 @@ def _summary_lines(config: Config, plan: Plan, splits: Splits) -> list[str]:
     rounded_in = " and ".join(plan.inputs_rounded_in or ())
     rounded = f", inputs rounded to 8 bits in {rounded_in}" if rounded_in else ""
     epochs = f" ({config.training.epochs:g} epochs of {data.train_items} rows)" if config.training.epochs else ""
+    unpacked = f"unpacked from {plan.unpacked_from}, " if plan.unpacked_from is not None else ""
     dropped = f", {data.dropped_rows} rows dropped" if data.dropped_rows else ""
     tuning = f"method   {method_name(to_plain(config))}"
     if plan.alpha is not None:
@@ -195,7 +196,7 @@ def _summary_lines(config: Config, plan: Plan, splits: Splits) -> list[str]:
     return [
         "valid",
         f"  model    {model_name(vars(config.model))} {config.model.variant.value} ({plan.architecture}, "
-        f"{plan.total_parameters:,} parameters), {plan.weight_dtype} weights, "
+        f"{plan.total_parameters:,} parameters), {unpacked}{plan.weight_dtype} weights, "
         f"computing in {plan.compute_dtype} on {plan.device}{rounded}",
         f"  {tuning}: {plan.trainable_parameters:,} trained parameters ({share:.2%})",
         f"  data     {data.task}: {data.train_items} train, {data.validation_items} validation, "

@@ -146,8 +146,8 @@ def content_of(
         curves=lambda record: training_losses(read_curve(outputs.run(record.run_id).curve)),
         command_of=partial(_command, study_paths, outputs),
         answers=partial(_answers, outputs),
-        quantized=lambda record: _read_json(outputs.run(record.run_id).quantization),
         losses=partial(_losses, outputs),
+        quantized=partial(_quantization, outputs),
     )
     return content, runs
 
@@ -282,6 +282,17 @@ def _losses(outputs: OutputPaths, record: RunRecord) -> list[ItemLoss]:
         return read_item_losses(outputs.run(record.run_id).folder)
     except RecordError:
         return []
+
+
+def _quantization(outputs: OutputPaths, run_id: str) -> dict[str, Any] | None:
+    """Return what ``qlora-exp quantize`` wrote for the run; ``None`` if there is nothing that can be read."""
+    from qlora_exp.errors import RecordError
+
+    try:
+        content = _read_json(outputs.run(run_id).quantization)
+    except RecordError:
+        return None
+    return content if isinstance(content, dict) and content.get("results") else None
 
 
 def _log_report(paths: StudyPaths, records: list[RunRecord], outputs: OutputPaths) -> None:

@@ -330,9 +330,10 @@ def sizes_of(config: Config, planner: Planner) -> Sizes:
     adapters = adapter_bytes(adapted, config.lora, config.training.optimizer)
     modes = []
     for mode, bits in BITS_PER_WEIGHT.items():
-        if mode in INTEGER_MODES:  # for experiments with rounding; nf4 is as small
-            continue
         quantization = in_mode(config.quantization, mode)
+        widths = {shape.in_features for shape in architecture.weights if shape.quantizable}
+        if mode in INTEGER_MODES and any(width % quantization.group for width in widths):
+            continue  # a run would be refused, too
         dtype = compute_dtype(quantization, device.kind, device.bf16)
         base = base_bytes(architecture, quantization, dtype)
         parts = (base.base_weight_bytes, base.quantization_state_bytes, base.total_bytes)

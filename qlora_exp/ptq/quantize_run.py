@@ -23,10 +23,10 @@ from qlora_exp.data.items import Item
 from qlora_exp.errors import ExportError
 from qlora_exp.export.finished_run import FinishedRun, check_run
 from qlora_exp.export.task_check import CheckItems, answer_items, items_to_check
-from qlora_exp.formatting import bytes_text
 from qlora_exp.models.inspect import describe
 from qlora_exp.models.tuning import merged_tuned
 from qlora_exp.paths import RunPaths
+from qlora_exp.ptq.memory_check import KEPT_TOKENS, check_ptq_memory
 from qlora_exp.ptq.ptq_config import Calibration, PtqConfig
 from qlora_exp.quantizers.affine import (
     AffineFormat,
@@ -36,14 +36,10 @@ from qlora_exp.quantizers.affine import (
     quantize_affine,
 )
 from qlora_exp.records.files import write_json
-from qlora_exp.system import memory_limits
 
 QUANTIZATION_SCHEMA_VERSION = 1
 UNQUANTIZED_BITS = 16
 """Embeddings, head, norms and biases ship in 16 bits."""
-_FLOAT32_BYTES = 4
-KEPT_TOKENS = 512
-"""Input vectors that are kept of each layer: enough for an error of a few percent, and 8 MB a layer at width 4,096."""
 
 
 @dataclass(frozen=True)
@@ -123,18 +119,23 @@ class QuantizationResults:
 
 
 def quantize_run(
-    paths: RunPaths, settings: PtqConfig, on_step: Callable[[str], None] = lambda _: None
+    paths: RunPaths,
+    settings: PtqConfig,
+    on_step: Callable[[str], None] = lambda _: None,
+    on_warning: Callable[[str], None] = lambda _: None,
 ) -> tuple[QuantizationResults, Path]:
     """Quantize the run's merged model in each format of ``settings``; return the results and the file that has them.
 
     Raises:
-        ConfigError, ExportError, ModelError: the run, its base or a format can't be used.
+        ConfigError, ExportError, ModelError: the run, its base or a format can't be used, or the machine's memory is
+            too small.
     """
     run = check_run(paths)
     architecture = describe(run.config.model)
     formats = settings.formats()
     check_formats(formats, quantized_shapes(architecture), run.record.run_id)
-    check_machine_memory(architecture, len(formats), memory_limits.total_bytes(), run.record.run_id)
+    if (warning := check_ptq_memory(architecture, settings, formats, run.record.run_id)) is not None:
+        on_warning(warning)
     questions = items_to_check(run.config, run.record, paths, run.tokenizer, settings.items, tolerance=0)
     calibration_items = questions.splits.train[: settings.rows] if isinstance(questions, CheckItems) else ()
     on_step("merge")
@@ -191,22 +192,6 @@ def check_formats(formats: Sequence[AffineFormat], shapes: Sequence[WeightShape]
                 divisors = [n for n in (256, 128, 64, 48, 32, 16) if all(s.in_features % n == 0 for s in shapes)]
                 hint = f"--group {', '.join(map(str, divisors[:3]))} or channel" if divisors else "--group channel"
                 raise ExportError(what, f"--group {size} ({where})", hint)
-
-
-def check_machine_memory(architecture: Architecture, formats: int, total_bytes: int | None, where: str) -> None:
-    """Raise :class:`ExportError` if the merged model in fp32, and with several formats the copy of its layers, need
-    more than the memory of this machine (``None``: unknown)."""
-    weights = sum(shape.in_features * shape.out_features for shape in quantized_shapes(architecture))
-    largest = max((s.in_features * s.out_features for s in quantized_shapes(architecture)), default=0)
-    # Of the largest layer there are its codes, its rounded weights and their error at once.
-    one = _FLOAT32_BYTES * (architecture.total_parameters + 3 * largest)
-    needed = one + (_FLOAT32_BYTES * weights if formats > 1 else 0)
-    if total_bytes is None or needed <= total_bytes:
-        return
-    copy = " and a copy of its layers" if formats > 1 else ""
-    what = f"the merged model in fp32{copy} needs {bytes_text(needed)} of this machine's {bytes_text(total_bytes)}"
-    alone = "one format at a time needs less: --bits 4 --asymmetric --group 64"
-    raise ExportError(what, where, alone if one <= total_bytes else "a machine with more memory")
 
 
 def layer_weight(model: nn.Module, shape: WeightShape) -> Tensor:

@@ -157,6 +157,7 @@ def _settings(record: RunRecord, config: dict[str, Any]) -> Iterator[str]:
             else None,
             "trainable parameters": f"{plan.trainable_parameters:,} of {plan.total_parameters:,}",
             "weights, computing, adapter": f"{plan.weight_dtype}, {plan.compute_dtype}, {plan.adapter_dtype}",
+            "base's checkpoint": f"quantized by {plan.unpacked_from}, and unpacked" if plan.unpacked_from else None,
             "prompt format": plan.format,
             "device": plan.device,
         }

@@ -136,6 +136,8 @@ class Plan:
     inputs_rounded_in: tuple[str, ...] | None = None
     """Phases in which quantized layers' inputs are rounded to 8 bits, too (int8 only): ``training``, ``evaluation``.
     ``None`` in records of earlier versions."""
+    unpacked_from: str | None = None
+    """The method by which the base's checkpoint is quantized, whose weights were unpacked; ``None``: it isn't."""
     predicted_peak_train_bytes: int | None = None
     """Prediction of ``memory.train_working_set_bytes``."""
     predicted_context_bytes: int | None = None

@@ -14,8 +14,12 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from qlora_exp.cli import main
+from qlora_exp.models.inspect import describe
 from qlora_exp.models.merging import merged_model
 from qlora_exp.paths import OutputPaths
+from qlora_exp.ptq import memory_check, quantize_run
+from qlora_exp.ptq.memory_check import predicted_bytes
+from qlora_exp.ptq.ptq_config import load_ptq_config
 from qlora_exp.ptq.quantize_run import _change
 from qlora_exp.records.files import read_record, write_json
 from qlora_exp.records.find import find_run
@@ -151,33 +155,37 @@ def test_a_run_that_is_not_complete_is_refused(
     assert "training is not complete" in capsys.readouterr().err
 
 
-def test_the_report_lists_what_rounding_costs_and_names_the_worst_layer(
-    outputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    found = quantized(outputs, "--bits", "8,2", "--group", "channel", "--asymmetric", "--calibration", "minmax")
-    capsys.readouterr()
-    assert main(["report", "--only", "quantized", "--json", "--output-root", str(outputs)]) == 0
-    [section] = json.loads(capsys.readouterr().out)["sections"]
-    [table] = section["tables"]
-    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
-    assert [row["format"] for row in rows] == ["int8_asym_channel", "int2_asym_channel"]
-    for row, result in zip(rows, found["results"], strict=True):
-        loss = result["loss_per_item"]
-        assert (row["costs"], row["low"], row["high"]) == (loss["difference"], loss["low"], loss["high"])
-        errors = {layer["name"]: layer["output_error"] for layer in result["layers"]}
-        assert row["worst layer"] == max(errors, key=lambda name: errors[name])
-    assert "the smallest format that isn't shown to cost anything" in section["paragraphs"][0]
-    run = next((outputs / "runs").iterdir()) / "quantization.json"
-    run.rename(tmp_path / "kept.json")
-    assert main(["report", "--only", "quantized", "--output-root", str(outputs)]) == 2
-    assert "qlora-exp quantize" in capsys.readouterr().err
-    (tmp_path / "kept.json").rename(run)
-
-
-def test_a_model_that_does_not_fit_into_memory_is_refused_before_it_is_loaded(
+def test_memory_is_checked_before_a_weight_is_read(
     outputs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qlora_exp.system.memory_limits.total_bytes", lambda: 1000)
-    monkeypatch.setattr("qlora_exp.ptq.quantize_run.merged_tuned", None)
-    assert main(["quantize", "last", "--output-root", str(outputs)]) == 2
-    assert "of this machine's 1 kB" in capsys.readouterr().err
+    architecture = describe(
+        config_from_plain(read_record(find_run("last", OutputPaths.of(outputs)).record).config).model
+    )
+    settings = load_ptq_config({"rows": 0})
+    one, several = predicted_bytes(architecture, settings, 1), predicted_bytes(architecture, settings, 4)
+    matrices = sum(shape.in_features * shape.out_features for shape in architecture.weights if shape.quantizable)
+    assert several - one == 4 * matrices
+    assert one > 4 * architecture.total_parameters
+    monkeypatch.setattr(memory_check, "total_bytes", lambda: one)
+    monkeypatch.setattr(quantize_run, "merged_tuned", None)  # a weight that was read would fail
+    assert main(["quantize", "last", "--rows", "0", "--output-root", str(outputs)]) == 2
+    refused = capsys.readouterr().err
+    assert "needs" in refused
+    assert "one format at a time" in refused
+    monkeypatch.undo()
+    monkeypatch.setattr(memory_check, "available_bytes", lambda: one - 1)
+    quantized(outputs, "--bits", "4", "--symmetric", "--group", "channel", "--rows", "0")
+    assert "of memory are free" in capsys.readouterr().err
+
+
+def test_the_report_lists_what_quantize_found(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = quantized(outputs, "--bits", "8,2", "--asymmetric", "--group", "32", "--rows", "2")
+    capsys.readouterr()
+    assert main(["report", "--only", "post-training", "--output-root", str(outputs)]) == 0
+    printed = capsys.readouterr().out
+    assert "Post-training quantization" in printed
+    assert f"{found['items']} {found['split']}" in printed
+    for result in found["results"]:
+        (row,) = [line for line in printed.splitlines() if result["format"] in line and line.startswith("|")]
+        worst = max(result["layers"], key=lambda layer: layer["output_error"])
+        assert worst["name"] in row
