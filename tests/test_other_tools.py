@@ -16,7 +16,6 @@ from qlora_exp.cli import main
 from qlora_exp.cli.settings_file import combined_overrides
 from qlora_exp.config.choices import groups
 from qlora_exp.config.compose import compose
-from qlora_exp.config.enums import Method
 from qlora_exp.config.imported_settings import tool_of_file
 from qlora_exp.config.other_tools import ARGS, BNB, COUNTERPARTS, LORA, SCRIPT, SFT, counterpart, tool_names
 from qlora_exp.config.other_values import VALUES, value_here
@@ -246,27 +245,3 @@ def test_what_axolotl_would_do_is_kept_or_named(content: str, key: str, value: A
     got = found.settings.get(key)
     assert str(got).endswith(str(value)) if value is not None else got is None
     assert says is None or any(says in f"{name} {why}" for name, why in found.without.items())
-
-
-def test_methods_layers_and_patterns_of_other_tools_have_counterparts(tmp_path: Path) -> None:
-    adapter = tmp_path / "adapter_config.json"
-    settings = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
-    patterns = {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"v_proj": 32}, "layers_to_transform": [0, 3]}
-    adapter.write_text(json.dumps({**settings, **patterns}))
-    assert main(["import", str(adapter), "-o", str(tmp_path / "a.yaml")]) == 0
-    config = compose(combined_overrides(tmp_path / "a.yaml", []))
-    assert (config.lora.rank_pattern, config.lora.alpha_pattern) == ({"q_proj": 4}, {"v_proj": 32})
-    assert config.method.layers == [0, 3]
-    factory = tmp_path / "factory.yaml"
-    for kind, expected in (("full", Method.full), ("freeze", Method.layerwise), ("lora", Method.lora)):
-        layers = "freeze_trainable_layers: 2\n" if kind == "freeze" else "lora_rank: 8\n"
-        factory.write_text(f"stage: sft\nfinetuning_type: {kind}\n{layers}cutoff_len: 128\ntemplate: x\n")
-        assert main(["import", str(factory), "-o", str(tmp_path / f"{kind}.yaml")]) == 0
-        method = compose(combined_overrides(tmp_path / f"{kind}.yaml", [])).method
-        assert (method.kind, method.layers) == (expected, "last:2" if kind == "freeze" else None)
-    (tmp_path / "ia3").mkdir()
-    other = tmp_path / "ia3" / "adapter_config.json"
-    other.write_text(json.dumps({"peft_type": "IA3", "target_modules": ["q_proj"]}))
-    assert main(["import", str(other), "-o", str(tmp_path / "ia3.yaml")]) == 0
-    method = compose(combined_overrides(tmp_path / "ia3.yaml", [])).method
-    assert (method.kind, method.peft_type) == (Method.peft, "ia3")

@@ -34,16 +34,9 @@ def effective_alpha(lora: LoraConfig) -> float:
 
 
 def alpha_pattern(lora: LoraConfig) -> dict[str, float]:
-    """Return alpha by module, as PEFT's regular expressions, of which the first that fits counts.
-
-    Those of ``lora.alpha_pattern`` come first, then those of ``lora.rank_pattern``, by which all modules have one scale
-    unless alpha is fixed.
-    """
+    """Return alpha by module of ``lora.rank_pattern``, as PEFT's regular expressions: one scale for all modules."""
     factor = effective_alpha(lora) / lora.r
-    given = {re.escape(key): float(alpha) for key, alpha in (lora.alpha_pattern or {}).items()}
-    ranks = {} if lora.alpha_policy == "fixed" else lora.rank_pattern or {}
-    by_rank = {re.escape(key): factor * rank for key, rank in ranks.items()}
-    return {**given, **{key: alpha for key, alpha in by_rank.items() if key not in given}}
+    return {re.escape(key): factor * rank for key, rank in (lora.rank_pattern or {}).items()}
 
 
 def scale(lora: LoraConfig) -> float:
@@ -274,7 +267,7 @@ def check_integer_groups(architecture: Architecture, quantization: QuantizationC
 
 EARLIER_GROUP = 64
 """``quantization.group`` of runs before it existed: only integer modes read it."""
-EARLIER_LORA_DEFAULTS: dict[str, Any] = {"loraplus_lr_ratio": None, "rank_pattern": None, "alpha_pattern": None}
+EARLIER_LORA_DEFAULTS: dict[str, Any] = {"loraplus_lr_ratio": None, "rank_pattern": None}
 """What adapters had before these keys existed."""
 
 

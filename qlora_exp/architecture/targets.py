@@ -54,13 +54,12 @@ def rank_of(lora: LoraConfig, name: str) -> int:
 
 
 def check_rank_pattern(lora: LoraConfig, modules: Sequence[str]) -> None:
-    """Raise :class:`ModelError` if a key of ``lora.rank_pattern`` or ``lora.alpha_pattern`` fits no target module."""
-    for place in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(lora, place) or {}:
-            if not any(name == key or name.endswith(f".{key}") for name in modules):
-                known = sorted({name.rpartition(".")[2] for name in modules})
-                what = f"no target module is called {key}"
-                raise ModelError(what, f"lora.{place}.{key}", nearest(key, known))
+    """Raise :class:`ModelError` if a key of ``lora.rank_pattern`` fits no target module."""
+    for key in lora.rank_pattern or {}:
+        if not any(name == key or name.endswith(f".{key}") for name in modules):
+            known = sorted({name.rpartition(".")[2] for name in modules})
+            what = f"no target module is called {key}"
+            raise ModelError(what, f"lora.rank_pattern.{key}", nearest(key, known))
 
 
 def rank_warning(architecture: Architecture, modules: Sequence[str], lora: LoraConfig) -> str | None:

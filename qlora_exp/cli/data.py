@@ -54,12 +54,10 @@ def validate(
 ) -> int:
     """Check configuration and data without loading weights."""
     from qlora_exp.architecture.targets import rank_warning
-    from qlora_exp.config.checks_method import unread_overrides
     from qlora_exp.formatting import print_wrapped
     from qlora_exp.runs.execute import preflight
 
-    given = [*combined_overrides(source, overrides), *forced(force)]
-    config, prepared, environment = _prepared(given)
+    config, prepared, environment = _prepared([*combined_overrides(source, overrides), *forced(force)])
     warning = preflight(config, prepared, environment)
     if config.tracking.enabled:
         from qlora_exp.paths import OutputPaths
@@ -68,8 +66,7 @@ def validate(
         locate(config.tracking, OutputPaths.of(config.output_root))
     is_lora = prepared.plan.alpha is not None
     too_wide = rank_warning(prepared.architecture, prepared.modules, config.lora) if is_lora else None
-    known = (warning, too_wide, unread_overrides(config, given), *prepared.splits.warnings)
-    warnings = [text for text in known if text is not None]
+    warnings = [text for text in (warning, too_wide, *prepared.splits.warnings) if text is not None]
     if as_json:
         from qlora_exp.cli.tables import print_json
         from qlora_exp.records.model_name import model_name

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -131,15 +130,11 @@ def _other_lengths_off(changes: Sequence[str], training: Mapping[str, Any]) -> l
 
 
 def _run(overrides: Sequence[str], curve: bool | None) -> int:
-    from qlora_exp.config.checks_method import unread_overrides
     from qlora_exp.config.compose import compose
     from qlora_exp.runs.entry_points import run_with_progress
 
     with _interruptible():
-        config = compose(list(overrides))
-        if (unread := unread_overrides(config, overrides)) is not None:
-            print(f"note: {unread}", file=sys.stderr, flush=True)
-        return run_with_progress(config, curve=curve)
+        return run_with_progress(compose(list(overrides)), curve=curve)
 
 
 @contextlib.contextmanager

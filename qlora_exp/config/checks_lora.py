@@ -99,7 +99,6 @@ def lora_problems(config: Config) -> Iterator[ConfigError]:
         what = f"{optimizer} can't train float16 adapters: it divides by at least 1e-8, which is 0 in float16"
         yield config_error(what, "lora.dtype", lora.dtype.value, "lora.dtype=float32, or bfloat16")
     yield from _rank_pattern(config)
-    yield from _alpha_pattern(config)
     ratio = lora.loraplus_lr_ratio
     if ratio is not None and not (ratio > 0 and math.isfinite(ratio)):
         yield config_error("a ratio of learning rates is positive", "lora.loraplus_lr_ratio", ratio, "16, or null")
@@ -130,40 +129,11 @@ def _rank_pattern(config: Config) -> Iterator[ConfigError]:
             value = lora.init.value if key == "lora.init" else lora.rslora
             yield config_error(what, key, value, "lora.rank_pattern=null, or another start and scale")
     if lora.alpha_policy == "fixed":
-        yield from _scales_in_16_bits(lora, "lora.rank_pattern")
+        what = "one alpha for several ranks gives each its own scale, which not every tool reads"
+        yield config_error(what, "lora.alpha_policy", "fixed", "lora.alpha_policy=2r, which keeps the scale at 2")
     if config.sweep is not None and config.sweep.sampler is Sampler.ladder:
         what = "rank doubling doubles lora.r, and these modules' ranks stay"
         yield config_error(what, "lora.rank_pattern", pattern, "lora.rank_pattern=null")
-
-
-def _alpha_pattern(config: Config) -> Iterator[ConfigError]:
-    lora, pattern = config.lora, config.lora.alpha_pattern
-    if pattern is None:
-        return
-    if not isinstance(pattern, dict) or not pattern:
-        hint = "lora.alpha_pattern={down_proj: 32}, or null"
-        yield config_error("alphas are a mapping of modules", "lora.alpha_pattern", pattern, hint)
-        return
-    for name, alpha in pattern.items():
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
-            yield config_error("an alpha is above 0", f"lora.alpha_pattern.{name}", alpha, f"e.g. {2 * lora.r}")
-        if not re.fullmatch(r"\w+(\.\w+)*", str(name)):
-            hint = "a module's name or its last parts, e.g. self_attn.q_proj"
-            yield config_error(f"{name!r} can't be a module's name", "lora.alpha_pattern", name, hint)
-    if lora.init in FROM_WEIGHTS:
-        what = "an adapter with several alphas isn't saved in the form that every tool reads with this start"
-        yield config_error(what, "lora.init", lora.init.value, "lora.alpha_pattern=null, or lora.init=kaiming")
-    yield from _scales_in_16_bits(lora, "lora.alpha_pattern")
-    if config.sweep is not None and config.sweep.sampler is Sampler.ladder:
-        what = "rank doubling doubles lora.r, and these modules' alphas stay"
-        yield config_error(what, "lora.alpha_pattern", pattern, "lora.alpha_pattern=null")
-
-
-def _scales_in_16_bits(lora: LoraConfig, key: str) -> Iterator[ConfigError]:
-    """Yield the problem of modules with several scales and 16-bit adapters."""
-    if lora.dtype not in (ComputeDtype.auto, ComputeDtype.float32):
-        what = "the saved adapter has one scale for all modules, and B what differs from it, which 16 bits round"
-        yield config_error(what, "lora.dtype", lora.dtype.value, f"lora.dtype=float32, or {key}=null")
 
 
 INIT_NAMES = {AdapterInit.pissa: "PiSSA", AdapterInit.olora: "OLoRA"}

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from qlora_exp.config.allowed_values import INTEGER_MODES, QUANTIZED, config_error
 from qlora_exp.config.enums import AdapterInit, DeviceChoice, Method, Quantization, Sampler
-from qlora_exp.config.overrides import is_swept, override_key
 from qlora_exp.config.peft_kinds import BASES, MEASURED_WITH, PEFT_KINDS, sparse_parameters
 from qlora_exp.config.schema import Config
 from qlora_exp.errors import ConfigError, nearest
@@ -17,15 +16,6 @@ BLOCKS = ("attention", "mlp")
 TUNES_WEIGHTS = (Method.full, Method.layerwise, Method.selective)
 """Methods that train weights of the base itself."""
 LAYERS_HINT = "method.layers=last:2, first:4, or a list such as [0,3,7]"
-
-
-def unread_overrides(config: Config, overrides: Sequence[str]) -> str | None:
-    """Return a note on overrides of LoRA's settings that ``config``'s method doesn't read, or ``None``."""
-    if config.method.kind is Method.lora:
-        return None
-    unread = [text for text in overrides if override_key(text).startswith("lora.") and not is_swept(text)]
-    name = config.method.kind.value
-    return f"{' '.join(unread)} has no effect: method={name} has no LoRA adapters" if unread else None
 
 
 def method_problems(config: Config) -> Iterator[ConfigError]:
@@ -75,9 +65,6 @@ def method_problems(config: Config) -> Iterator[ConfigError]:
         for key, used in (("dora", config.lora.dora), ("rslora", config.lora.rslora)):
             if used:
                 yield config_error(f"method={name} has no LoRA adapters", f"lora.{key}", True, "method=lora")
-        if config.lora.alpha_pattern is not None:
-            what = f"method={name} has no LoRA adapters"
-            yield config_error(what, "lora.alpha_pattern", config.lora.alpha_pattern, "method=lora, or null")
         if config.lora.rank_pattern is not None:
             what = f"method={name} has no LoRA adapters"
             yield config_error(what, "lora.rank_pattern", config.lora.rank_pattern, "method=lora, or null")

@@ -56,22 +56,10 @@ def recorded_overrides(record: RunRecord, changes: Sequence[str] = ()) -> list[s
     return [*chosen, *(text for text in needed if text.partition("=")[0] not in changed), *differing, *changes]
 
 
-MAPPINGS = ("lora.rank_pattern", "lora.alpha_pattern", "method.options")
-"""Settings whose value is a mapping as a whole: Hydra can't set one key of a mapping that is null."""
-MAPPING_STARTS = tuple(f"{key}." for key in MAPPINGS)
-
-
 def flat_overrides(settings: Mapping[str, Any]) -> list[str]:
     """Return e.g. ``task=local lora.r=8`` for ``{"task": "local", "lora": {"r": 8}}``; group choices first, as in
     Hydra."""
-    leaves = {path: value for path, value in flatten(settings) if not path.startswith(MAPPING_STARTS)}
-    for key in MAPPINGS:
-        group, _, name = key.partition(".")
-        nested = settings.get(group)
-        found = settings.get(key, nested.get(name) if isinstance(nested, Mapping) else None)
-        if found is not None:
-            leaves[key] = found
-    groups_first = sorted(leaves.items(), key=lambda leaf: leaf[0] not in groups())
+    groups_first = sorted(flatten(settings), key=lambda leaf: leaf[0] not in groups())
     return [f"{path}={hydra_value(value)}" for path, value in groups_first]
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import yaml
 
 from qlora_exp.config.compose import compose
-from qlora_exp.config.from_record import MAPPINGS
 from qlora_exp.config.other_tools import COUNTERPARTS, Counterpart, Settings, counterpart, has_key
 from qlora_exp.config.overrides import hydra_value
 from qlora_exp.config.schema import Config
@@ -66,7 +65,8 @@ OFF: tuple[Any, ...] = (None, "", "no", "NO", "none", "None", False, -1, [], {})
 CONVERSION_NOTES: dict[str, str] = {
     "output_dir": "runs lie in outputs/runs; output_root=DIR replaces outputs",
     "inference_mode": "an adapter is trained",
-    "layers_pattern": "the decoder's layers are found by the architecture: method.layers=[0,3]",
+    **dict.fromkeys(("layers_to_transform", "layers_pattern", "peft_layers_to_transform"), "all layers get adapters"),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), "all modules have one rank and one alpha"),
     **dict.fromkeys(("model_type", "tokenizer_type", "tokenizer_config"), "read from the model's own files"),
     **dict.fromkeys(("special_tokens", "tokens", "eos_token", "pad_token"), "the tokenizer's own tokens are used"),
     "evals_per_epoch": "training.evaluate_every_steps=N is in steps",
@@ -232,7 +232,7 @@ def _own_settings(row: Counterpart | None, value: Any, others: Mapping[str, Any]
 
 def _leaves(settings: Settings) -> Iterator[tuple[str, Any]]:
     for key, value in settings.items():
-        if isinstance(value, Mapping) and key not in MAPPINGS:
+        if isinstance(value, Mapping):
             yield from ((f"{key}.{name}", entry) for name, entry in value.items())
         else:
             yield key, value

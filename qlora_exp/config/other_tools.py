@@ -18,7 +18,6 @@ from typing import Any
 import yaml
 
 from qlora_exp.config.choices import choices
-from qlora_exp.config.other_methods import adapted_layers_of, kind_of_adapter, last_layers, method_of, pattern_of
 from qlora_exp.config.other_values import value_here
 from qlora_exp.config.overrides import hydra_value
 
@@ -229,8 +228,6 @@ def _attention(name: str) -> Callable[[Any, Mapping[str, Any]], Settings]:
     return _if_true({"model.attention": name})
 
 
-PATTERN = "a mapping of ends of module names, without regular expressions"
-NO_MODULES = "whole modules are trained without adapters: method=selective method.parameters=[embeddings,head]"
 BATCH_NOTE = "rows of an optimizer step: per_device_train_batch_size × gradient_accumulation_steps"
 ONE_GPU = "a run uses one GPU; a sweep runs one trial on each"
 NO_PACKING = "rows aren't packed, and training.padding_free=auto trains them without padding"
@@ -270,20 +267,14 @@ COUNTERPARTS: dict[str, Counterpart] = {
     "adapter_name_or_path": Counterpart((FACTORY,), "model.adapter"),
     "adapter": Counterpart((AXOLOTL,), None, lambda v, o: {"quantization": "nf4"} if v == "qlora" else {}, ITS_OWN),
     "bias": Counterpart((LORA,), note="biases aren't trained"),
-    "modules_to_save": Counterpart((LORA,), note=NO_MODULES),
-    "lora_modules_to_save": Counterpart((AXOLOTL, SCRIPT), note=NO_MODULES),
-    "additional_target": Counterpart((FACTORY,), note=NO_MODULES),
-    "target_parameters": Counterpart((LORA,), note="adapters are on linear layers; experts without them stay frozen"),
+    "modules_to_save": Counterpart((LORA,), note="only adapters are trained, no whole modules"),
+    "lora_modules_to_save": Counterpart((AXOLOTL, SCRIPT), note="only adapters are trained, no whole modules"),
+    "additional_target": Counterpart((FACTORY,), note="only adapters are trained, no whole modules"),
     "task_type": Counterpart((LORA,), note="always a causal language model"),
-    "peft_type": Counterpart((LORA,), None, kind_of_adapter, "prompt methods and AdaLoRA aren't trained"),
-    "finetuning_type": Counterpart((FACTORY,), None, method_of, "lora, full and freeze have counterparts"),
-    "freeze_trainable_layers": Counterpart((FACTORY,), "method.layers", last_layers),
-    "layers_to_transform": Counterpart((LORA,), "method.layers", adapted_layers_of),
-    "peft_layers_to_transform": Counterpart((AXOLOTL,), "method.layers", adapted_layers_of),
-    "rank_pattern": Counterpart((LORA,), "lora.rank_pattern", pattern_of("lora.rank_pattern"), PATTERN),
-    "alpha_pattern": Counterpart((LORA,), "lora.alpha_pattern", pattern_of("lora.alpha_pattern"), PATTERN),
+    "peft_type": Counterpart((LORA,), note="always LoRA"),
+    "finetuning_type": Counterpart((FACTORY,), note="always LoRA"),
     "stage": Counterpart((FACTORY,), note="always supervised fine-tuning"),
-    "use_peft": Counterpart((SCRIPT,), None, lambda v, o: {} if v else {"method": "full"}),
+    "use_peft": Counterpart((SCRIPT,), note="always LoRA"),
     # Model and quantization
     "model_name_or_path": Counterpart((SCRIPT, FACTORY), "model", _model),
     "base_model": Counterpart((AXOLOTL,), "model", _model),
@@ -496,7 +487,7 @@ def has_key(schema: Any, key: str) -> bool:
 
     for part in key.split("."):
         if not dataclasses.is_dataclass(schema):
-            return typing.get_origin(schema) is dict or schema is Any
+            return typing.get_origin(schema) is dict
         hints = typing.get_type_hints(schema)
         if part not in hints:
             return False
