@@ -34,9 +34,12 @@ def effective_alpha(lora: LoraConfig) -> float:
 
 
 def alpha_pattern(lora: LoraConfig) -> dict[str, float]:
-    """Return alpha by module of ``lora.rank_pattern``, as PEFT's regular expressions: one scale for all modules."""
+    """Return alpha by module, as PEFT's regular expressions: ``lora.alpha_pattern``, then those that give modules of
+    ``lora.rank_pattern`` the scale of the others."""
     factor = effective_alpha(lora) / lora.r
-    return {re.escape(key): factor * rank for key, rank in (lora.rank_pattern or {}).items()}
+    given = {key: float(alpha) for key, alpha in (lora.alpha_pattern or {}).items()}
+    of_ranks = {key: factor * rank for key, rank in (lora.rank_pattern or {}).items() if key not in given}
+    return {re.escape(key): alpha for key, alpha in (given | of_ranks).items()}
 
 
 def scale(lora: LoraConfig) -> float:
@@ -260,7 +263,7 @@ def check_integer_groups(architecture: Architecture, quantization: QuantizationC
 
 EARLIER_GROUP = 64
 """``quantization.group`` of runs before it existed: only integer modes read it."""
-EARLIER_LORA_DEFAULTS: dict[str, Any] = {"loraplus_lr_ratio": None, "rank_pattern": None}
+EARLIER_LORA_DEFAULTS: dict[str, Any] = {"loraplus_lr_ratio": None, "rank_pattern": None, "alpha_pattern": None}
 """What adapters had before these keys existed."""
 
 

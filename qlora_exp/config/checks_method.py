@@ -65,12 +65,9 @@ def method_problems(config: Config) -> Iterator[ConfigError]:
         for key, used in (("dora", config.lora.dora), ("rslora", config.lora.rslora)):
             if used:
                 yield config_error(f"method={name} has no LoRA adapters", f"lora.{key}", True, "method=lora")
-        if config.lora.rank_pattern is not None:
-            what = f"method={name} has no LoRA adapters"
-            yield config_error(what, "lora.rank_pattern", config.lora.rank_pattern, "method=lora, or null")
-        if config.lora.loraplus_lr_ratio is not None:
-            what, ratio = f"method={name} has no LoRA adapters", config.lora.loraplus_lr_ratio
-            yield config_error(what, "lora.loraplus_lr_ratio", ratio, "method=lora, or null")
+        for key in ("rank_pattern", "alpha_pattern", "loraplus_lr_ratio"):
+            if (value := getattr(config.lora, key)) is not None:
+                yield config_error(f"method={name} has no LoRA adapters", f"lora.{key}", value, "method=lora, or null")
         if config.lora.init is not AdapterInit.kaiming:
             what = f"method={name} has no LoRA adapters"
             yield config_error(what, "lora.init", config.lora.init.value, "method=lora, or lora.init=kaiming")

@@ -107,6 +107,9 @@ class LoraConfig:
     rank_pattern: Any
     """A mapping of the last parts of a module's name to its rank; the first that fits counts. ``r`` is the rank of
     other modules. With ``alpha_policy`` 2r or r, alpha follows each module's rank."""
+    alpha_pattern: Any
+    """A mapping of the last parts of a module's name to its alpha; the first that fits counts, before
+    ``alpha_policy``."""
 
     def __post_init__(self) -> None:
         if self.alpha_policy is None:

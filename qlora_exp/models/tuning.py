@@ -62,7 +62,7 @@ def attach(
     methods that choose what they train by gradients.
     """
     if config.method.kind is Method.lora:
-        adapted = attach_adapters(model, config, modules)
+        adapted = attach_adapters(model, config, modules, items)
         install_fake_quantization(adapted, config)
         return adapted
     if peft_kind_of(config.method) is not None:
