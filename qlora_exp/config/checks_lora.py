@@ -100,6 +100,7 @@ def lora_problems(config: Config) -> Iterator[ConfigError]:
         yield config_error(what, "lora.dtype", lora.dtype.value, "lora.dtype=float32, or bfloat16")
     yield from _rank_pattern(config)
     yield from _alpha_pattern(config)
+    yield from _modules_to_save(config)
     ratio = lora.loraplus_lr_ratio
     if ratio is not None and not (ratio > 0 and math.isfinite(ratio)):
         yield config_error("a ratio of learning rates is positive", "lora.loraplus_lr_ratio", ratio, "16, or null")
@@ -160,6 +161,25 @@ def _alpha_pattern(config: Config) -> Iterator[ConfigError]:
     if config.sweep is not None and config.sweep.sampler is Sampler.ladder:
         what = "rank doubling changes alpha with lora.r, and these modules' alphas stay"
         yield config_error(what, "lora.alpha_pattern", pattern, "lora.alpha_pattern=null")
+
+
+def _modules_to_save(config: Config) -> Iterator[ConfigError]:
+    names = config.lora.modules_to_save
+    if names is None:
+        return
+    key = "lora.modules_to_save"
+    if not names:
+        yield config_error("the list of modules is empty", key, "[]", f"{key}=[lm_head], or null")
+    for name in names:
+        if not re.fullmatch(r"\w+(\.\w+)*", name):
+            hint = "a module's name or its last parts, e.g. lm_head"
+            yield config_error(f"{name!r} can't be a module's name", key, name, hint)
+    if config.method.layers is not None:
+        what = "embeddings and head are in no layer, and method.layers trains layers alone"
+        yield config_error(what, "method.layers", config.method.layers, f"method.layers=null, or {key}=null")
+    if config.training.qat.format is not None:
+        what = "training.qat rounds linear layers, and wasn't measured with a head or embeddings that are trained whole"
+        yield config_error(what, key, names, f"{key}=null, or training.qat.format=null")
 
 
 INIT_NAMES = {AdapterInit.pissa: "PiSSA", AdapterInit.olora: "OLoRA"}

@@ -110,6 +110,8 @@ class LoraConfig:
     alpha_pattern: Any
     """A mapping of the last parts of a module's name to its alpha; the first that fits counts, before
     ``alpha_policy``."""
+    modules_to_save: list[str] | None
+    """Last parts of names of the embeddings or the output head: they are trained whole, and saved with the adapter."""
 
     def __post_init__(self) -> None:
         if self.alpha_policy is None:

@@ -40,12 +40,18 @@ START_ATTRIBUTE = "_qlora_exp_adapter_start"
 SUBTRACTED_ATTRIBUTE = "_qlora_exp_subtracted"
 """Attribute of the model that holds what PiSSA or OLoRA subtracted from the base's weights (the adapters' first
 values), until save_adapter() writes it."""
+WHOLE = "modules_to_save"
+"""PEFT's name of the copies of modules that are trained whole; part of their parameters' names."""
 MAGNITUDE = "lora_magnitude_vector"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 
 def attach_adapters(
-    model: PreTrainedModel, config: Config, modules: Sequence[str], items: Sequence[Item] = ()
+    model: PreTrainedModel,
+    config: Config,
+    modules: Sequence[str],
+    items: Sequence[Item] = (),
+    whole: Sequence[str] = (),
 ) -> PeftModel:
     """Put an adapter on each of ``modules`` (full names) and on nothing else.
 
@@ -53,6 +59,7 @@ def attach_adapters(
     ``lora.dtype`` (DoRA's magnitudes stay in fp32). So fp32, fp16, int8 and nf4 bases start from the same adapters.
     PiSSA and OLoRA instead take A and B from the base's weights and subtract them there. They work on copies: tensors
     shared with a cached base don't change. EVA takes A from the layers' inputs on ``items``, training rows.
+    ``whole``: modules that are trained as float32 copies.
 
     Raises:
         ModelError: the model lacks one of the names, or PEFT refuses.
@@ -78,6 +85,7 @@ def attach_adapters(
         use_dora=lora.dora,
         init_lora_weights=lora.init.value if lora.init in FROM_WEIGHTS else True,
         target_modules=_peft_target_modules(layers, requested),
+        modules_to_save=list(whole) or None,
         fan_in_fan_out=any(isinstance(layers[name], Conv1D) for name in modules),
         bias="none",
         task_type="CAUSAL_LM",
@@ -92,10 +100,10 @@ def attach_adapters(
     if lora.init not in FROM_WEIGHTS:
         _set_a(adapted, lora, config.seed, directions)
     if lora.init in FROM_WEIGHTS:  # before the cast: these are the values that PEFT subtracted
-        setattr(
-            adapted, SUBTRACTED_ATTRIBUTE, {name: value.detach().clone() for name, value in adapter_parameters(adapted)}
-        )
+        setattr(adapted, SUBTRACTED_ATTRIBUTE, {name: value.detach().clone() for name, value in _matrices(adapted)})
     _cast(adapted, getattr(torch, adapter_dtype(lora)))
+    for _, parameter in whole_parameters(adapted):
+        parameter.data = parameter.data.float()
     setattr(adapted, START_ATTRIBUTE, {name: value.detach().clone() for name, value in adapter_parameters(adapted)})
     return adapted
 
@@ -127,10 +135,19 @@ def autocast_casts_inputs(model: nn.Module, active: bool = True) -> Iterator[Non
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the adapters' parameters with their names: A, B and, with DoRA, the magnitudes."""
+    """Yield the adapters' parameters with their names: A, B, with DoRA the magnitudes, and whole modules."""
     for name, parameter in model.named_parameters():
-        if any(part.startswith("lora_") for part in name.split(".")):
+        if any(part.startswith("lora_") or part == WHOLE for part in name.split(".")):
             yield name, parameter
+
+
+def whole_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters of ``lora.modules_to_save`` with their names."""
+    return ((name, parameter) for name, parameter in adapter_parameters(model) if WHOLE in name.split("."))
+
+
+def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, parameter) for name, parameter in adapter_parameters(model) if WHOLE not in name.split("."))
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
@@ -241,13 +258,14 @@ def _set_a(model: PeftModel, lora: LoraConfig, seed: int, directions: dict[str, 
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    for name, parameter in adapter_parameters(model):
+    for name, parameter in _matrices(model):
         parameter.data = parameter.data.to(_dtype_of(name, dtype))
 
 
 def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Return ``dtype`` for A and B, and always fp32 for DoRA's magnitudes: 16 bits round their small updates away."""
-    return torch.float32 if MAGNITUDE in name else dtype
+    """Return ``dtype`` for A and B, and always fp32 for DoRA's magnitudes and whole modules: 16 bits round their small
+    updates away."""
+    return torch.float32 if MAGNITUDE in name or WHOLE in name.split(".") else dtype
 
 
 def _copy_weights(layers: Sequence[nn.Module], r: int) -> None:
