@@ -86,6 +86,10 @@ class QuantizationConfig:
     """Inputs of a row that share a scale, in the modes ``int2_asym`` to ``int8_sym``."""
 
 
+MAPPING_KEYS = ("lora.rank_pattern", "lora.alpha_pattern", "method.options")
+"""Settings whose value is a mapping, in one piece."""
+
+
 def default_alpha_policy(alpha: Any) -> str:
     """Return ``lora.alpha_policy`` where nothing sets it."""
     return "2r" if alpha is None else "fixed"
