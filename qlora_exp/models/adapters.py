@@ -40,7 +40,7 @@ START_ATTRIBUTE = "_qlora_exp_adapter_start"
 SUBTRACTED_ATTRIBUTE = "_qlora_exp_subtracted"
 """Attribute of the model that holds what PiSSA or OLoRA subtracted from the base's weights (the adapters' first
 values), until save_adapter() writes it."""
-WHOLE = "modules_to_save"
+COPIED = "modules_to_save"
 """PEFT's name of the copies of modules that are trained whole; part of their parameters' names."""
 MAGNITUDE = "lora_magnitude_vector"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -137,17 +137,17 @@ def autocast_casts_inputs(model: nn.Module, active: bool = True) -> Iterator[Non
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the adapters' parameters with their names: A, B, with DoRA the magnitudes, and whole modules."""
     for name, parameter in model.named_parameters():
-        if any(part.startswith("lora_") or part == WHOLE for part in name.split(".")):
+        if any(part.startswith("lora_") or part == COPIED for part in name.split(".")):
             yield name, parameter
 
 
 def whole_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the parameters of ``lora.modules_to_save`` with their names."""
-    return ((name, parameter) for name, parameter in adapter_parameters(model) if WHOLE in name.split("."))
+    return ((name, parameter) for name, parameter in adapter_parameters(model) if COPIED in name.split("."))
 
 
 def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, parameter) for name, parameter in adapter_parameters(model) if WHOLE not in name.split("."))
+    return ((name, parameter) for name, parameter in adapter_parameters(model) if COPIED not in name.split("."))
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
@@ -265,7 +265,7 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
 def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
     """Return ``dtype`` for A and B, and always fp32 for DoRA's magnitudes and whole modules: 16 bits round their small
     updates away."""
-    return torch.float32 if MAGNITUDE in name or WHOLE in name.split(".") else dtype
+    return torch.float32 if MAGNITUDE in name or COPIED in name.split(".") else dtype
 
 
 def _copy_weights(layers: Sequence[nn.Module], r: int) -> None:
