@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -143,11 +143,12 @@ def plain_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table
     return table
 
 
-def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) of nested mappings; lists and empty mappings in them are values."""
-    if isinstance(value, Mapping) and (value or not prefix):
+def flatten(value: Any, prefix: str = "", mappings: Collection[str] = ()) -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of nested mappings. Lists, empty mappings in them and those of the keys ``mappings``
+    are values."""
+    if isinstance(value, Mapping) and (value or not prefix) and prefix not in mappings:
         for key, entry in value.items():
-            yield from flatten(entry, f"{prefix}.{key}" if prefix else str(key))
+            yield from flatten(entry, f"{prefix}.{key}" if prefix else str(key), mappings)
     else:
         yield prefix, value
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from qlora_exp.architecture.shapes import Architecture, WeightShape
 from qlora_exp.architecture.targets import rank_of
-from qlora_exp.architecture.tuned_weights import inserted_shapes, tuned_tensors
+from qlora_exp.architecture.tuned_weights import inserted_shapes, tuned_tensors, whole_tensors
 from qlora_exp.config.allowed_values import INTEGER_MODES, NATIVE_DTYPES
 from qlora_exp.config.enums import ComputeDtype, Method, Quantization
 from qlora_exp.config.schema import Config, LoraConfig, QuantizationConfig, to_plain
@@ -34,9 +34,12 @@ def effective_alpha(lora: LoraConfig) -> float:
 
 
 def alpha_pattern(lora: LoraConfig) -> dict[str, float]:
-    """Return alpha by module of ``lora.rank_pattern``, as PEFT's regular expressions: one scale for all modules."""
+    """Return alpha by module, as PEFT's regular expressions: ``lora.alpha_pattern``, then those that give modules of
+    ``lora.rank_pattern`` the scale of the others."""
     factor = effective_alpha(lora) / lora.r
-    return {re.escape(key): factor * rank for key, rank in (lora.rank_pattern or {}).items()}
+    given = {key: float(alpha) for key, alpha in (lora.alpha_pattern or {}).items()}
+    of_ranks = {key: factor * rank for key, rank in (lora.rank_pattern or {}).items() if key not in given}
+    return {re.escape(key): alpha for key, alpha in (given | of_ranks).items()}
 
 
 def scale(lora: LoraConfig) -> float:
@@ -55,7 +58,9 @@ def lora_parameters(shape: WeightShape, r: int, dora: bool) -> int:
 def trainable_parameters(architecture: Architecture, adapted: Sequence[WeightShape], config: Config) -> int:
     """Return the number of parameters that ``config.method`` trains. ``adapted``: the layers with a LoRA adapter."""
     if config.method.kind is Method.lora:
-        return sum(lora_parameters(shape, rank_of(config.lora, shape.name), config.lora.dora) for shape in adapted)
+        whole = sum(tensor.elements for tensor in whole_tensors(architecture, config.lora))
+        ranks = ((shape, rank_of(config.lora, shape.name)) for shape in adapted)
+        return whole + sum(lora_parameters(shape, rank, config.lora.dora) for shape, rank in ranks)
     inserted = inserted_shapes(architecture, config.method, adapted)
     if inserted is not None:
         return sum(math.prod(shape) for _, shape in inserted)
@@ -267,7 +272,9 @@ def check_integer_groups(architecture: Architecture, quantization: QuantizationC
 
 EARLIER_GROUP = 64
 """``quantization.group`` of runs before it existed: only integer modes read it."""
-EARLIER_LORA_DEFAULTS: dict[str, Any] = {"loraplus_lr_ratio": None, "rank_pattern": None}
+EARLIER_LORA_DEFAULTS: dict[str, Any] = dict.fromkeys(
+    ("loraplus_lr_ratio", "rank_pattern", "alpha_pattern", "modules_to_save")
+)
 """What adapters had before these keys existed."""
 
 

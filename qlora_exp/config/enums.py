@@ -94,6 +94,8 @@ class AdapterInit(Enum):
     gaussian = "gaussian"
     pissa = "pissa"
     olora = "olora"
+    eva = "eva"
+    """A starts as the principal directions of the layer's inputs, on training rows."""
 
 
 class TaskSource(Enum):

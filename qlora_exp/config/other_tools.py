@@ -18,6 +18,14 @@ from typing import Any
 import yaml
 
 from qlora_exp.config.choices import choices
+from qlora_exp.config.other_methods import (
+    chosen_layers_of,
+    list_of_names,
+    module_pattern,
+    tuned_by,
+    tuned_by_adapter,
+    tuned_by_kind,
+)
 from qlora_exp.config.other_values import value_here
 from qlora_exp.config.overrides import hydra_value
 
@@ -265,16 +273,22 @@ COUNTERPARTS: dict[str, Counterpart] = {
     "pissa_init": Counterpart((FACTORY,), None, _if_true({"lora.init": "pissa"})),
     "lora_model_dir": Counterpart((AXOLOTL,), "model.adapter"),
     "adapter_name_or_path": Counterpart((FACTORY,), "model.adapter"),
-    "adapter": Counterpart((AXOLOTL,), None, lambda v, o: {"quantization": "nf4"} if v == "qlora" else {}, ITS_OWN),
+    "adapter": Counterpart((AXOLOTL,), None, tuned_by_adapter, ITS_OWN),
     "bias": Counterpart((LORA,), note="biases aren't trained"),
-    "modules_to_save": Counterpart((LORA,), note="only adapters are trained, no whole modules"),
-    "lora_modules_to_save": Counterpart((AXOLOTL, SCRIPT), note="only adapters are trained, no whole modules"),
-    "additional_target": Counterpart((FACTORY,), note="only adapters are trained, no whole modules"),
+    "modules_to_save": Counterpart((LORA,), "lora.modules_to_save", list_of_names("lora.modules_to_save")),
+    "lora_modules_to_save": Counterpart(
+        (AXOLOTL, SCRIPT), "lora.modules_to_save", list_of_names("lora.modules_to_save")
+    ),
+    "additional_target": Counterpart((FACTORY,), "lora.modules_to_save", list_of_names("lora.modules_to_save")),
+    "rank_pattern": Counterpart((LORA,), "lora.rank_pattern", module_pattern("lora.rank_pattern")),
+    "alpha_pattern": Counterpart((LORA,), "lora.alpha_pattern", module_pattern("lora.alpha_pattern")),
+    "layers_to_transform": Counterpart((LORA,), "method.layers", chosen_layers_of),
+    "peft_layers_to_transform": Counterpart((AXOLOTL,), "method.layers", chosen_layers_of),
     "task_type": Counterpart((LORA,), note="always a causal language model"),
-    "peft_type": Counterpart((LORA,), note="always LoRA"),
-    "finetuning_type": Counterpart((FACTORY,), note="always LoRA"),
+    "peft_type": Counterpart((LORA,), "method", tuned_by_kind),
+    "finetuning_type": Counterpart((FACTORY,), "method", tuned_by),
     "stage": Counterpart((FACTORY,), note="always supervised fine-tuning"),
-    "use_peft": Counterpart((SCRIPT,), note="always LoRA"),
+    "use_peft": Counterpart((SCRIPT,), None, _if_true({}, {"method": "full"})),
     # Model and quantization
     "model_name_or_path": Counterpart((SCRIPT, FACTORY), "model", _model),
     "base_model": Counterpart((AXOLOTL,), "model", _model),

@@ -19,7 +19,7 @@ from qlora_exp.architecture.padding import FLASH_ATTENTION
 from qlora_exp.architecture.run_plan import adapter_dtype, compute_dtype, optimizer_on, shape_multiples
 from qlora_exp.architecture.shapes import Architecture
 from qlora_exp.architecture.targets import rank_of
-from qlora_exp.architecture.tuned_weights import layer_of, tuned_tensors
+from qlora_exp.architecture.tuned_weights import layer_of, tuned_tensors, whole_tensors
 from qlora_exp.config.allowed_values import INTEGER_MODES, QUANTIZED
 from qlora_exp.config.checks_method import TUNES_WEIGHTS
 from qlora_exp.config.enums import Checkpointing, DistillationMode, Method, Quantization
@@ -139,7 +139,8 @@ def predicted_peak(
     is_lora = config.method.kind is Method.lora
     trained_dtype = adapter_dtype(config.lora) if is_lora else "float32"
     flash = config.model.attention.startswith(FLASH_ATTENTION)  # it takes the bounds of rows
-    tunes_weights = config.method.kind in TUNES_WEIGHTS
+    whole = whole_tensors(architecture, config.lora) if is_lora else ()
+    tunes_weights = config.method.kind in TUNES_WEIGHTS or bool(whole)
     autocast = (cuda or tunes_weights) and compute != "float32"  # as in training/trainer.py: bf16 or fp16
     setting = TrainingPass(
         r=max((rank_of(config.lora, name) for name in modules), default=0) if is_lora else 0,
@@ -156,7 +157,7 @@ def predicted_peak(
         laid_out=batch.laid_out if padding_free and not flash else None,
         dora=is_lora and config.lora.dora,
     )
-    backward = backward_of(architecture, config.method, modules)
+    backward = backward_of(architecture, config.method, modules, whole)
     activations = saved_bytes_per_token(architecture, module_names, setting, backward)
     choice = config.training.gradient_checkpointing
     selective = choice is Checkpointing.selective
@@ -179,7 +180,9 @@ def predicted_peak(
     # those of the recomputed layer alone.
     copied = autocast and trained_dtype != compute
     cast = adapters.trainable_parameters
-    if tunes_weights:  # of the base's own tensors, those of linear layers
+    if whole:  # a table of embeddings is read in its own dtype
+        cast -= sum(tensor.elements for tensor in whole if tensor.part == "embeddings")
+    elif tunes_weights:  # of the base's own tensors, those of linear layers
         cast = sum(tensor.elements for tensor in tuned_tensors(architecture, config.method) if tensor.matrix)
     copies = width * cast if copied else 0
     copies_at_head, copies_in_layer = copies, copies if accumulates else 0

@@ -34,7 +34,8 @@ class Usage:
     """Of the exported adapter, which has twice the run's rank with PiSSA."""
     dora: bool
     peft_type: str = "LORA"
-    """vLLM and llama.cpp don't read DoRA's adapters."""
+    whole: bool = False
+    """It holds whole modules. vLLM and llama.cpp read neither these nor DoRA's adapters."""
     variables: Mapping[str, Any] = field(default_factory=dict)
     """Variables of the chat template with which its prompt is the one that was trained."""
 
@@ -56,6 +57,7 @@ def usage_of(record: RunRecord, model: ModelSource, end_token: int | None, adapt
         dora=bool(adapter.get("use_dora")),
         peft_type=str(adapter.get("peft_type") or "LORA"),
         variables=(record.data.answer_prefix_variables if record.data is not None else None) or {},
+        whole=bool(adapter.get("modules_to_save")),
     )
 
 
@@ -104,9 +106,10 @@ def _adapter(usage: Usage, place: str) -> Iterator[str]:
     yield from _generation(usage, end_token=True)
     yield "```"
     yield ""
-    if usage.dora or usage.peft_type != "LORA":
-        kind = "DoRA's" if usage.dora else f"{usage.peft_type}"
-        yield f"vLLM and llama.cpp don't read {kind} adapters: merge it for them."
+    if usage.dora or usage.whole or usage.peft_type != "LORA":
+        kind = "DoRA's adapters" if usage.dora else f"{usage.peft_type} adapters"
+        kind = "adapters with whole modules" if usage.whole else kind
+        yield f"vLLM and llama.cpp don't read {kind}: merge it for them."
         yield ""
     elif not usage.base.startswith("embedded:") and not usage.gguf_file:
         rank = next((rank for rank in VLLM_RANKS if rank >= usage.rank), usage.rank)

@@ -20,13 +20,20 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_exp.architecture.shapes import Architecture
-from qlora_exp.architecture.tuned_weights import tuned_tensors
+from qlora_exp.architecture.tuned_weights import tuned_tensors, whole_tensors
 from qlora_exp.config.enums import ComputeDtype, Method, Quantization
 from qlora_exp.config.peft_kinds import in_peft_format, peft_kind_of
 from qlora_exp.config.schema import Config
 from qlora_exp.data.items import Item
 from qlora_exp.errors import ModelError
-from qlora_exp.models.adapters import adapter_parameters, attach_adapters, load_adapter, recast_adapters, save_adapter
+from qlora_exp.models.adapters import (
+    adapter_parameters,
+    attach_adapters,
+    load_adapter,
+    recast_adapters,
+    save_adapter,
+    whole_parameters,
+)
 from qlora_exp.models.base import Base, clone_sharing_weights, load_base
 from qlora_exp.models.bottleneck import bottlenecks, insert_bottlenecks, set_active
 from qlora_exp.models.fake_quantization import (
@@ -62,7 +69,8 @@ def attach(
     methods that choose what they train by gradients.
     """
     if config.method.kind is Method.lora:
-        adapted = attach_adapters(model, config, modules)
+        whole = [tensor.name.rpartition(".")[0] for tensor in whole_tensors(architecture, config.lora)]
+        adapted = attach_adapters(model, config, modules, items, whole)
         install_fake_quantization(adapted, config)
         return adapted
     if peft_kind_of(config.method) is not None:
@@ -133,6 +141,9 @@ def end_training(model: nn.Module, dtype: str) -> None:
         for name, parameter in tuned_parameters(model):
             if name not in inserted:
                 parameter.data = parameter.data.to(getattr(torch, dtype))
+    else:
+        for _, parameter in whole_parameters(model):
+            parameter.data = parameter.data.to(getattr(torch, dtype))
 
 
 def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
