@@ -34,7 +34,8 @@ class Usage:
     dora: bool
     peft_type: str = "LORA"
     whole: bool = False
-    """It holds whole modules. vLLM and llama.cpp read neither these nor DoRA's adapters."""
+    """It holds whole modules, or adapters of experts' parameters. vLLM and llama.cpp read neither these nor DoRA's
+    adapters."""
 
 
 def usage_of(record: RunRecord, model: ModelSource, end_token: int | None, adapter: Mapping[str, Any]) -> Usage:
@@ -53,7 +54,7 @@ def usage_of(record: RunRecord, model: ModelSource, end_token: int | None, adapt
         rank=max(rank, *map(int, (adapter.get("rank_pattern") or {"": 0}).values())),
         dora=bool(adapter.get("use_dora")),
         peft_type=str(adapter.get("peft_type") or "LORA"),
-        whole=bool(adapter.get("modules_to_save")),
+        whole=bool(adapter.get("modules_to_save") or adapter.get("target_parameters")),
     )
 
 
@@ -99,7 +100,7 @@ def _adapter(usage: Usage, place: str) -> Iterator[str]:
     yield ""
     if usage.dora or usage.whole or usage.peft_type != "LORA":
         kind = "DoRA's adapters" if usage.dora else f"{usage.peft_type} adapters"
-        kind = "adapters with whole modules" if usage.whole else kind
+        kind = "adapters with whole modules or experts" if usage.whole else kind
         yield f"vLLM and llama.cpp don't read {kind}: merge it for them."
         yield ""
     elif not usage.base.startswith("embedded:") and not usage.gguf_file:
