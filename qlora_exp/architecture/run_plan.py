@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from qlora_exp.architecture.expert_targets import expert_targets
 from qlora_exp.architecture.shapes import Architecture, WeightShape
 from qlora_exp.architecture.targets import rank_of
 from qlora_exp.architecture.tuned_weights import inserted_shapes, tuned_tensors, whole_tensors
@@ -58,9 +59,11 @@ def lora_parameters(shape: WeightShape, r: int, dora: bool) -> int:
 def trainable_parameters(architecture: Architecture, adapted: Sequence[WeightShape], config: Config) -> int:
     """Return the number of parameters that ``config.method`` trains. ``adapted``: the layers with a LoRA adapter."""
     if config.method.kind is Method.lora:
-        whole = sum(tensor.elements for tensor in whole_tensors(architecture, config.lora))
+        others = sum(tensor.elements for tensor in whole_tensors(architecture, config.lora))
+        for target in expert_targets(architecture, config.lora):
+            others += config.lora.r * target.experts * (target.inputs + target.outputs)
         ranks = ((shape, rank_of(config.lora, shape.name)) for shape in adapted)
-        return whole + sum(lora_parameters(shape, rank, config.lora.dora) for shape, rank in ranks)
+        return others + sum(lora_parameters(shape, rank, config.lora.dora) for shape, rank in ranks)
     inserted = inserted_shapes(architecture, config.method, adapted)
     if inserted is not None:
         return sum(math.prod(shape) for _, shape in inserted)
@@ -273,7 +276,7 @@ def check_integer_groups(architecture: Architecture, quantization: QuantizationC
 EARLIER_GROUP = 64
 """``quantization.group`` of runs before it existed: only integer modes read it."""
 EARLIER_LORA_DEFAULTS: dict[str, Any] = dict.fromkeys(
-    ("loraplus_lr_ratio", "rank_pattern", "alpha_pattern", "modules_to_save")
+    ("loraplus_lr_ratio", "rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters")
 )
 """What adapters had before these keys existed."""
 
@@ -338,6 +341,8 @@ def make_plan(
     check_integer_groups(architecture, config.quantization)
     shapes = {shape.name: shape for shape in architecture.weights}
     adapted, is_lora = [shapes[name] for name in modules], config.method.kind is Method.lora
+    experts = expert_targets(architecture, config.lora) if is_lora else ()
+    endings = {name.rsplit(".", 1)[-1] for name in (*modules, *(target.name for target in experts))}
     training, device = config.training, environment.device
     micro_batch_size = training.micro_batch_size or training.batch_size
     max_steps = training.max_steps
@@ -356,9 +361,10 @@ def make_plan(
         architecture=architecture.model_type,
         total_parameters=architecture.total_parameters,
         trainable_parameters=trainable_parameters(architecture, adapted, config),
-        full_parameters_of_adapted_modules=sum(shape.in_features * shape.out_features for shape in adapted),
-        target_modules=tuple(sorted({name.rsplit(".", 1)[-1] for name in modules})),
-        adapted_modules=len(adapted),
+        full_parameters_of_adapted_modules=sum(shape.in_features * shape.out_features for shape in adapted)
+        + sum(target.elements for target in experts),
+        target_modules=tuple(sorted(endings)),
+        adapted_modules=len(adapted) + len(experts),
         alpha=effective_alpha(config.lora) if is_lora else None,
         scale=scale(config.lora) if is_lora else None,
         device=device.kind,

@@ -101,6 +101,7 @@ def lora_problems(config: Config) -> Iterator[ConfigError]:
     yield from _rank_pattern(config)
     yield from _alpha_pattern(config)
     yield from _modules_to_save(config)
+    yield from _target_parameters(config)
     ratio = lora.loraplus_lr_ratio
     if ratio is not None and not (ratio > 0 and math.isfinite(ratio)):
         yield config_error("a ratio of learning rates is positive", "lora.loraplus_lr_ratio", ratio, "16, or null")
@@ -180,6 +181,32 @@ def _modules_to_save(config: Config) -> Iterator[ConfigError]:
     if config.training.qat.format is not None:
         what = "training.qat rounds linear layers, and wasn't measured with a head or embeddings that are trained whole"
         yield config_error(what, key, names, f"{key}=null, or training.qat.format=null")
+
+
+def _target_parameters(config: Config) -> Iterator[ConfigError]:
+    lora, names = config.lora, config.lora.target_parameters
+    if names is None:
+        return
+    key = "lora.target_parameters"
+    if not names:
+        yield config_error("the list of parameters is empty", key, "[]", f"{key}=[experts.down_proj], or null")
+    for name in names:
+        if not re.fullmatch(r"\w+(\.\w+)*", name):
+            hint = "the last parts of a parameter's name, e.g. experts.down_proj"
+            yield config_error(f"{name!r} can't be a parameter's name", key, name, hint)
+    init = lora.init if lora.init not in (AdapterInit.kaiming, AdapterInit.gaussian) else None
+    for other, value, default in (
+        ("lora.dropout", lora.dropout or None, "0"),
+        ("lora.dora", lora.dora or None, "false"),
+        ("lora.init", init and init.value, "kaiming"),
+        ("lora.rank_pattern", lora.rank_pattern, "null"),
+        ("lora.alpha_pattern", lora.alpha_pattern, "null"),
+        ("method.layers", config.method.layers, "null"),
+        ("training.qat.format", config.training.qat.format, "null"),
+    ):
+        if value is not None:
+            what = "adapters of experts' parameters can't be trained with this"
+            yield config_error(what, other, value, f"{other}={default}, or {key}=null")
 
 
 INIT_NAMES = {AdapterInit.pissa: "PiSSA", AdapterInit.olora: "OLoRA"}

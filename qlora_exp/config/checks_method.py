@@ -65,7 +65,7 @@ def method_problems(config: Config) -> Iterator[ConfigError]:
         for key, used in (("dora", config.lora.dora), ("rslora", config.lora.rslora)):
             if used:
                 yield config_error(f"method={name} has no LoRA adapters", f"lora.{key}", True, "method=lora")
-        for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "loraplus_lr_ratio"):
+        for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters", "loraplus_lr_ratio"):
             if (value := getattr(config.lora, key)) is not None:
                 yield config_error(f"method={name} has no LoRA adapters", f"lora.{key}", value, "method=lora, or null")
         if config.lora.init is not AdapterInit.kaiming:

@@ -116,6 +116,8 @@ class LoraConfig:
     ``alpha_policy``."""
     modules_to_save: list[str] | None
     """Last parts of names of the embeddings or the output head: they are trained whole, and saved with the adapter."""
+    target_parameters: list[str] | None
+    """Last parts of names of experts' three-dimensional parameters, which get adapters next to ``targets``."""
 
     def __post_init__(self) -> None:
         if self.alpha_policy is None:

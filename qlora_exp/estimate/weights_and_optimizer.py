@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from qlora_exp.architecture.expert_targets import ExpertParameter, expert_targets
 from qlora_exp.architecture.run_plan import adapter_dtype, compute_dtype
 from qlora_exp.architecture.shapes import DTYPES, Architecture, WeightShape
 from qlora_exp.architecture.targets import rank_of
@@ -140,10 +141,12 @@ def adapter_bytes(
     optimizer: str,
     whole: Sequence[TunedTensor] = (),
     compute: str = "float32",
+    experts: Sequence[ExpertParameter] = (),
 ) -> AdapterBytes:
     """Return the bytes of adapters on ``adapted``, of their gradients (in the adapters' dtype) and of their optimizer
     states. ``whole``: tensors that are trained with them, in float32, and saved in the dtype ``compute``."""
     layers = tuple((shape.name, shape.in_features, shape.out_features, rank_of(lora, shape.name)) for shape in adapted)
+    layers += tuple((target.saved_as, target.inputs, target.outputs, lora.r * target.experts) for target in experts)
     others = tuple((tensor.name, tensor.shape, tensor.part == "embeddings") for tensor in whole)
     sizes = _adapter_bytes(layers, lora.dora, adapter_dtype(lora), optimizer, others, compute)
     if lora.init not in FROM_WEIGHTS:
@@ -161,7 +164,8 @@ def trained_bytes(
     tensors. ``compute``: the base's dtype, in which such tensors are saved after training."""
     method, optimizer = config.method, config.training.optimizer
     if method.kind is Method.lora:
-        return adapter_bytes(adapted, config.lora, optimizer, whole_tensors(architecture, config.lora), compute)
+        whole, experts = whole_tensors(architecture, config.lora), expert_targets(architecture, config.lora)
+        return adapter_bytes(adapted, config.lora, optimizer, whole, compute, experts)
     inserted = inserted_shapes(architecture, method, adapted)
     tuned = () if inserted is not None else tuned_tensors(architecture, method)
     shapes = inserted if inserted is not None else tuple((tensor.name, tensor.shape) for tensor in tuned)

@@ -35,7 +35,8 @@ class Usage:
     dora: bool
     peft_type: str = "LORA"
     whole: bool = False
-    """It holds whole modules. vLLM and llama.cpp read neither these nor DoRA's adapters."""
+    """It holds whole modules, or adapters of experts' parameters. vLLM and llama.cpp read neither these nor DoRA's
+    adapters."""
     variables: Mapping[str, Any] = field(default_factory=dict)
     """Variables of the chat template with which its prompt is the one that was trained."""
 
@@ -57,7 +58,7 @@ def usage_of(record: RunRecord, model: ModelSource, end_token: int | None, adapt
         dora=bool(adapter.get("use_dora")),
         peft_type=str(adapter.get("peft_type") or "LORA"),
         variables=(record.data.answer_prefix_variables if record.data is not None else None) or {},
-        whole=bool(adapter.get("modules_to_save")),
+        whole=bool(adapter.get("modules_to_save") or adapter.get("target_parameters")),
     )
 
 
@@ -108,7 +109,7 @@ def _adapter(usage: Usage, place: str) -> Iterator[str]:
     yield ""
     if usage.dora or usage.whole or usage.peft_type != "LORA":
         kind = "DoRA's adapters" if usage.dora else f"{usage.peft_type} adapters"
-        kind = "adapters with whole modules" if usage.whole else kind
+        kind = "adapters with whole modules or experts" if usage.whole else kind
         yield f"vLLM and llama.cpp don't read {kind}: merge it for them."
         yield ""
     elif not usage.base.startswith("embedded:") and not usage.gguf_file:

@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -52,6 +53,7 @@ def attach_adapters(
     modules: Sequence[str],
     items: Sequence[Item] = (),
     whole: Sequence[str] = (),
+    parameters: Sequence[str] = (),
 ) -> PeftModel:
     """Put an adapter on each of ``modules`` (full names) and on nothing else.
 
@@ -59,7 +61,8 @@ def attach_adapters(
     ``lora.dtype`` (DoRA's magnitudes stay in fp32). So fp32, fp16, int8 and nf4 bases start from the same adapters.
     PiSSA and OLoRA instead take A and B from the base's weights and subtract them there. They work on copies: tensors
     shared with a cached base don't change. EVA takes A from the layers' inputs on ``items``, training rows.
-    ``whole``: modules that are trained as float32 copies.
+    ``whole``: modules that are trained as float32 copies. ``parameters``: experts' three-dimensional parameters that
+    get adapters, too.
 
     Raises:
         ModelError: the model lacks one of the names, or PEFT refuses.
@@ -86,14 +89,15 @@ def attach_adapters(
         init_lora_weights=lora.init.value if lora.init in FROM_WEIGHTS else True,
         target_modules=_peft_target_modules(layers, requested),
         modules_to_save=list(whole) or None,
+        target_parameters=list(parameters) or None,
         fan_in_fan_out=any(isinstance(layers[name], Conv1D) for name in modules),
         bias="none",
         task_type="CAUSAL_LM",
     )
     adapted = _inject(model, settings)
-    adapted_names = {name for name, _ in _lora_layers(adapted)}
-    if adapted_names != requested:
-        differing = sorted(adapted_names ^ requested)[:3]
+    adapted_names = {_adapted_name(name, layer) for name, layer in _lora_layers(adapted)}
+    if adapted_names != requested | set(parameters):
+        differing = sorted(adapted_names ^ (requested | set(parameters)))[:3]
         raise ModelError(
             "PEFT adapted other layers than those asked for", ", ".join(differing), "name them in targets.modules"
         )
@@ -239,6 +243,11 @@ def _lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
             yield name, module
 
 
+def _adapted_name(name: str, layer: LoraLayer) -> str:
+    """Return the full name of the layer, or of the parameter, whose adapter ``layer`` is."""
+    return f"{name.replace('.base_layer', '')}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name
+
+
 def _set_a(model: PeftModel, lora: LoraConfig, seed: int, directions: dict[str, torch.Tensor]) -> None:
     """Set A to the module's ``directions``, or draw it. kaiming: uniform with bound 1/sqrt(in), torch's default for a
     linear layer and LoRA's own. gaussian:
@@ -250,7 +259,7 @@ def _set_a(model: PeftModel, lora: LoraConfig, seed: int, directions: dict[str, 
         if name in directions:
             drawn = directions[name]
         elif lora.init is AdapterInit.gaussian:
-            nn.init.normal_(drawn, std=1 / weight.shape[0], generator=generator)
+            nn.init.normal_(drawn, std=1 / layer.r[ADAPTER], generator=generator)
         else:
             nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
         dtype = getattr(torch, adapter_dtype(lora))

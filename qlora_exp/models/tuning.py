@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from qlora_exp.architecture.expert_targets import expert_targets
 from qlora_exp.architecture.shapes import Architecture
 from qlora_exp.architecture.tuned_weights import tuned_tensors, whole_tensors
 from qlora_exp.config.enums import ComputeDtype, Method, Quantization
@@ -70,7 +71,8 @@ def attach(
     """
     if config.method.kind is Method.lora:
         whole = [tensor.name.rpartition(".")[0] for tensor in whole_tensors(architecture, config.lora)]
-        adapted = attach_adapters(model, config, modules, items, whole)
+        parameters = [target.name for target in expert_targets(architecture, config.lora)]
+        adapted = attach_adapters(model, config, modules, items, whole, parameters)
         install_fake_quantization(adapted, config)
         return adapted
     if peft_kind_of(config.method) is not None:

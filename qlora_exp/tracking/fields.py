@@ -99,7 +99,7 @@ SCORE_FIELDS = (
 HEADLINE_FIELDS = ("accuracy", "rouge_l", "exact_match", "loss_per_item", "loss")
 
 
-LORA_LISTS = ("rank_pattern", "alpha_pattern", "modules_to_save", "loraplus_lr_ratio")
+LORA_LISTS = ("rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters", "loraplus_lr_ratio")
 """Settings of LoRA that most runs leave at null."""
 
 

@@ -163,6 +163,76 @@ def test_eva_on_fewer_tokens_than_directions_is_refused() -> None:
     check_start_rows([item_of(range(9))] * 3, 26, 1)
 
 
+EXPERTS = [
+    *("tracking=off", "training.device=cpu", "training.max_steps=2", "training.batch_size=4", "seed=1"),
+    *("evaluation=quick", "evaluation.max_items=4", "evaluation.baselines=false", "targets=attention", "lora.r=4"),
+    *("task=local", "task.kind=classification", "training.learning_rate=1e-2"),
+]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["quantization=nf4", "lora.target_parameters=[experts.gate_up_proj,experts.down_proj]"],
+        ["quantization=bf16", "lora.target_parameters=[down_proj]", "lora.init=gaussian"],
+        ["quantization=fp32", "lora.target_parameters=[gate_up_proj,down_proj]", "lora.rslora=true"],
+    ],
+    ids=" ".join,
+)
+def test_experts_parameters_get_adapters_that_are_planned_saved_and_merged_and_the_base_stays(
+    given: list[str], tmp_path: Path, colour_task: Path
+) -> None:
+    folder = save_tiny_model("mixtral", tmp_path / "mixtral")
+    local = ["model=local", f"model.path={folder}", f"task.path={colour_task}", f"output_root={tmp_path / 'out'}"]
+    config = compose([*EXPERTS, *local, *given])
+    architecture, bases = describe(config.model), BaseCache()
+    before = {name: value.clone() for name, value in bases.get(config, "cpu").model.named_parameters()}
+    record = execute(config, bases=bases)
+    assert record.status is Status.COMPLETED, record.failure
+    base = bases.get(config, "cpu")
+    assert before.keys() == dict(base.model.named_parameters()).keys()
+    assert all(torch.equal(value, before[name]) for name, value in base.model.named_parameters())
+    plan, memory, adapter = record.plan, record.memory, OutputPaths.of(tmp_path / "out").run(record.run_id).adapter
+    assert plan is not None
+    planned = trained_bytes(architecture, adapted_layers(config), config, plan.compute_dtype)
+    assert planned.trainable_parameters == plan.trainable_parameters
+    assert (planned.adapter_bytes, planned.gradient_bytes) == (memory.adapter_bytes, memory.gradient_bytes)
+    assert (planned.optimizer_bytes, planned.file_bytes) == (memory.optimizer_bytes, memory.saved_bytes)
+    saved = load_file(adapter / "adapter_model.safetensors")
+    of_experts = {name: value for name, value in saved.items() if "experts" in name}
+    assert len(of_experts) == 2 * 2 * len(config.lora.target_parameters or ())
+    assert all(value.any() for value in of_experts.values()), "B starts at zero, and has moved"
+    loaded, merged = load_tuned(base, config, adapter), merged_tuned(config, adapter)[0]
+    own = load_base(compose([*EXPERTS, *local, *given, "quantization=fp32"]), "cpu").model
+    experts = "model.layers.1.mlp.experts.down_proj"
+    assert not torch.equal(merged.get_parameter(experts), own.get_parameter(experts))
+    tokens = torch.arange(5, 25).reshape(1, 20)
+    with torch.no_grad():
+        tuned = loaded(input_ids=tokens).logits.float()
+        with without_tuning(loaded):
+            assert torch.equal(loaded(input_ids=tokens).logits, base.model(input_ids=tokens).logits)
+        if config.quantization.mode.value == "fp32":
+            assert torch.allclose(tuned, merged(input_ids=tokens).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "given", "hint"),
+    [
+        ("llama", ["lora.target_parameters=[experts.down_proj]"], "targets=mlp"),
+        ("mixtral", ["lora.target_parameters=[experts.down]"], "experts.down_proj"),
+        ("mixtral", ["lora.target_parameters=[down_proj]", "lora.dropout=0.1"], "lora.dropout=0"),
+        ("mixtral", ["lora.target_parameters=[down_proj]", "lora.init=eva"], "lora.init=kaiming"),
+    ],
+)
+def test_parameters_that_get_no_adapter_are_refused_by_the_plan(
+    family: str, given: list[str], hint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_tiny_model(family, tmp_path / family)
+    local = ["plan", "model=local", f"model.path={folder}", "quantization=fp32", "training.device=cpu"]
+    assert main([*local, "targets=attention", *given]) == 2
+    assert hint in " ".join(capsys.readouterr().err.split())
+
+
 WHOLE = [
     *("tracking=off", "training.device=cpu", "training.max_steps=2", "training.batch_size=4", "seed=1"),
     *("evaluation=quick", "evaluation.max_items=4", "evaluation.baselines=false", "targets=all_linear"),
