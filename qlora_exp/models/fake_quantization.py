@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 from qlora_exp.config.schema import Config
 from qlora_exp.config.shipping import QatConfig
 from qlora_exp.errors import ModelError
-from qlora_exp.quantizers.weight_formats import WeightFormat, weight_format
+from qlora_exp.quantizers.weight_formats import TERNARY, WeightFormat, is_ternary, ternary_masters, weight_format
 
 STATE_ATTRIBUTE = "qlora_exp_qat"
 
@@ -64,6 +64,17 @@ def body_linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
         elif isinstance(module, nn.Linear):
             yield name, module
+
+
+def start_from_ternary(model: nn.Module, qat: QatConfig) -> None:
+    """Give ternary layers that are trained weights from which they can learn, if they are to be ternary again: the
+    model computes the same. ``model`` owns these weights, in float32."""
+    if qat.format != TERNARY:
+        return
+    for _, module in body_linears(model):
+        weight = module.weight
+        if weight.requires_grad and is_ternary(weight.detach()):
+            weight.data = ternary_masters(weight.detach())
 
 
 def install_fake_quantization(model: nn.Module, config: Config) -> FakeQuantization | None:
