@@ -35,8 +35,8 @@ def post_training_section(configurations: Sequence[Configuration], files: Quanti
     columns = (
         *("run", "format", ("bits per weight", "figure"), "calibration", ("size", "bytes")),
         ("share of 16 bits", "percent"),
-        *(("loss before, nats per item", "figure"), ("after", "figure"), ("change", "share"), ("low", "share")),
-        *(("high", "share"), ("accuracy before", "figure"), ("accuracy after", "figure")),
+        *(("loss before, nats per item", "figure"), ("after", "figure"), ("change", "figure"), ("low", "figure")),
+        *(("high", "figure"), ("accuracy before", "figure"), ("accuracy after", "figure")),
         *(("accuracy change", "share"), ("accuracy low", "share"), ("accuracy high", "share")),
         *("worst layer", ("its error", "percent")),
     )

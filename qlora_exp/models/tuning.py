@@ -42,6 +42,7 @@ from qlora_exp.models.fake_quantization import (
     install_fake_quantization,
     qat_format,
     round_linears,
+    start_from_ternary,
 )
 from qlora_exp.models.inspect import describe
 from qlora_exp.models.merging import merged_model
@@ -88,6 +89,7 @@ def attach(
         _replace(model, {name: _parameter(model, name).detach().to(torch.float32, copy=True) for name in names})
     set_trained(model, names)
     setattr(model, START_VALUES, {name: value.detach().clone() for name, value in _bottleneck_parameters(model)})
+    start_from_ternary(model, config.training.qat)
     install_fake_quantization(model, config)
     return model
 

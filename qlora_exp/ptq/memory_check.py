@@ -10,7 +10,7 @@ from qlora_exp.formatting import bytes_text
 from qlora_exp.ptq.ptq_config import PtqConfig
 from qlora_exp.system.memory_limits import available_bytes, total_bytes
 
-_FLOAT32_BYTES = 4
+_FLOAT32 = 4
 LAYER_COPIES = 6
 """Float32 copies of one layer in addition to its weight while it is quantized: values in groups, codes, the dequantized
 weight, its error. Measured with 4,096 × 4,096 weights: 4.2 (minmax), 5.4 (mse), 6.0 (activations)."""
@@ -26,10 +26,10 @@ def predicted_bytes(architecture: Architecture, settings: PtqConfig, formats: in
     copies = sum(matrices) if formats > 1 else 0
     inputs = sum(shape.in_features for shape in layers) * KEPT_TOKENS if settings.rows else 0
     elements = architecture.total_parameters + copies + LAYER_COPIES * max(matrices, default=0) + inputs
-    return _FLOAT32_BYTES * elements
+    return _FLOAT32 * elements
 
 
-def check_ptq_memory(
+def check_quantize_memory(
     architecture: Architecture, settings: PtqConfig, formats: Sequence[object], where: str
 ) -> str | None:
     """Return a warning if other programs hold the memory that ``quantize`` needs; ``None``: there is enough, or it is

@@ -26,7 +26,7 @@ from qlora_exp.export.task_check import CheckItems, answer_items, items_to_check
 from qlora_exp.models.inspect import describe
 from qlora_exp.models.tuning import merged_tuned
 from qlora_exp.paths import RunPaths
-from qlora_exp.ptq.memory_check import KEPT_TOKENS, check_ptq_memory
+from qlora_exp.ptq.memory_check import KEPT_TOKENS, check_quantize_memory
 from qlora_exp.ptq.ptq_config import Calibration, PtqConfig
 from qlora_exp.quantizers.affine import (
     AffineFormat,
@@ -134,7 +134,7 @@ def quantize_run(
     architecture = describe(run.config.model)
     formats = settings.formats()
     check_formats(formats, quantized_shapes(architecture), run.record.run_id)
-    if (warning := check_ptq_memory(architecture, settings, formats, run.record.run_id)) is not None:
+    if (warning := check_quantize_memory(architecture, settings, formats, run.record.run_id)) is not None:
         on_warning(warning)
     questions = items_to_check(run.config, run.record, paths, run.tokenizer, settings.items, tolerance=0)
     calibration_items = questions.splits.train[: settings.rows] if isinstance(questions, CheckItems) else ()

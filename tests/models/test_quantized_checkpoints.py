@@ -19,11 +19,14 @@ from qlora_exp.cli import main
 from qlora_exp.config.compose import compose
 from qlora_exp.errors import ModelError
 from qlora_exp.estimate.weights_and_optimizer import base_bytes
-from qlora_exp.models.base import load_base
+from qlora_exp.models.base import clone_sharing_weights, load_base
 from qlora_exp.models.inspect import describe
 from qlora_exp.models.packed_weights import AWQ_ORDER
 from qlora_exp.models.quantized_checkpoints import METHODS
+from qlora_exp.models.tuning import attach, merged_tuned
+from qlora_exp.paths import RunPaths
 from qlora_exp.records.files import read_record
+from qlora_exp.runs.entry_points import config_from_plain
 
 GROUP = 16
 Packed = tuple[dict[str, Tensor], Tensor]
@@ -239,6 +242,45 @@ def test_adapters_train_on_an_unpacked_base_and_the_record_names_its_method(
     config = compose([*given, "tracking=off"])
     predicted = base_bytes(describe(config.model), config.quantization, "float32")
     assert record.memory.base_weight_bytes == predicted.base_weight_bytes
+
+
+@pytest.mark.parametrize("kind", ["bitnet", "bitnet online"])
+@pytest.mark.parametrize("method", ["full", "layerwise"])
+def test_ternary_training_starts_from_what_a_bitnet_checkpoint_computes(
+    kind: str, method: str, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    write_checkpoint(tiny_models["llama"], tmp_path / "model", kind)
+    given = ["model=local", f"model.path={tmp_path / 'model'}", "quantization=fp32", "training.qat.format=ternary"]
+    config = compose([*given, f"method={method}", *(["method.layers=[1]"] if method == "layerwise" else [])])
+    base = load_base(config, "cpu")
+    architecture = describe(config.model)
+    tuned = attach(clone_sharing_weights(base), config, (), architecture)
+    tokens = torch.arange(20).unsqueeze(0)
+    with torch.no_grad():
+        before = base.model(input_ids=tokens).logits
+        after = tuned(input_ids=tokens).logits
+        assert float((after - before).abs().max()) < 0.01 * float(before.std())
+        trained = tuned.model.layers[1].mlp.up_proj.weight
+        trained += 1e-4 * torch.randn(trained.shape)  # as after a step: no value leaps
+        moved = tuned(input_ids=tokens).logits
+    assert float((moved - before).abs().max()) < 0.05 * float(before.std())
+
+
+def test_a_bitnet_checkpoint_trains_in_three_values_and_ships_so(
+    tiny_models: dict[str, Path], tmp_path: Path, colour_task: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(tiny_models["llama"], tmp_path / "model", "bitnet")
+    given = ["model=local", f"model.path={tmp_path / 'model'}", "task=local", f"task.path={colour_task}"]
+    given += ["quantization=fp32", "method=layerwise", "method.layers=[1]", "training.qat.format=ternary"]
+    given += ["training.max_steps=2", "training.device=cpu", "tracking=off", f"output_root={tmp_path / 'outputs'}"]
+    assert main(["run", *given]) == 0
+    (file,) = (tmp_path / "outputs").rglob("record.json")
+    record = read_record(file)
+    assert record.shipped is not None
+    assert record.shipped.format == "ternary"
+    model, _ = merged_tuned(config_from_plain(record.config), RunPaths(file.parent).weights)
+    for layer in model.model.layers:
+        assert len(layer.mlp.up_proj.weight.abs().unique()) == 2
 
 
 UNREAD: dict[str, tuple[dict[str, Any], list[str]]] = {
