@@ -92,13 +92,15 @@ def _sample_table(
         (
             configuration.label,
             _text(marked(row["base_answer"], row["base_correct"])),
+            _text(row["base_generated"]) if row["answer_kind"] == "label" else None,
             _text(marked(row["answer"], row["correct"])),
             _text(row["generated"]) if row["answer_kind"] == "label" else None,
             row["loss"],
         )
         for configuration, row in rows
     ]
-    columns = ("configuration", ("base", QUOTE), ("tuned", QUOTE), ("tuned writes", QUOTE), ("loss", "figure"))
+    texts = ("base", "base writes", "tuned", "tuned writes")
+    columns: list[tuple[str, str] | str] = ["configuration", *((name, QUOTE) for name in texts), ("loss", "figure")]
     asked = cut(prompt or item["id"], CAPTION_COLUMNS)
     caption = f"{asked} → {cut(item['expected'], CAPTION_COLUMNS)} ({item['id']})"
     return _folded(replace(value_table(columns, cells, caption), quotes=True), number)

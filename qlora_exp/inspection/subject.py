@@ -15,6 +15,7 @@ from qlora_exp.inspection.gguf_models import GgufEngine, config_of_file, engine_
 from qlora_exp.inspection.model_pair import ModelPair
 from qlora_exp.inspection.prompts import prompt_format
 from qlora_exp.models.base import load_base
+from qlora_exp.models.sources import fingerprint, resolve_source
 from qlora_exp.models.tokenizers import load_tokenizer
 from qlora_exp.paths import OutputPaths, RunPaths
 from qlora_exp.records.files import read_or_none, read_record
@@ -118,20 +119,25 @@ def _of_file(file: Path, paths: RunPaths | None) -> Subject:
     alone = config_of_file(file)
     engine = engine_of(file)
     if paths is None:
-        tokenizer = load_tokenizer(alone.model)
-        prompts = (
-            "the file's chat template writes the prompt" if tokenizer.chat_template else "the prompt is plain text"
-        )
-        why = f"{prompts}, and there is no base, because its run isn't known: RUN --gguf FILE shows both as in the run"
-        return Subject(alone, tokenizer, None, None, alone, engine, (engine.words, why))
+        return _of_file_alone(alone, engine, "its run isn't known: RUN --gguf FILE shows both as in the run")
     record = read_record(paths.record)
     config = config_from_plain(record.config)
     try:
+        if record.model_fingerprint not in (None, fingerprint(resolve_source(config.model))):
+            return _of_file_alone(alone, engine, "the base's files have changed since the run")
         tokenizer = load_tokenizer(config.model)
     except QloraExpError as error:
-        why = f"its base isn't shown: {error.what}"
-        return Subject(alone, load_tokenizer(alone.model), None, None, alone, engine, (engine.words, why))
+        return _of_file_alone(alone, engine, error.what)
     return Subject(config, tokenizer, record, paths, alone, engine, (engine.words,))
+
+
+def _of_file_alone(alone: Config, engine: GgufEngine, why: str) -> Subject:
+    """``why``: why the base isn't shown."""
+    tokenizer = load_tokenizer(alone.model)
+    prompts = "the file's chat template writes the prompt" if tokenizer.chat_template else "the prompt is plain text"
+    return Subject(
+        alone, tokenizer, None, None, alone, engine, (engine.words, f"{prompts}, and there is no base, because {why}")
+    )
 
 
 def _gguf_of_run(name: str, paths: RunPaths) -> Path:

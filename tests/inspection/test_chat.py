@@ -66,7 +66,7 @@ def test_sampled_answers_differ_from_each_other_and_the_conversation_repeats(
 def test_an_interrupted_answer_ends_and_the_conversation_goes_on_without_it(
     outputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import qlora_exp.inspection.chat as chat
+    from qlora_exp.inspection import chat
 
     generate, calls = chat.generate_steps, []
 

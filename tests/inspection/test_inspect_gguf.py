@@ -108,6 +108,16 @@ def test_a_file_whose_run_is_not_known_is_inspected_alone(
     assert text.count('<details class="token">') == len(found["steps"])
 
 
+@pytest.mark.usefixtures("without_llama_cpp")
+def test_a_base_whose_files_have_changed_is_not_shown_next_to_the_file(
+    outputs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlora_exp.inspection.subject.fingerprint", lambda source: "sha256:another")
+    found = inspected(capsys, str(file_of(outputs)), "a cat", "--steps", "1")
+    assert found["base_answer"] is None
+    assert "the base's files have changed" in found["notes"][1]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python isn't installed")
 def test_llama_cpp_says_what_transformers_says_up_to_rounding(
     outputs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
