@@ -154,11 +154,11 @@ def _prepared(overrides: list[str]) -> tuple[Config, Prepared, Environment]:
     weights."""
     from dataclasses import replace
 
-    from qlora_exp.config.compose import compose
+    from qlora_exp.config.compose import compose_run
     from qlora_exp.runs.process import hide_other_gpus, set_threads, silence_libraries
     from qlora_exp.system import heap
 
-    config = compose(overrides)
+    config = compose_run(overrides)
     hide_other_gpus(config.training.device)
     set_threads(config.training.threads)
     silence_libraries()

@@ -248,8 +248,10 @@ STEPS_COUNT = "max_steps ends the training first"
 IN_STEPS = "a number of steps is needed, not a share of them"
 DATA_NOTE = "write task=local task.path=FILE, or task=hub task.hub_id=OWNER/NAME"
 UNQUANTIZED = "quantization=bf16 trains over unquantized weights"
+BEST_MODEL = "sweep.objectives names it for a sweep; a run keeps the lowest loss"
 PUSH = "qlora-exp export RUN writes the adapter for other tools"
 
+_EIGHT_BIT = _if_true({"quantization": "int8"})
 _TRAINERS = (ARGS, SFT, FACTORY)
 COUNTERPARTS: dict[str, Counterpart] = {
     # Adapters
@@ -300,9 +302,7 @@ COUNTERPARTS: dict[str, Counterpart] = {
     "revision_of_model": Counterpart((AXOLOTL,), "model.revision"),
     "revision": Counterpart((LORA, LOAD), "model.revision"),
     "load_in_4bit": Counterpart((BNB, AXOLOTL, SCRIPT), "quantization", _four_bit, UNQUANTIZED),
-    "load_in_8bit": Counterpart(
-        (BNB, AXOLOTL, SCRIPT), "quantization", _if_true({"quantization": "int8"}), UNQUANTIZED
-    ),
+    "load_in_8bit": Counterpart((BNB, AXOLOTL, SCRIPT), "quantization", _EIGHT_BIT, UNQUANTIZED),
     "quantization_bit": Counterpart((FACTORY,), "quantization", _bits),
     "bnb_4bit_quant_type": Counterpart((BNB, SCRIPT), "quantization", _four_bit_kind),
     "quantization_type": Counterpart((FACTORY,), "quantization", _four_bit_kind),
@@ -412,9 +412,7 @@ COUNTERPARTS: dict[str, Counterpart] = {
     "eval_batch_size": Counterpart((AXOLOTL,), "evaluation.batch_size"),
     "eval_max_new_tokens": Counterpart((AXOLOTL,), "evaluation.max_new_tokens"),
     "max_new_tokens": Counterpart((FACTORY,), "evaluation.max_new_tokens"),
-    "metric_for_best_model": Counterpart(
-        (ARGS, SFT, AXOLOTL), note="sweep.objectives names it for a sweep; a run keeps the lowest loss"
-    ),
+    "metric_for_best_model": Counterpart((ARGS, SFT, AXOLOTL), note=BEST_MODEL),
     "output_dir": Counterpart((*_TRAINERS, AXOLOTL), "output_root"),
     "run_name": Counterpart((ARGS, SFT, FACTORY), "name"),
     "wandb_name": Counterpart((AXOLOTL,), "name"),
