@@ -17,15 +17,8 @@ from typing import Any
 
 import yaml
 
+from qlora_exp.config import other_methods
 from qlora_exp.config.choices import choices
-from qlora_exp.config.other_methods import (
-    chosen_layers_of,
-    list_of_names,
-    module_pattern,
-    tuned_by,
-    tuned_by_adapter,
-    tuned_by_kind,
-)
 from qlora_exp.config.other_values import value_here
 from qlora_exp.config.overrides import hydra_value
 
@@ -253,6 +246,7 @@ PUSH = "qlora-exp export RUN writes the adapter for other tools"
 
 _EIGHT_BIT = _if_true({"quantization": "int8"})
 _TRAINERS = (ARGS, SFT, FACTORY)
+TRAINED_WHOLE = ("lora.modules_to_save", other_methods.list_of_names("lora.modules_to_save"))
 COUNTERPARTS: dict[str, Counterpart] = {
     # Adapters
     "r": Counterpart((LORA, HABIT), "lora.r"),
@@ -275,20 +269,25 @@ COUNTERPARTS: dict[str, Counterpart] = {
     "pissa_init": Counterpart((FACTORY,), None, _if_true({"lora.init": "pissa"})),
     "lora_model_dir": Counterpart((AXOLOTL,), "model.adapter"),
     "adapter_name_or_path": Counterpart((FACTORY,), "model.adapter"),
-    "adapter": Counterpart((AXOLOTL,), None, tuned_by_adapter, ITS_OWN),
+    "adapter": Counterpart((AXOLOTL,), None, other_methods.tuned_by_adapter, ITS_OWN),
     "bias": Counterpart((LORA,), note="biases aren't trained"),
-    "modules_to_save": Counterpart((LORA,), "lora.modules_to_save", list_of_names("lora.modules_to_save")),
+    "modules_to_save": Counterpart((LORA,), *TRAINED_WHOLE),
     "lora_modules_to_save": Counterpart(
-        (AXOLOTL, SCRIPT), "lora.modules_to_save", list_of_names("lora.modules_to_save")
+        (AXOLOTL, SCRIPT), "lora.modules_to_save", other_methods.list_of_names("lora.modules_to_save")
     ),
-    "additional_target": Counterpart((FACTORY,), "lora.modules_to_save", list_of_names("lora.modules_to_save")),
-    "rank_pattern": Counterpart((LORA,), "lora.rank_pattern", module_pattern("lora.rank_pattern")),
-    "alpha_pattern": Counterpart((LORA,), "lora.alpha_pattern", module_pattern("lora.alpha_pattern")),
-    "layers_to_transform": Counterpart((LORA,), "method.layers", chosen_layers_of),
-    "peft_layers_to_transform": Counterpart((AXOLOTL,), "method.layers", chosen_layers_of),
+    "additional_target": Counterpart(
+        (FACTORY,), "lora.modules_to_save", other_methods.list_of_names("lora.modules_to_save")
+    ),
+    "rank_pattern": Counterpart((LORA,), "lora.rank_pattern", other_methods.module_pattern("lora.rank_pattern")),
+    "alpha_pattern": Counterpart((LORA,), "lora.alpha_pattern", other_methods.module_pattern("lora.alpha_pattern")),
+    "target_parameters": Counterpart(
+        (LORA,), "lora.target_parameters", other_methods.list_of_names("lora.target_parameters")
+    ),
+    "layers_to_transform": Counterpart((LORA,), "method.layers", other_methods.chosen_layers_of),
+    "peft_layers_to_transform": Counterpart((AXOLOTL,), "method.layers", other_methods.chosen_layers_of),
     "task_type": Counterpart((LORA,), note="always a causal language model"),
-    "peft_type": Counterpart((LORA,), "method", tuned_by_kind),
-    "finetuning_type": Counterpart((FACTORY,), "method", tuned_by),
+    "peft_type": Counterpart((LORA,), "method", other_methods.tuned_by_kind),
+    "finetuning_type": Counterpart((FACTORY,), "method", other_methods.tuned_by),
     "stage": Counterpart((FACTORY,), note="always supervised fine-tuning"),
     "use_peft": Counterpart((SCRIPT,), None, _if_true({}, {"method": "full"})),
     # Model and quantization

@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qlora_exp.architecture.expert_targets import expert_targets
 from qlora_exp.architecture.padding import FLASH_ATTENTION
 from qlora_exp.architecture.run_plan import adapter_dtype, compute_dtype, optimizer_on, shape_multiples
 from qlora_exp.architecture.shapes import Architecture
@@ -165,7 +166,12 @@ def predicted_peak(
     outer = batch.tokens * (activations.outside + (activations.inputs if checkpointing else activations.layers))
     outer += batch.tokens * kept_attention_bytes(architecture, setting) if selective else 0.0
     outer += _rounded_weights(architecture, config, backward.first_layer, checkpointing)
+    if is_lora:
+        outer += expert_backward_bytes(architecture, config, batch.tokens, width, checkpointing)
     recomputed = batch.tokens * activations.layer * 2 if checkpointing else 0.0
+    if is_lora:  # the gradient of one stack of experts' weights, before those of its adapter
+        stacks = [target.elements for target in expert_targets(architecture, config.lora)]
+        recomputed += width * max(stacks, default=0)
     hidden_gradient = batch.loss_tokens * architecture.hidden_size * FLOAT32_BYTES
     logits = _logits_tile(architecture, batch.loss_tokens, width, cuda) + hidden_gradient
     distillation = config.distillation
@@ -275,6 +281,21 @@ def _micro_batch(
             laid_out = max(1.0, min(laid_out, lengths.largest_layout(training.batch_size, limit) / tokens))
     scored = _rounded_up(round(min(loss_tokens, tokens)), logits_multiple)
     return _MicroBatch(tokens, length, laid_out, scored, padded and not padding_free)
+
+
+def expert_backward_bytes(
+    architecture: Architecture, config: Config, tokens: int, width: int, checkpointing: bool
+) -> float:
+    """Return the bytes that the backward pass of ``lora.target_parameters`` needs: PEFT adds each adapter to all
+    experts' weights, which makes a second stack of them, and each expert's inputs are saved. With checkpointing they
+    exist for one layer at a time."""
+    used = {entry.name: entry.per_token for entry in architecture.experts}
+    sizes: dict[int | None, int] = {}
+    for target in expert_targets(architecture, config.lora):
+        routed = tokens * used[target.name.rpartition(".")[0]] * target.inputs
+        number = layer_of(target.name)
+        sizes[number] = sizes.get(number, 0) + target.elements + routed
+    return float(width * (max(sizes.values(), default=0) if checkpointing else sum(sizes.values())))
 
 
 def _rounded_weights(architecture: Architecture, config: Config, first_layer: int, checkpointing: bool) -> float:

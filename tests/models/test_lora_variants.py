@@ -17,13 +17,14 @@ from qlora_exp.config.compose import check_multirun, compose, compose_run
 from qlora_exp.config.schema import Config
 from qlora_exp.data.items import Item
 from qlora_exp.errors import QloraExpError
+from qlora_exp.estimate.peak import expert_backward_bytes
 from qlora_exp.estimate.weights_and_optimizer import adapter_bytes, frozen_bytes, trained_bytes
 from qlora_exp.models.activation_start import check_start_rows, start_rows
 from qlora_exp.models.adapters import attach_adapters
 from qlora_exp.models.base import clone_sharing_weights, load_base
 from qlora_exp.models.base_cache import BaseCache
 from qlora_exp.models.inspect import describe
-from qlora_exp.models.tuning import load_tuned, merged_tuned, without_tuning
+from qlora_exp.models.tuning import attach, load_tuned, merged_tuned, without_tuning
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records.types import Status
 from qlora_exp.runs.execute import execute
@@ -231,6 +232,33 @@ def test_parameters_that_get_no_adapter_are_refused_by_the_plan(
     local = ["plan", "model=local", f"model.path={folder}", "quantization=fp32", "training.device=cpu"]
     assert main([*local, "targets=attention", *given]) == 2
     assert hint in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("names", ["down_proj", "gate_up_proj", "gate_up_proj,down_proj"])
+def test_the_bytes_that_experts_adapters_keep_for_backward_are_what_autograd_saves(names: str, tmp_path: Path) -> None:
+    folder = save_tiny_model("mixtral", tmp_path / "mixtral")
+    given = ["model=local", f"model.path={folder}", "quantization=fp32", "targets=attention", "lora.r=4"]
+    config = compose([*given, f"lora.target_parameters=[{names}]"])
+    counted = expert_backward_bytes(describe(config.model), config, 128, 4, checkpointing=False)
+    assert saved_by_autograd(config) - saved_by_autograd(compose(given)) == pytest.approx(counted, rel=0.02)
+
+
+def saved_by_autograd(config: Config) -> int:
+    architecture = describe(config.model)
+    base = load_base(config, "cpu")
+    model = attach(clone_sharing_weights(base), config, trained_modules(architecture, config), architecture).train()
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.get_base_model().base_model(input_ids=torch.arange(5, 133).reshape(2, 64), use_cache=False)
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 WHOLE = [
