@@ -39,15 +39,25 @@ Formats = Callable[[Mapping[str, Any]], PackedFormat | None]
 class QuantizedMethod:
     """``quant_method`` of a config.json. ``format`` returns how its weights are packed; ``None``: they aren't read.
 
-    ``library`` is what transformers loads such a checkpoint with. ``reads``: the kinds that ``format`` reads."""
+    ``library`` is what transformers loads such a checkpoint with. ``reads``: the kinds that ``format`` reads.
+    ``unpacked_by``: what of transformers unpacks those that it doesn't read."""
 
     library: str
     format: Formats | None = None
     reads: str = ""
+    unpacked_by: str | None = None
+
+
+_BY_MODEL = "model.dequantize()"
+_BY_FP8_CONFIG = "quantization_config=FineGrainedFP8Config(dequantize=True)"
+_BY_METAL_CONFIG = "quantization_config=MetalConfig(dequantize=True)"
+_BY_MXFP4_CONFIG = "quantization_config=Mxfp4Config(dequantize=True)"
 
 
 METHODS: dict[str, QuantizedMethod] = {
-    "bitsandbytes": QuantizedMethod("bitsandbytes>=0.46.1", bitsandbytes_format, "nf4 and fp4 stored as uint8, int8"),
+    "bitsandbytes": QuantizedMethod(
+        "bitsandbytes>=0.46.1", bitsandbytes_format, "nf4 and fp4 stored as uint8, int8", _BY_MODEL
+    ),
     "gptq": QuantizedMethod("gptqmodel>=1.4.3 and optimum>=1.24", gptq_format, "2, 4 and 8 bits"),
     "awq": QuantizedMethod("gptqmodel>=5.0", awq_format, "4 bits, version gemm"),
     "compressed-tensors": QuantizedMethod(
@@ -57,18 +67,18 @@ METHODS: dict[str, QuantizedMethod] = {
     ),
     "torchao": QuantizedMethod("torchao>=0.15", torchao_format, "int8, intx and float8 weights in safetensors"),
     "bitnet": QuantizedMethod("transformers itself", bitnet_format, "packed or online, without use_rms_norm"),
-    "fp8": QuantizedMethod("kernels>=0.18.2 and a GPU", fp8_format, "a scale for each block or matrix"),
+    "fp8": QuantizedMethod("kernels>=0.18.2 and a GPU", fp8_format, "a scale for each block or matrix", _BY_FP8_CONFIG),
     "fbgemm_fp8": QuantizedMethod("fbgemm-gpu and a GPU", fbgemm_format, "a scale for each row"),
     "aqlm": QuantizedMethod("aqlm>=1.0.2"),
     "auto-round": QuantizedMethod("auto-round>=0.5"),
     "eetq": QuantizedMethod("kernels>=0.18.2 and a GPU"),
     "fouroversix": QuantizedMethod("fouroversix"),
     "fp_quant": QuantizedMethod("fp_quant and a GPU of compute capability 9.0"),
-    "higgs": QuantizedMethod("flute-kernel>=0.3.0 and a GPU"),
+    "higgs": QuantizedMethod("flute-kernel>=0.3.0 and a GPU", unpacked_by=_BY_MODEL),
     "hqq": QuantizedMethod("hqq>=0.2.1"),
-    "metal": QuantizedMethod("kernels>=0.18.2 and an Apple GPU"),
-    "mxfp4": QuantizedMethod("triton>=3.4 and kernels>=0.18.2"),
-    "mxfp8": QuantizedMethod("kernels>=0.18.2 and a GPU"),
+    "metal": QuantizedMethod("kernels>=0.18.2 and an Apple GPU", unpacked_by=_BY_METAL_CONFIG),
+    "mxfp4": QuantizedMethod("triton>=3.4 and kernels>=0.18.2", unpacked_by=_BY_MXFP4_CONFIG),
+    "mxfp8": QuantizedMethod("kernels>=0.18.2 and a GPU", unpacked_by=_BY_FP8_CONFIG),
     "nvfp4": QuantizedMethod("kernels>=0.18.2 and a GPU"),
     "quanto": QuantizedMethod("optimum-quanto"),
     "quark": QuantizedMethod("amd-quark"),
@@ -107,7 +117,8 @@ def quantized_checkpoint(config: Mapping[str, Any], where: str) -> QuantizedChec
     format = row.format(settings) if row.format is not None else None
     if format is None:
         readable = f"of {method}, qlora-exp reads {row.reads}" if row.reads else "qlora-exp can't unpack its weights"
-        hint = f"{QUANTIZED_HINT}; or load it with transformers and {row.library}, dequantize() and save_pretrained()"
+        hint = f"{QUANTIZED_HINT} (transformers loads this one with {row.library}"
+        hint += f", and {row.unpacked_by} unpacks it: save_pretrained() that)" if row.unpacked_by else ")"
         raise ModelError(f"{what}, and {readable}", where, hint)
     masters = settings.get("linear_class") == "autobitlinear" and settings.get("quantization_mode") == "online"
     exact = tuple(settings.get("modules_to_not_convert") or ())

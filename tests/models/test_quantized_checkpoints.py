@@ -27,6 +27,7 @@ from qlora_exp.models.tuning import attach, merged_tuned
 from qlora_exp.paths import RunPaths
 from qlora_exp.records.files import read_record
 from qlora_exp.runs.entry_points import config_from_plain
+from tests.conftest import save_tiny_model
 
 GROUP = 16
 Packed = tuple[dict[str, Tensor], Tensor]
@@ -119,6 +120,12 @@ def fp8(weight: Tensor) -> Packed:
     return {"weight": values, "weight_scale_inv": scale}, values.float() * spread
 
 
+def fp8_by_row(weight: Tensor) -> Packed:
+    scale = torch.rand(len(weight), 1) + 0.5
+    values = weight.to(torch.float8_e4m3fn)
+    return {"weight": values, "weight_scale": scale}, values.float() * scale
+
+
 def bitnet(weight: Tensor, divides: bool = True) -> Packed:
     scale = weight.abs().mean()
     ternary = (weight / scale).round().clamp(-1, 1)
@@ -145,6 +152,11 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any], Callable[[Tensor], Packed]]] =
         gptq_without_zero_codes,
     ),
     "gptq 8 bits": ("gptq", {"bits": 8, "group_size": GROUP}, lambda weight: gptq(weight, bits=8)),
+    "gptq 2 bits": (
+        "gptq",
+        {"bits": 2, "group_size": GROUP, "checkpoint_format": "gptq_v2"},
+        lambda weight: gptq(weight, bits=2, zero_offset=0),
+    ),
     "awq": ("awq", {"bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True}, awq),
     "compressed-tensors int4": ("compressed-tensors", compressed_settings(), compressed),
     "compressed-tensors int8": (
@@ -154,6 +166,12 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any], Callable[[Tensor], Packed]]] =
     ),
     "torchao": ("torchao", {"quant_type": {"default": {"_type": "IntxWeightOnlyConfig"}}}, torchao),
     "fp8": ("fp8", {"weight_block_size": [48, 32]}, fp8),
+    "fbgemm_fp8": ("fbgemm_fp8", {"activation_scale_ub": 1200.0}, fp8_by_row),
+    "compressed-tensors fp8": (
+        "compressed-tensors",
+        compressed_settings(num_bits=8, type="float", strategy="channel") | {"format": "float-quantized"},
+        fp8_by_row,
+    ),
     "bitnet": ("bitnet", {"linear_class": "bitlinear"}, bitnet),
     "bitnet offline": (
         "bitnet",
@@ -172,7 +190,7 @@ def write_checkpoint(source: Path, folder: Path, kind: str) -> dict[str, Tensor]
     weights = load_file(folder / "model.safetensors")
     stored, expected = {}, {}
     for name, weight in weights.items():
-        if not name.endswith("_proj.weight"):
+        if not name.endswith(("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight")):
             stored[name] = expected[name] = weight
             continue
         parts, expected[name] = pack(weight)
@@ -199,6 +217,16 @@ def test_a_quantized_checkpoint_loads_with_the_weights_that_its_codes_stand_for(
     loaded = load_base(config, "cpu").model.state_dict()
     for name, weight in expected.items():
         torch.testing.assert_close(loaded[name], weight.float(), rtol=1e-6, atol=1e-7)
+
+
+def test_numbered_experts_are_unpacked_before_they_become_one_tensor(tmp_path: Path) -> None:
+    source = save_tiny_model("mixtral", tmp_path / "mixtral")
+    expected = write_checkpoint(source, tmp_path / "model", "fp8")
+    config = compose(["model=local", f"model.path={tmp_path / 'model'}", "quantization=fp32"])
+    describe(config.model)
+    loaded = load_base(config, "cpu").model.state_dict()
+    (name,) = (name for name in expected if name.endswith("layers.0.block_sparse_moe.experts.1.w2.weight"))
+    torch.testing.assert_close(loaded["model.layers.0.mlp.experts.down_proj"][1], expected[name], rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -311,6 +339,14 @@ def test_other_methods_are_refused_with_their_library_and_what_would_do(
     with pytest.raises(ModelError) as caught:
         describe(compose(["model=local", f"model.path={folder}"]).model)
     assert all(text in str(caught.value) for text in [*says, str(folder), "unquantized"]), str(caught.value)
+
+
+def test_what_transformers_can_unpack_is_named(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_models["llama"], tmp_path / "model"))
+    write_settings(folder, {"quant_method": "mxfp4"})
+    with pytest.raises(ModelError, match="Mxfp4Config") as caught:
+        describe(compose(["model=local", f"model.path={folder}"]).model)
+    assert "save_pretrained" in str(caught.value)
 
 
 def test_every_method_that_transformers_loads_has_a_row() -> None:
