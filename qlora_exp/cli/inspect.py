@@ -98,6 +98,7 @@ def inspect_run(
         what = "a prompt and an item are given" if prompt is not None else "there is nothing to inspect"
         raise ConfigError(what, "qlora-exp inspect", "give either a PROMPT or --item N, e.g. --item 0")
     sampling, branches = _sampling(sample), dict(map(_branch, branch or ()))
+    html = html.expanduser() if html is not None else None
     if html is not None:
         _make_folder_of(html, "--html FILE")
     subject = _subject(run, gguf, output_root)
@@ -140,7 +141,7 @@ def _subject(run: str, gguf: str | None, output_root: str | None) -> Subject:
 def _make_folder_of(file: Path, hint: str) -> None:
     """Make the folder before a model is loaded for the file."""
     try:
-        file.expanduser().absolute().parent.mkdir(parents=True, exist_ok=True)
+        file.absolute().parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _not_written(file, error.strerror, hint) from None
     if file.is_dir():

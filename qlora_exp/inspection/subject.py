@@ -8,7 +8,7 @@ from typing import Any
 
 from qlora_exp.config.enums import DeviceChoice
 from qlora_exp.config.schema import Config
-from qlora_exp.errors import QloraExpError, RecordError, nearest
+from qlora_exp.errors import ModelError, QloraExpError, RecordError, nearest
 from qlora_exp.export.results import Export
 from qlora_exp.export.tuned_model import load_tuned_model
 from qlora_exp.inspection.gguf_models import GgufEngine, config_of_file, engine_of, load_gguf_model
@@ -98,13 +98,15 @@ def find_subject(run: str, gguf: str | None, outputs: OutputPaths) -> Subject:
     file = Path(run).expanduser()
     if not file.is_file():
         folder = file.parent if file.parent.is_dir() else Path()
-        known = [str(path) for path in sorted(folder.glob(f"*{GGUF}"))]
+        known = [str(path) for path in sorted(folder.glob(f"*{GGUF}")) if path.is_file()]
         raise RecordError("there is no such GGUF file", run, nearest(run, known) if known else "qlora-exp export RUN")
     return _of_file(file.absolute(), _run_of_file(file.absolute(), outputs))
 
 
 def _of_run(paths: RunPaths) -> Subject:
     record = read_record(paths.record)
+    if record.synthetic:
+        raise ModelError("the run trained no model (training.engine=sleep)", record.run_id, "take a trained run")
     config = config_from_plain(record.config)
     shipped = record.shipped
     notes: tuple[str, ...] = ()

@@ -130,6 +130,13 @@ def test_the_page_is_offline_escapes_texts_and_has_every_step(
     assert max(map(len, printed.splitlines())) <= 100
 
 
+def test_a_run_that_trained_no_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = str(tmp_path / "outputs")
+    assert main(["run", "training.engine=sleep", "training.max_steps=1", "tracking=off", f"output_root={root}"]) == 0
+    assert main(["inspect", "last", "a cat", "--output-root", root]) == 2
+    assert "trained no model" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

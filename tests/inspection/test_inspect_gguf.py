@@ -182,6 +182,7 @@ def test_what_is_no_model_or_no_file_of_the_run_is_refused_with_what_would_do(
     outputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "text.gguf").write_text("no model", encoding="utf-8")
+    (tmp_path / "folder.gguf").mkdir()
     elsewhere = tmp_path / "export"
     shutil.copytree(file_of(outputs).parent, elsewhere)
     results = json.loads((elsewhere / "export.json").read_text(encoding="utf-8"))
@@ -197,6 +198,7 @@ def test_what_is_no_model_or_no_file_of_the_run_is_refused_with_what_would_do(
         ([str(other), "--gguf", "q4_0"], "two GGUF files"),
         ([str(other), "--item", "0"], "there are no items"),
         (["last", "--html", str(tmp_path)], "it is a folder"),
+        ([str(tmp_path / "folder.gguf")], "did you mean"),
         (["last", "--html", str(tmp_path / "text.gguf" / "page.html")], "can't be written"),
     ]
     for arguments, words in calls:
