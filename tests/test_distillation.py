@@ -22,7 +22,9 @@ from qlora_exp.models.base_cache import BaseCache
 from qlora_exp.models.inspect import describe
 from qlora_exp.models.tokenizers import load_tokenizer
 from qlora_exp.models.tuning import merged_tuned
+from qlora_exp.orchestration.command import study_spec
 from qlora_exp.paths import OutputPaths
+from qlora_exp.records.find import find_run
 from qlora_exp.records.types import RunRecord, Status
 from qlora_exp.runs import ask_teacher as teachers
 from qlora_exp.runs.execute import execute
@@ -111,6 +113,17 @@ def test_a_teacher_is_asked_once_and_its_weight_changes_what_is_learned(
     assert both.teacher is not None
     assert teacher.scores.after is not None
     assert (both.teacher.run_id, both.teacher.loss) == (teacher.run_id, teacher.scores.after.loss)
+
+
+def test_last_is_the_run_before_the_student(bases: BaseCache, output: Path, teacher: RunRecord) -> None:
+    before = find_run("last", OutputPaths.of(output)).folder.name
+    student = run(bases, output, STUDENT, "distillation.teacher=last", "training.max_steps=1")
+    assert student.teacher is not None
+    assert student.teacher.run_id == student.config["distillation"]["teacher"] == before != student.run_id
+    chosen = ["sweeps=distill", "distillation.teacher=last", f"output_root={output}"]
+    assert study_spec(chosen).spec.fixed["distillation.teacher"] == student.run_id
+    with pytest.raises(QloraExpError, match="another run in each trial"):
+        study_spec(["sweeps=distill", "distillation.teacher=null,last", f"output_root={output}"])
 
 
 def test_the_teacher_is_read_at_each_learned_token(bases: BaseCache, output: Path, teacher: RunRecord) -> None:

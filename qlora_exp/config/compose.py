@@ -25,7 +25,7 @@ from qlora_exp.config.checks import check
 from qlora_exp.config.choices import groups
 from qlora_exp.config.enums import Method
 from qlora_exp.config.interpolations import unresolved_error
-from qlora_exp.config.model_choice import completed
+from qlora_exp.config.model_choice import completed, teacher_run_id
 from qlora_exp.config.override_errors import problems_of
 from qlora_exp.config.overrides import (
     SEARCH_PATH,
@@ -295,6 +295,7 @@ def as_config(config: Any) -> Config:
     except OmegaConfBaseException as error:
         raise unresolved_error(error, str(getattr(error, "full_key", None) or "the configuration")) from None
     result.model = completed(result.model, result.output_root)
+    result.distillation.teacher = teacher_run_id(result.distillation.teacher, result.output_root)
     return result
 
 

@@ -15,7 +15,7 @@ from qlora_exp.config.enums import Variant
 from qlora_exp.config.schema import ModelConfig, absolute_path
 from qlora_exp.errors import ConfigError, RecordError, nearest
 from qlora_exp.paths import OutputPaths
-from qlora_exp.records.find import find_run
+from qlora_exp.records.find import LAST, find_run
 from qlora_exp.records.model_name import OWNER_AND_NAME, name_of_path
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -95,6 +95,17 @@ def adapter_folder(adapter: str, output_root: str) -> str:
     if OWNER_AND_NAME.fullmatch(adapter):
         hint = f"hf download {adapter} --local-dir DIR, then model.adapter=DIR; or {hint}"
     raise RecordError(f"there is no adapter {adapter}", f"model.adapter = {adapter}", hint)
+
+
+def teacher_run_id(teacher: str | None, output_root: str) -> str | None:
+    """Return ``distillation.teacher``, with the run's id for ``last``: the run that learns is itself the last one
+    later. Without any run it stays as it is; the check of the teacher explains that."""
+    if teacher != LAST:
+        return teacher
+    try:
+        return find_run(teacher, OutputPaths.of(output_root)).folder.name
+    except RecordError:
+        return teacher
 
 
 def _inside(folder: Path) -> str:
