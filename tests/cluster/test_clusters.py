@@ -4,6 +4,7 @@ afterwards there are the trials that were asked for, none runs, and the best one
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 import sqlite3
 import tempfile
@@ -196,3 +197,29 @@ def test_slurm_requeues_a_worker_after_its_time(
     check(root, code, text, undisturbed)
     logs = [file.read_text(errors="replace") for file in root.rglob("*_log.*")]
     assert any("Requeued job" in log or "requeue" in log.lower() for log in logs), logs
+
+
+CHECKED = ("workers", "shared files", "file locks", "versions", "clocks", "storage", "tracking")
+
+
+def doctor(root: Path, *overrides: str, code: int = 0) -> dict[str, str]:
+    text = finish(verb(root, "doctor", "--cluster", "--json", "workers.jobs=1", *overrides), code=code)
+    rows = json.loads(text[text.index("[\n") :])
+    return {row["check"]: row["result"] for row in rows}
+
+
+@needs_slurm
+def test_doctor_checks_what_slurms_workers_share(
+    tmp_path: Path, database: Server, slurm: Slurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
+    away = ("tracking.uri=http://127.0.0.1:9",)
+    found = doctor(tmp_path / "outputs", *SLURM, *away, code=1)
+    assert found == {**dict.fromkeys(CHECKED, "ok"), "tracking": "problem"}
+
+
+@needs_ray
+def test_doctor_checks_what_rays_workers_share(tmp_path: Path, database: Server, ray_cluster: Ray) -> None:
+    address = f"hydra.launcher.ray.init.address={ray_cluster.address}"
+    found = doctor(tmp_path / "outputs", "hydra/launcher=ray_cluster", address)
+    assert found == dict.fromkeys(CHECKED, "ok")
