@@ -30,7 +30,6 @@ from qlora_exp.version import __version__
 COMPARED = ("torch", "transformers", "peft", "trl", "bitsandbytes", "optuna", "hydra-core", "mlflow", "numpy")
 MAX_SKEW_SECONDS = 5.0
 """Leases compare no clocks, but records and MLflow show times of several machines."""
-FOLDER = "QLORA_EXP_CHECKED_FOLDER"
 
 
 def cluster_checks(overrides: Sequence[str], output_root: str | None) -> Iterator[Check]:
@@ -52,7 +51,7 @@ def cluster_checks(overrides: Sequence[str], output_root: str | None) -> Iterato
     try:
         (folder / "word").write_text(folder.name)
         with FileLock(folder / "lock"):
-            here = probe(folder)
+            here = worker_view(folder)
             try:
                 there = _launch(overrides, root, command, folder)
             except QloraExpError:
@@ -107,14 +106,14 @@ def _launch(overrides: Sequence[str], root: Sequence[str], command: Any, folder:
 
 def run_probe(raw: Any) -> dict[str, Any]:
     """Hydra's task function of a check."""
-    seen = probe(Path(str(raw.name)))
+    seen = worker_view(Path(str(raw.name)))
     url = raw.sweep.storage or os.environ.get(STORAGE_VARIABLE)
     seen["has_storage"], seen["storage"] = url is not None, storage_problem(url)
     seen["tracking"] = tracking_problem(raw.tracking.uri)
     return seen
 
 
-def probe(folder: Path) -> dict[str, Any]:
+def worker_view(folder: Path) -> dict[str, Any]:
     """Return what this process sees of the machine and of the shared folder."""
     seen: dict[str, Any] = {"host": socket.gethostname(), "python": platform.python_version()}
     seen["versions"] = {"qlora-exp": __version__, **{name: _version(name) for name in COMPARED}}
