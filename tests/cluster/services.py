@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,11 @@ class Slurm:
         return dict(line.split() for line in self.command("squeue", "-h", "-r", "-o", "%i %T").splitlines())
 
     def stop(self) -> None:
-        self.command("scancel", "--full", "--signal=KILL", f"--user={pwd.getpwuid(os.geteuid()).pw_name}")
+        if self.jobs():
+            self.command("scancel", f"--user={pwd.getpwuid(os.geteuid()).pw_name}")
+            deadline = time.monotonic() + 20  # the steps' daemons outlive slurmd
+            while self.jobs() and time.monotonic() < deadline:
+                time.sleep(0.5)
         for process in reversed(self.processes):
             kill_tree(process.pid)
             process.wait(timeout=30)
