@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+from qlora_exp.analysis.answer_samples import Answers
 from qlora_exp.analysis.configurations import Configuration, Measure, known_mean
 from qlora_exp.analysis.report_content import QUOTE, Column, Section, Table
 from qlora_exp.analysis.shown_items import (
@@ -24,23 +25,23 @@ SHOWN_IN_MARKDOWN = 4
 REPORTED_CHARACTERS = 400
 """Of each text."""
 
-Answers = Callable[[RunRecord], Sequence[ItemRow]]
-"""Run → its items, as :func:`qlora_exp.records.items.read_items` returns them; empty if it has none."""
 
+def by_validation(configurations: Sequence[Configuration], measure: Measure) -> list[Configuration]:
+    """Return the configurations, the best on validation first."""
 
-def answers_section(
-    configurations: Sequence[Configuration], chosen: Configuration, measure: Measure, answers: Answers
-) -> Section | None:
-    """Return the same items, answered by ``chosen`` and by the best other configuration on validation.
-
-    ``None`` if no run of ``chosen`` has answers: it is of an earlier version, or ``evaluation.keep_texts=false``.
-    """
-
-    def on_validation(c: Configuration) -> float:
+    def score(c: Configuration) -> float:
         value = known_mean(measure.of(run.scores.after) for run in c.runs)
         return math.inf if value is None else -measure.sign * value
 
-    others = sorted((c for c in configurations if c is not chosen), key=on_validation)
+    return sorted(configurations, key=score)
+
+
+def answers_section(ordered: Sequence[Configuration], answers: Answers) -> Section | None:
+    """Return the same items, answered by the first and the second configuration.
+
+    ``None`` if no run of the first has answers: it is of an earlier version, or ``evaluation.keep_texts=false``.
+    """
+    chosen, others = ordered[0], ordered[1:]
     first = _answered(chosen, answers)
     if first is None:
         return None

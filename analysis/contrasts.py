@@ -68,6 +68,11 @@ class Difference:
             return None
         return self.value + float(stats.t.isf(alpha, self.df)) * self.se
 
+    def lower(self, alpha: float) -> float | None:
+        """Return the one-sided lower bound at error rate ``alpha``; ``None`` if it is unknown."""
+        upper = self.upper(alpha)
+        return None if upper is None else 2 * self.value - upper
+
     def half_width_with(self, seeds: int) -> float | None:
         """Return the expected half-width of the interval with this many seeds; ``None`` if the noise is unknown."""
         if self.se is None or self.seeds < MIN_SEEDS or seeds < MIN_SEEDS:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from qlora_exp.analysis import sections
-from qlora_exp.analysis.answers_section import Answers, answers_section
+from qlora_exp.analysis.answer_samples import Answers, Losses, changes_section, samples_section
+from qlora_exp.analysis.answers_section import answers_section, by_validation
 from qlora_exp.analysis.comparable import (
     Group,
     answering_scores,
@@ -44,6 +45,7 @@ from qlora_exp.analysis.ladder_sections import ladder_sections
 from qlora_exp.analysis.ladder_views import LadderView, ladder_rank_of, ladder_views
 from qlora_exp.analysis.learning_curves import Curves, curves_section
 from qlora_exp.analysis.margin import Margin, parse_margin
+from qlora_exp.analysis.post_training import QuantizationFiles, post_training_section
 from qlora_exp.analysis.quantization import LevelComparison, compare_quantizations, compare_targets
 from qlora_exp.analysis.quantization_words import quantization_recommendation, targets_recommendation
 from qlora_exp.analysis.recommendation import study_margin
@@ -68,6 +70,18 @@ from qlora_exp.records.types import RunRecord, Status
 MAX_GROUPS = 3
 """Groups of comparable runs that the report shows; it only counts further ones."""
 MIN_SEEDS_SHOWN = 2
+ONLY_OF_SOME = {
+    "rank": "it needs runs with at least two ranks that were scored on the same items",
+    "ladder": "it needs a study of sweeps=rank_doubling",
+    "instruct-base": "it needs runs of both variants that were scored on the same items",
+    "importance": "it needs a study that searched with Optuna",
+    "confirmation": "it needs a study that qlora-exp confirm started",
+    "methods": "it needs runs of at least two tuning methods",
+    "routes": "it needs runs that ship a smaller model (sweeps=routes)",
+    "post-training": "it needs runs that qlora-exp quantize rounded",
+    "students": "it needs runs with distillation.teacher (sweeps=distill)",
+}
+"""Sections that not every report has, and what they need."""
 CONFIRM_SETTLES = "The best ones with new seeds, scored on test, would tell more."
 
 
@@ -113,6 +127,8 @@ def build(
     curves: Curves | None = None,
     command_of: Callable[[RunRecord], str | None] | None = None,
     answers: Answers | None = None,
+    quantized: QuantizationFiles | None = None,
+    losses: Losses | None = None,
 ) -> ReportContent:
     """Return the report of these runs.
 
@@ -126,6 +142,8 @@ def build(
         curves: training curves of runs; without them there are no learning curves.
         command_of: run → command that runs its configuration; ``None`` if none is known.
         answers: run → its items with their answers; without them, the report doesn't show what a model says.
+        losses: run → the losses of its items; without them, the report doesn't show what tuning changed most.
+        quantized: run → what ``qlora-exp quantize`` wrote for it; without them, the report has no section on it.
 
     Raises:
         AnalysisError: no runs, SYNTHETIC ones, or none that has finished.
@@ -190,7 +208,8 @@ def build(
         confirmation_section(*confirmed) if confirmed is not None else None,
         *(replace(section, folded=False) for section in _asked_sections(first)),
         *_first_sections(first, runs, views, curves, command),
-        _answers_section(first, answers),
+        *_answers_sections(first, answers, losses),
+        post_training_section(first.candidates, quantized) if quantized is not None else None,
         *ladder_sections(views),
         *(section for compared in shown for section in _group_sections(compared, groups)),
         sections.importance_section(studies, completed),
@@ -277,10 +296,17 @@ def _asked_sections(compared: _Compared) -> list[Section]:
     ]
 
 
-def _answers_section(first: _Compared, answers: Answers | None) -> Section | None:
+def _answers_sections(first: _Compared, answers: Answers | None, losses: Losses | None) -> list[Section | None]:
+    """Return the sections that show items and answers."""
     if answers is None or first.choice is None or first.measure is None:
-        return None
-    return answers_section(first.candidates, first.choice.configuration, first.measure, answers)
+        return []
+    chosen = first.choice.configuration
+    ordered = [chosen, *by_validation([c for c in first.candidates if c is not chosen], first.measure)]
+    return [
+        answers_section(ordered, answers),
+        samples_section(ordered, answers),
+        changes_section(ordered, answers, losses) if losses is not None else None,
+    ]
 
 
 def _why(first: _Compared, views: Sequence[LadderView]) -> list[str]:
@@ -355,7 +381,10 @@ def only_section(report: ReportContent, name: str) -> ReportContent:
     chosen = [section for section in report.sections if f"{section.name}-".startswith(f"{name}-")]
     if not chosen:
         names = [section.name for section in report.sections]
-        raise AnalysisError(f"the report of these runs has no section {name!r}", "--only", nearest(name, names))
+        hint = nearest(name, names)
+        if name in ONLY_OF_SOME:
+            hint = f"{ONLY_OF_SOME[name]}; this report has: {', '.join(names)}"
+        raise AnalysisError(f"the report of these runs has no section {name!r}", f"--only {name}", hint)
     shown = {section.name for section in chosen} | ({"ladder-1"} if name == "rank" else set())
     cards = tuple(card for card in report.cards if card.section in shown)
     return replace(report, question=None, headline=(), cards=cards, command=None, sections=tuple(chosen))

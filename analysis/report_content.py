@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,10 @@ class Table:
     caption: str | None = None
     markdown_rows: int | None = None
     """So many rows in Markdown; ``None``: all."""
+    folded: bool = False
+    """On the page, the table opens with a click; Markdown leaves it out."""
+    quotes: bool = False
+    """The caption has texts of rows, in which Markdown must find no links, images or code."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,36 @@ class StudyInfo:
     """``confirm.json`` of a study that confirms another one's finalists."""
     confirm_command: str | None = None
     """Command that confirms this study's best configurations; ``None``: it doesn't choose by a validation score."""
+
+
+def report_object(content: ReportContent) -> dict[str, Any]:
+    """Return the answer, its cards, and the sections with unrounded tables, without figures, for JSON."""
+    return {
+        "title": content.title,
+        "question": content.question,
+        "headline": list(content.headline),
+        "why_none": content.why_none,
+        "command": content.command,
+        "cards": [asdict(card) for card in content.cards],
+        "sections": [
+            {
+                "name": section.name,
+                "title": section.title,
+                "paragraphs": list(section.paragraphs),
+                "points": list(section.points),
+                "commands": list(section.commands),
+                "tables": [
+                    {
+                        "caption": table.caption,
+                        "columns": [column.name for column in table.columns],
+                        "rows": [list(row) for row in table.rows],
+                    }
+                    for table in section.tables
+                ],
+            }
+            for section in content.sections
+        ],
+    }
 
 
 def formatted_value(value: DisplayedValue, kind: str) -> str:
@@ -233,11 +267,14 @@ def to_markdown(report: ReportContent) -> str:
             lines += [_plain(paragraph), ""]
         lines += [*(f"* {_plain(point)}" for point in section.points), ""] if section.points else []
         lines += [*_code("\n".join(section.commands)), ""] if section.commands else []
-        for table in section.tables:
-            lines += [f"{_plain(table.caption)}:", ""] if table.caption else []
+        folded = sum(table.folded for table in section.tables)
+        for table in (table for table in section.tables if not table.folded):
+            caption = _quoted(table.caption) if table.caption and table.quotes else table.caption
+            lines += [f"{_plain(caption)}:", ""] if caption else []
             lines += [*_markdown_table(table), ""]
             if table.markdown_rows is not None and len(table.rows) > table.markdown_rows:
                 lines += [f"{len(table.rows) - table.markdown_rows} more are in report.html.", ""]
+        lines += [f"{folded} more tables are in report.html.", ""] if folded else []
     return "\n".join([*lines, f"Made {report.made}."]) + "\n"
 
 
@@ -263,12 +300,17 @@ def _markdown_table(table: Table) -> Iterator[str]:
 
     def shown(value: DisplayedValue, kind: str) -> str:
         text = formatted_value(value, kind)
-        return re.sub(r"([\\`*_\[\]!~$&])", r"\\\1", text) if kind == QUOTE else text
+        return _quoted(text) if kind == QUOTE else text
 
     yield row(column.name for column in table.columns)
     yield "|" + "|".join("---" if column.kind in ("text", QUOTE) else "---:" for column in table.columns) + "|"
     for values in table.rows[: table.markdown_rows]:
         yield row(shown(value, column.kind) for value, column in zip(values, table.columns, strict=True))
+
+
+def _quoted(text: str) -> str:
+    """Return the text without what Markdown would read as links, images, code or emphasis."""
+    return re.sub(r"([\\`*_\[\]!~$&])", r"\\\1", text)
 
 
 def _plain(text: str) -> str:

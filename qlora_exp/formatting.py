@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -19,6 +20,9 @@ COLUMN_GAP = 2
 
 FOLDED_WIDTH = 34
 """Characters a line of a cell that may be folded, if there is no room for more."""
+
+TEXT_WIDTH = 98
+"""Columns of text on a terminal that is wider: longer lines are hard to read."""
 
 LOG_WIDTH = 4000
 """Table width in columns where there is no terminal: lines in a log must not be cut or wrapped."""
@@ -39,6 +43,15 @@ def table_width(stream: TextIO | None = None) -> int:
 
     file = stream if stream is not None else sys.stdout
     return Console(file=file).width if file.isatty() or os.environ.get("COLUMNS", "").isdigit() else LOG_WIDTH
+
+
+def print_wrapped(lines: Iterable[str]) -> None:
+    """Print lines of text, broken between words on a terminal; in a log each stays one line."""
+    width = min(table_width(), TEXT_WIDTH)
+    for line in lines:
+        indent = " " * (len(line) - len(line.lstrip()) + 2)
+        shown = textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+        print("\n".join(shown) if table_width() < LOG_WIDTH else line)
 
 
 @dataclass(frozen=True)
@@ -130,11 +143,12 @@ def plain_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table
     return table
 
 
-def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) of nested mappings; lists and empty mappings in them are values."""
-    if isinstance(value, Mapping) and (value or not prefix):
+def flatten(value: Any, prefix: str = "", mappings: Collection[str] = ()) -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of nested mappings. Lists, empty mappings in them and those of the keys ``mappings``
+    are values."""
+    if isinstance(value, Mapping) and (value or not prefix) and prefix not in mappings:
         for key, entry in value.items():
-            yield from flatten(entry, f"{prefix}.{key}" if prefix else str(key))
+            yield from flatten(entry, f"{prefix}.{key}" if prefix else str(key), mappings)
     else:
         yield prefix, value
 

@@ -175,6 +175,85 @@ def test_the_report_shows_what_the_best_configuration_and_the_next_say_and_runs_
     assert "8 more are in report.html" in plain
 
 
+def with_losses(outputs: OutputPaths, run_id: str, moment: str, nats: dict[int, float]) -> None:
+    """Give items another loss, in nats over their two tokens."""
+    file = outputs.run(run_id).items(moment, "test")
+    rows = pq.read_table(file).to_pylist()
+    for item, value in nats.items():
+        rows[item]["loss_sum_nats"] = value
+    pq.write_table(pa.Table.from_pylist(rows), file)
+
+
+def with_rank(outputs: OutputPaths, run_id: str, rank: int) -> None:
+    file = outputs.run(run_id).record
+    record = read_record(file)
+    write_json(file, record.replace(config={**record.config, "lora": {**record.config["lora"], "r": rank}}))
+
+
+def test_the_report_shows_the_items_on_which_each_configuration_changed_most(
+    outputs: OutputPaths, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = [f"Say it. {item} is a <b>thing{item}</b> here" for item in range(ITEMS)]
+    ids = [write_answers(outputs, number, {7: True}, prompts=prompts) for number in (1, 2)]
+    for number, run_id in enumerate(ids):
+        with_rank(outputs, run_id, 8 * (number + 1))
+    # Nats over two tokens: before they are 2, 3 or 4, and after the same but for these.
+    with_losses(outputs, ids[0], "after", {3: 40.0, 5: 30.0, 6: 0.5, 7: 0.0, 9: 2.5, 12: 60.0})
+    with_losses(outputs, ids[1], "after", {3: 0.25, 5: 0.0, 7: 0.5, 9: 0.0, 12: 0.5, 30: 2.25, 31: 3.5})
+    shown(capsys, "report")
+    page, plain = ((outputs.root / name).read_text(encoding="utf-8") for name in ("report.html", "report.md"))
+    section = plain.partition("## Where tuning changed the model most")[2].partition("\n## ")[0]
+    first, second = (section.partition(f"({run_id})")[2].partition("**")[0] for run_id in ids)
+    lines = {name: [line.split("|") for line in text.splitlines() if line.startswith("| test")]
+             for name, text in (("first", first.partition(ids[1])[0]), ("second", second))}  # fmt: skip
+    cells = [(line[1].strip(), *(cell.strip() for cell in line[-4:-1])) for line in lines["first"]]
+    assert cells == [
+        ("test.jsonl:13", "1", "30", "29"),
+        ("test.jsonl:4", "1", "20", "19"),
+        ("test.jsonl:6", "2", "15", "13"),
+        ("test.jsonl:8", "1.5", "0", "-1.5"),
+        ("test.jsonl:7", "1", "0.25", "-0.75"),
+    ]
+    # Five items on which the right answer became likelier, and the one on which it became less likely most.
+    assert [line[1].strip() for line in lines["second"]][-1] == "test.jsonl:32"
+    assert len(lines["second"]) == 6
+    assert "less likely on 2 of 40 items, the last row has the worst of them" in second
+    assert "less likely on 4 of 40 items:" in first
+    assert "12 is a &lt;b>thing12&lt;/b> |" in first
+    assert "Say it" not in section
+    assert 'id="changed-most"' in page
+    assert "<b>thing" not in page
+
+
+def test_the_report_shows_the_same_items_as_each_configuration_answers_them(
+    outputs: OutputPaths, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hostile = [f"[link](http://evil) `x` {item}" for item in range(ITEMS)]
+    ids = [write_answers(outputs, number, dict.fromkeys(range(ITEMS), True) if number == 2 else {}, prompts=hostile)
+           for number in range(1, 31)]  # fmt: skip
+    for number, run_id in enumerate(ids):
+        with_rank(outputs, run_id, number + 1)
+    shown(capsys, "report")
+    page, plain = ((outputs.root / name).read_text(encoding="utf-8") for name in ("report.html", "report.md"))
+    section = plain.partition("## What every configuration answers")[2].partition("\n## ")[0]
+    tables = section.split("\n\n|")[1:]
+    assert len(tables) == 3
+    assert "2 more tables are in report.html" in section
+    assert "5 configurations that are worse on validation are left out" in section
+    for table in tables:
+        rows = [line for line in table.splitlines() if "r " in line and line.startswith("| ")]
+        assert len(rows) == 25
+        assert sum("✓ plant" in row for row in rows) <= 1
+    assert " [link](" not in plain
+    on_page = page[page.index('id="samples"') : page.index('id="changed-most"')]
+    assert on_page.count('<details class="table">') == 2
+    # Runs without answers have no such section.
+    for run_id in ids:
+        outputs.run(run_id).items("before", "test").unlink()
+    shown(capsys, "report")
+    assert "changed-most" not in (outputs.root / "report.html").read_text(encoding="utf-8")
+
+
 # Runs that train.
 
 MARK = "quokka"

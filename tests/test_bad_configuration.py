@@ -31,6 +31,8 @@ WRONG = [
     (["lora.alpha_policy=fixed"], ["lora.alpha"]),
     (["lora.alpha_policy=3r"], ["lora.alpha_policy", "2r"]),
     (["lora.alpha_policy=fixed", "lora.alpha=-1"], ["lora.alpha"]),
+    (["targets=[]"], ["targets=attention", "targets=[q_proj,v_proj]"]),
+    (["lora_alpha="], ["lora.alpha=VALUE", "No value"]),
     (["lora.init=pizza"], ["lora.init", "pissa"]),
     (["lora.init=pissa", "quantization=nf4"], ["pissa", "quantiz"]),
     (["lora.init=olora", "quantization=nf4"], ["OLoRA", "exact weights"]),

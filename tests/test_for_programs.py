@@ -77,6 +77,7 @@ COMMANDS: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "plan --json": ("plan quantization=fp32", list),
     "plan --sizes --json": ("plan --sizes", list),
     "analyze --json": ("analyze", table),
+    "report --json": ("report real --output report", list),
 }
 
 

@@ -35,6 +35,8 @@ def test_numbers_have_enough_digits_to_differ() -> None:
         ([{"targets.modules": ["q_proj", "v_proj"]}, {"targets": "mlp"}], ["q_proj+v_proj", "mlp"]),
         ([{"lora.rslora": True, "seed": 1}, {"lora.rslora": False, "seed": 1}], ["rslora=true", "rslora=false"]),
         ([{"model.path": "/models/a"}, {"model.path": "/models/b/"}], ["a", "b"]),
+        ([{"a.ratio": 1, "b.ratio": 2}, {"a.ratio": 3, "b.ratio": 4}], ["a.ratio=1 b.ratio=2", "a.ratio=3 b.ratio=4"]),
+        ([{"a.ratio": 1, "b.share": 2}, {"a.ratio": 3, "b.share": 2}], ["ratio=1", "ratio=3"]),
         (
             [{"evaluation.split": "test", "seed": 1}, {"evaluation.split": "validation", "seed": 2}],
             ["s1", "s2 validation"],
@@ -52,6 +54,14 @@ def test_numbers_have_enough_digits_to_differ() -> None:
 )
 def test_labels_of_settings(rows: list[dict[str, Any]], expected: list[str]) -> None:
     assert labels(rows) == expected
+
+
+def test_models_in_folders_of_one_name_are_named_with_their_parents() -> None:
+    folders = ["/a/x/model", "/a/y/model", "/b/y/model"]
+    rows = [settings(8, 0.004, 1, model={"family": "local", "path": path}) for path in folders]
+    assert labels(rows) == ["a/x/model", "a/y/model", "b/y/model"]
+    assert labels(rows[:2]) == ["x/model", "y/model"]
+    assert shared_settings([rows[0], rows[0]]).split()[0] == "model"
 
 
 def test_what_follows_from_the_model_or_changes_no_result_is_not_in_a_label() -> None:

@@ -16,7 +16,7 @@ from qlora_exp.cli import main
 from qlora_exp.cli.settings_file import combined_overrides
 from qlora_exp.config.choices import groups
 from qlora_exp.config.compose import compose
-from qlora_exp.config.imported_settings import tool_of_file
+from qlora_exp.config.imported_settings import as_yaml, converted, tool_of, tool_of_file
 from qlora_exp.config.other_tools import ARGS, BNB, COUNTERPARTS, LORA, SCRIPT, SFT, counterpart, tool_names
 from qlora_exp.config.other_values import VALUES, value_here
 from qlora_exp.config.override_errors import problems_of
@@ -118,6 +118,72 @@ def test_a_file_of_llama_factory_keeps_its_meaning(tmp_path: Path) -> None:
     assert config.targets.modules == ["q_proj", "v_proj"]
     assert (config.training.batch_size, config.training.micro_batch_size) == (8, 1)
     assert (config.task.validation_fraction, config.task.max_train_items) == (0.1, 1000)
+
+
+FACTORY = {
+    "model_name_or_path": "Qwen/Qwen3-0.6B",
+    "stage": "sft",
+    "cutoff_len": 256,
+    "lora_rank": 16,
+    "template": "qwen3",
+}
+AXOLOTL = {"base_model": "Qwen/Qwen3-0.6B", "sequence_len": 256, "datasets": [{"path": "data/a.jsonl"}], "lora_r": 16}
+ADAPTER = {"base_model_name_or_path": "mistralai/Mixtral-8x7B-v0.1", "peft_type": "LORA", "r": 16, "lora_alpha": 32}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (FACTORY, {"lora.r": 16}),
+        (FACTORY | {"finetuning_type": "full"}, {"method": "full"}),
+        (FACTORY | {"finetuning_type": "freeze"}, {"method": "layerwise", "method.layers": "last:2"}),
+        (
+            FACTORY | {"finetuning_type": "freeze", "freeze_trainable_layers": -4},
+            {"method": "layerwise", "method.layers": "first:4"},
+        ),
+        (FACTORY | {"finetuning_type": "oft"}, {"method": "peft", "method.peft_type": "oft"}),
+        (
+            FACTORY | {"additional_target": "embed_tokens,lm_head"},
+            {"lora.modules_to_save": ["embed_tokens", "lm_head"]},
+        ),
+        (AXOLOTL | {"adapter": None}, {"method": "full", "quantization": "bf16"}),
+        (AXOLOTL, {"method": "full"}),
+        (AXOLOTL | {"adapter": "lora"}, {"lora.r": 16, "quantization": "bf16"}),
+        (AXOLOTL | {"adapter": "qlora"}, {"lora.r": 16, "quantization": "nf4"}),
+        (ADAPTER | {"peft_type": "IA3"}, {"method": "peft", "method.peft_type": "ia3"}),
+        (ADAPTER | {"use_dora": True, "use_rslora": True}, {"lora.dora": True, "lora.rslora": True}),
+        (ADAPTER | {"init_lora_weights": "eva"}, {"lora.init": "eva"}),
+        (AXOLOTL | {"adapter": "lora", "peft_init_lora_weights": "pissa_niter_4"}, {"lora.init": "pissa"}),
+        (ADAPTER | {"alpha_pattern": {"mlp\\.down_proj": 64}}, {"lora.alpha_pattern": {"mlp.down_proj": 64}}),
+        (ADAPTER | {"layers_to_transform": [0, 1]}, {"method.layers": [0, 1]}),
+        (ADAPTER | {"modules_to_save": ["lm_head"]}, {"lora.modules_to_save": ["lm_head"]}),
+    ],
+    ids=repr,
+)
+def test_what_another_tool_trains_is_what_the_imported_settings_train(
+    content: dict[str, Any], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    tool = tool_of(content)
+    assert tool is not None
+    result = converted(tool, content)
+    assert {key: result.settings.get(key) for key in expected} == expected, result.without
+    if "method" in expected:
+        assert not [key for key in result.settings if key.startswith("lora.")]
+        assert [reason for key, reason in result.without.items() if "lora_r" in key or key.startswith("r:")] == [
+            f"method={expected['method']} has no LoRA adapters"
+        ]
+    else:
+        assert "method" not in result.settings
+    target = tmp_path / "settings.yaml"
+    target.write_text(as_yaml(result, "file", str(target)), encoding="utf-8")
+    assert compose(combined_overrides(target, [])) == compose(
+        [f"{key}={hydra_value(value)}" for key, value in result.settings.items()]
+    )
+
+
+def test_a_kind_of_adapter_without_a_counterpart_is_listed(tmp_path: Path) -> None:
+    result = converted("PEFT's adapter_config.json", ADAPTER | {"peft_type": "POLY"})
+    assert any("POLY" in key for key in result.without)
 
 
 def test_arguments_that_are_impossible_here_are_listed_with_the_reason(

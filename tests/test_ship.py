@@ -16,8 +16,9 @@ from qlora_exp.config.enums import Quantization
 from qlora_exp.config.shipping import QatConfig
 from qlora_exp.errors import Problems, QloraExpError
 from qlora_exp.export.export import export_run, load_settings
+from qlora_exp.models.base import load_base
 from qlora_exp.models.base_cache import BaseCache
-from qlora_exp.models.fake_quantization import body_linears, strength_at
+from qlora_exp.models.fake_quantization import body_linears, round_linears, strength_at
 from qlora_exp.models.merging import dequantized_base
 from qlora_exp.models.tuning import load_tuned, merged_tuned, without_tuning
 from qlora_exp.paths import OutputPaths
@@ -90,6 +91,35 @@ def test_what_qat_trained_is_what_ships(
     for _, layer in body_linears(merged):  # all of them are rounded, with an adapter or without
         size = {"channel": layer.in_features, None: layer.weight.numel()}.get(group, group)
         assert all(len(values.unique()) <= levels for values in layer.weight.reshape(-1, size))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [["training.qat.format=int4"], ["training.qat.format=ternary", "method=full"], ["ship=merged", "ship.format=int4"]],
+    ids=["LoRA with QAT", "full and ternary", "rounded after training"],
+)
+def test_transposed_layers_are_rounded_along_their_inputs(tmp_path: Path, given: list[str]) -> None:
+    """GPT-2 keeps the weights of its layers transposed."""
+    model = ["model=local", f"model.path={save_tiny_model('gpt2', tmp_path / 'gpt2')}", "quantization=fp32"]
+    record = run(BaseCache(), tmp_path / "outputs", *model, *given)
+    config = compose([*QUICK, *model, *given])
+    folder = OutputPaths.of(tmp_path / "outputs").run(record.run_id).weights
+    merged, _ = merged_tuned(config, folder)
+    assert record.scores.trained is not None
+    assert record.scores.after is not None
+    if config.training.qat.format is None:
+        assert record.scores.trained.loss != record.scores.after.loss
+        round_linears(merged, weight_format("int4"), search=True)
+    else:
+        assert record.scores.trained.loss == pytest.approx(record.scores.after.loss, rel=1e-5)
+        tuned = load_tuned(load_base(config, "cpu"), config, folder)
+        assert torch.allclose(logits(tuned), logits(merged), atol=1e-4)
+    layers = dict(body_linears(merged))
+    assert "transformer.h.0.mlp.c_fc" in layers
+    group = 64 * 64 if config.training.qat.format == "ternary" else 64
+    for name in ("transformer.h.0.mlp.c_fc", "transformer.h.1.attn.c_attn"):
+        groups = layers[name].weight.T.reshape(-1, group)
+        assert all(len(values.unique()) <= (3 if group > 64 else 16) for values in groups)
 
 
 def test_a_merged_model_is_rounded_as_its_format_says_and_its_bytes_are_counted(bases: BaseCache, output: Path) -> None:
@@ -199,13 +229,11 @@ def test_what_cannot_ship_is_refused_with_what_would_do(given: list[str], what: 
 
 
 def test_a_format_that_does_not_fit_the_layers_is_refused_before_anything_is_loaded(
-    output: Path, tmp_path: Path
+    output: Path,
 ) -> None:
-    folder = save_tiny_model("gpt2", tmp_path / "gpt2")
     for given, what in (
         (["ship=merged", "ship.format=int4", "ship.group=100"], "192 inputs.*groups of 100"),
         (["training.qat.format=int4", "training.qat.group=48"], "512 inputs.*groups of 48"),
-        (["ship=merged", "model=local", f"model.path={folder}"], "stored transposed"),
     ):
         before = set(OutputPaths.of(output).runs.iterdir()) if OutputPaths.of(output).runs.is_dir() else set()
         with pytest.raises(QloraExpError, match=what):

@@ -220,7 +220,7 @@ unfold(location.hash && document.getElementById(decodeURIComponent(location.hash
 let foldedBefore = [];
 addEventListener("beforeprint", () => {
   printing = true;
-  foldedBefore = [...document.querySelectorAll("details.section:not([open])")].filter((one) => one.id !== "runs");
+  foldedBefore = [...document.querySelectorAll("details:not([open])")].filter((one) => one.id !== "runs");
   foldedBefore.forEach((one) => { one.open = true; });
   if (data.figures.length) draw();
 });

@@ -18,11 +18,11 @@ GivenSettings = Sequence[str | Mapping[str, Any]]
 
 def run_here(overrides: GivenSettings, quiet: bool) -> LoadedRun:
     """See :func:`qlora_exp.run`."""
-    from qlora_exp.config.compose import compose
+    from qlora_exp.config.compose import compose_run
     from qlora_exp.runs.console import ProgressReporter
     from qlora_exp.runs.execute import execute
 
-    config = compose(list(_texts(overrides)))
+    config = compose_run(list(_texts(overrides)))
     if quiet:
         record = execute(config)
     else:

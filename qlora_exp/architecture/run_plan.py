@@ -9,9 +9,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from qlora_exp.architecture.expert_targets import expert_targets
 from qlora_exp.architecture.shapes import Architecture, WeightShape
 from qlora_exp.architecture.targets import rank_of
-from qlora_exp.architecture.tuned_weights import inserted_shapes, tuned_tensors
+from qlora_exp.architecture.tuned_weights import inserted_shapes, tuned_tensors, whole_tensors
 from qlora_exp.config.allowed_values import INTEGER_MODES, NATIVE_DTYPES
 from qlora_exp.config.enums import ComputeDtype, Method, Quantization
 from qlora_exp.config.schema import Config, LoraConfig, QuantizationConfig, to_plain
@@ -34,9 +35,12 @@ def effective_alpha(lora: LoraConfig) -> float:
 
 
 def alpha_pattern(lora: LoraConfig) -> dict[str, float]:
-    """Return alpha by module of ``lora.rank_pattern``, as PEFT's regular expressions: one scale for all modules."""
+    """Return alpha by module, as PEFT's regular expressions: ``lora.alpha_pattern``, then those that give modules of
+    ``lora.rank_pattern`` the scale of the others."""
     factor = effective_alpha(lora) / lora.r
-    return {re.escape(key): factor * rank for key, rank in (lora.rank_pattern or {}).items()}
+    given = {key: float(alpha) for key, alpha in (lora.alpha_pattern or {}).items()}
+    of_ranks = {key: factor * rank for key, rank in (lora.rank_pattern or {}).items() if key not in given}
+    return {re.escape(key): alpha for key, alpha in (given | of_ranks).items()}
 
 
 def scale(lora: LoraConfig) -> float:
@@ -55,7 +59,11 @@ def lora_parameters(shape: WeightShape, r: int, dora: bool) -> int:
 def trainable_parameters(architecture: Architecture, adapted: Sequence[WeightShape], config: Config) -> int:
     """Return the number of parameters that ``config.method`` trains. ``adapted``: the layers with a LoRA adapter."""
     if config.method.kind is Method.lora:
-        return sum(lora_parameters(shape, rank_of(config.lora, shape.name), config.lora.dora) for shape in adapted)
+        others = sum(tensor.elements for tensor in whole_tensors(architecture, config.lora))
+        for target in expert_targets(architecture, config.lora):
+            others += config.lora.r * target.experts * (target.inputs + target.outputs)
+        ranks = ((shape, rank_of(config.lora, shape.name)) for shape in adapted)
+        return others + sum(lora_parameters(shape, rank, config.lora.dora) for shape, rank in ranks)
     inserted = inserted_shapes(architecture, config.method, adapted)
     if inserted is not None:
         return sum(math.prod(shape) for _, shape in inserted)
@@ -138,6 +146,9 @@ def config_fingerprint(config: Config) -> str:
     plain.pop("method")
     if method := method_settings(config):
         plain["method"] = method
+    for key, value in NEWER_DISTILLATION_DEFAULTS.items():
+        if plain["distillation"][key] == value:
+            del plain["distillation"][key]
     if plain["distillation"]["teacher"] is None:
         del plain["distillation"]
     if plain.pop("ship")["model"] is not None:
@@ -220,7 +231,11 @@ EARLIER_TRAINING_DEFAULTS: dict[str, Any] = {
 }
 """What a training did before these keys existed."""
 
+NEWER_DISTILLATION_DEFAULTS: dict[str, Any] = {"teacher_quantization": None, "mode": "offline"}
+"""Keys that the first runs with a teacher lacked, and what those did."""
+
 EARLIER_DISTILLATION: dict[str, Any] = {
+    **NEWER_DISTILLATION_DEFAULTS,
     "teacher": None,
     "divergence": "forward",
     "temperature": 1.0,
@@ -260,7 +275,9 @@ def check_integer_groups(architecture: Architecture, quantization: QuantizationC
 
 EARLIER_GROUP = 64
 """``quantization.group`` of runs before it existed: only integer modes read it."""
-EARLIER_LORA_DEFAULTS: dict[str, Any] = {"loraplus_lr_ratio": None, "rank_pattern": None}
+EARLIER_LORA_DEFAULTS: dict[str, Any] = dict.fromkeys(
+    ("loraplus_lr_ratio", "rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters")
+)
 """What adapters had before these keys existed."""
 
 
@@ -324,6 +341,8 @@ def make_plan(
     check_integer_groups(architecture, config.quantization)
     shapes = {shape.name: shape for shape in architecture.weights}
     adapted, is_lora = [shapes[name] for name in modules], config.method.kind is Method.lora
+    experts = expert_targets(architecture, config.lora) if is_lora else ()
+    endings = {name.rsplit(".", 1)[-1] for name in (*modules, *(target.name for target in experts))}
     training, device = config.training, environment.device
     micro_batch_size = training.micro_batch_size or training.batch_size
     max_steps = training.max_steps
@@ -342,9 +361,10 @@ def make_plan(
         architecture=architecture.model_type,
         total_parameters=architecture.total_parameters,
         trainable_parameters=trainable_parameters(architecture, adapted, config),
-        full_parameters_of_adapted_modules=sum(shape.in_features * shape.out_features for shape in adapted),
-        target_modules=tuple(sorted({name.rsplit(".", 1)[-1] for name in modules})),
-        adapted_modules=len(adapted),
+        full_parameters_of_adapted_modules=sum(shape.in_features * shape.out_features for shape in adapted)
+        + sum(target.elements for target in experts),
+        target_modules=tuple(sorted(endings)),
+        adapted_modules=len(adapted) + len(experts),
         alpha=effective_alpha(config.lora) if is_lora else None,
         scale=scale(config.lora) if is_lora else None,
         device=device.kind,
@@ -362,6 +382,7 @@ def make_plan(
         length_multiple=length_multiple,
         logits_multiple=logits_multiple,
         inputs_rounded_in=inputs_rounded_in(config.quantization.mode, device.kind),
+        unpacked_from=architecture.unpacked_from,
     )
 
 

@@ -79,6 +79,8 @@ class Architecture:
     """The sliding window of the layers that have one, in tokens; ``None``: all layers see all tokens."""
     others: tuple[OtherTensor, ...] = ()
     experts: tuple[Experts, ...] = ()
+    unpacked_from: str | None = None
+    """The method by which the checkpoint is quantized (``gptq`` …), whose weights are unpacked when they are loaded."""
 
     def __hash__(self) -> int:
         """Hash a few fields only: a plan looks up results by architecture for each of its configurations."""

@@ -53,13 +53,14 @@ def rank_of(lora: LoraConfig, name: str) -> int:
     return lora.r
 
 
-def check_rank_pattern(lora: LoraConfig, modules: Sequence[str]) -> None:
-    """Raise :class:`ModelError` if a key of ``lora.rank_pattern`` fits no target module."""
-    for key in lora.rank_pattern or {}:
-        if not any(name == key or name.endswith(f".{key}") for name in modules):
-            known = sorted({name.rpartition(".")[2] for name in modules})
-            what = f"no target module is called {key}"
-            raise ModelError(what, f"lora.rank_pattern.{key}", nearest(key, known))
+def check_patterns(lora: LoraConfig, modules: Sequence[str]) -> None:
+    """Raise :class:`ModelError` if a key of ``lora.rank_pattern`` or ``lora.alpha_pattern`` fits no target module."""
+    for pattern, keys in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+        for key in keys or {}:
+            if not any(name == key or name.endswith(f".{key}") for name in modules):
+                known = sorted({name.rpartition(".")[2] for name in modules})
+                what = f"no target module is called {key}"
+                raise ModelError(what, f"lora.{pattern}.{key}", nearest(key, known))
 
 
 def rank_warning(architecture: Architecture, modules: Sequence[str], lora: LoraConfig) -> str | None:
@@ -68,9 +69,9 @@ def rank_warning(architecture: Architecture, modules: Sequence[str], lora: LoraC
     A change of a weight can't have a higher rank than its smaller dimension.
 
     Raises:
-        ModelError: so high a rank with PiSSA or OLoRA, which need ``lora.r`` directions; OLoRA on GPT-2's layers.
+        ModelError: so high a rank with PiSSA, OLoRA or EVA, which need ``lora.r`` directions; OLoRA on GPT-2's layers.
     """
-    check_rank_pattern(lora, modules)
+    check_patterns(lora, modules)
     names = set(modules)
     transposed = next((shape for shape in architecture.weights if shape.name in names and shape.kind == "conv1d"), None)
     if lora.init is AdapterInit.olora and transposed is not None:
@@ -83,6 +84,12 @@ def rank_warning(architecture: Architecture, modules: Sequence[str], lora: LoraC
     }
     if not too_narrow:
         return None
+    adapted = (shape for shape in architecture.weights if shape.name in names)
+    few = next((shape for shape in adapted if rank_of(lora, shape.name) > shape.in_features), None)
+    if lora.init is AdapterInit.eva and few is not None:
+        rank = rank_of(lora, few.name)
+        what = f"EVA can't take {rank} directions from the inputs of {few.name}, which has {few.in_features}"
+        raise ModelError(what, f"lora.r = {lora.r}", f"lora.r={few.in_features} or less, or lora.init=kaiming")
     narrowest = min(too_narrow)
     layer = too_narrow[narrowest]
     what = f"{layer.name} is {layer.in_features} × {layer.out_features}: the rank of its update is {narrowest} at most"

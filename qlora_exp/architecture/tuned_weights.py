@@ -11,8 +11,8 @@ from qlora_exp.architecture.shapes import DTYPES, Architecture, ElementBytes, We
 from qlora_exp.architecture.targets import resolve_targets
 from qlora_exp.config.enums import Method
 from qlora_exp.config.peft_kinds import peft_kind_of
-from qlora_exp.config.schema import Config, MethodConfig
-from qlora_exp.errors import ModelError
+from qlora_exp.config.schema import Config, LoraConfig, MethodConfig
+from qlora_exp.errors import ModelError, nearest
 
 LAYER_NUMBER = re.compile(r"^(?:.*?\.)?(\d+)\.")
 """The number of a decoder layer in a tensor's name."""
@@ -99,6 +99,35 @@ def tuned_tensors(architecture: Architecture, method: MethodConfig) -> tuple[Tun
         what = "none of these parameters is in these layers"
         raise ModelError(what, f"method.layers = {method.layers}", "method.layers=null")
     return tuple(tensor for tensor in tensors if tensor.name in names)
+
+
+def whole_tensors(architecture: Architecture, lora: LoraConfig) -> tuple[TunedTensor, ...]:
+    """Return the tensors of ``lora.modules_to_save``, which are trained whole next to LoRA's adapters: the embeddings',
+    the output head's.
+
+    Raises:
+        ModelError: a name is none of these, or embeddings and head are one matrix.
+    """
+    if lora.modules_to_save is None:
+        return ()
+    tensors = [tensor for tensor in _all_tensors(architecture) if tensor.part in ("embeddings", "head")]
+    modules = [tensor.name.rpartition(".")[0] for tensor in tensors]
+    head = architecture.output_head
+    known = sorted({name.rpartition(".")[2] for name in (*modules, head or "") if name})
+    chosen: set[str] = set()
+    for ending in lora.modules_to_save:
+        where = f"lora.modules_to_save = {ending}, architecture {architecture.model_type}"
+        matches = {name for name in (*modules, head or "") if name == ending or name.endswith(f".{ending}")}
+        if not matches:
+            linear = any(shape.name == ending or shape.name.endswith(f".{ending}") for shape in architecture.weights)
+            what = f"{ending} is a linear layer" if linear else f"no embedding or output head is called {ending}"
+            raise ModelError(what, where, "targets gives it an adapter" if linear else nearest(ending, known))
+        chosen |= matches
+    if head is not None and head not in modules and chosen:
+        what = "the embeddings are the output head, too (they are tied), and a trained copy of one would untie them"
+        hint = "method=selective method.parameters=[embeddings] trains both; or lora.modules_to_save=null"
+        raise ModelError(what, f"lora.modules_to_save = {lora.modules_to_save}", hint)
+    return tuple(tensor for tensor, name in zip(tensors, modules, strict=True) if name in chosen)
 
 
 def tuned_layers(architecture: Architecture, method: MethodConfig) -> frozenset[int] | None:

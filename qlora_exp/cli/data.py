@@ -54,6 +54,7 @@ def validate(
 ) -> int:
     """Check configuration and data without loading weights."""
     from qlora_exp.architecture.targets import rank_warning
+    from qlora_exp.formatting import print_wrapped
     from qlora_exp.runs.execute import preflight
 
     config, prepared, environment = _prepared([*combined_overrides(source, overrides), *forced(force)])
@@ -77,9 +78,8 @@ def validate(
             content | {"plan": to_dict(prepared.plan), "data": to_dict(prepared.splits.record), "warnings": warnings}
         )
         return 0
-    print("\n".join(_summary_lines(config, prepared.plan, prepared.splits)))
-    for text in warnings:
-        print(f"  warning  {text}")
+    print_wrapped(_summary_lines(config, prepared.plan, prepared.splits))
+    print_wrapped(f"  warning  {text}" for text in warnings)
     return 0
 
 
@@ -154,11 +154,11 @@ def _prepared(overrides: list[str]) -> tuple[Config, Prepared, Environment]:
     weights."""
     from dataclasses import replace
 
-    from qlora_exp.config.compose import compose
+    from qlora_exp.config.compose import compose_run
     from qlora_exp.runs.process import hide_other_gpus, set_threads, silence_libraries
     from qlora_exp.system import heap
 
-    config = compose(overrides)
+    config = compose_run(overrides)
     hide_other_gpus(config.training.device)
     set_threads(config.training.threads)
     silence_libraries()
@@ -184,6 +184,7 @@ def _summary_lines(config: Config, plan: Plan, splits: Splits) -> list[str]:
     rounded_in = " and ".join(plan.inputs_rounded_in or ())
     rounded = f", inputs rounded to 8 bits in {rounded_in}" if rounded_in else ""
     epochs = f" ({config.training.epochs:g} epochs of {data.train_items} rows)" if config.training.epochs else ""
+    unpacked = f"unpacked from {plan.unpacked_from}, " if plan.unpacked_from is not None else ""
     dropped = f", {data.dropped_rows} rows dropped" if data.dropped_rows else ""
     tuning = f"method   {method_name(to_plain(config))}"
     if plan.alpha is not None:
@@ -192,7 +193,7 @@ def _summary_lines(config: Config, plan: Plan, splits: Splits) -> list[str]:
     return [
         "valid",
         f"  model    {model_name(vars(config.model))} {config.model.variant.value} ({plan.architecture}, "
-        f"{plan.total_parameters:,} parameters), {plan.weight_dtype} weights, "
+        f"{plan.total_parameters:,} parameters), {unpacked}{plan.weight_dtype} weights, "
         f"computing in {plan.compute_dtype} on {plan.device}{rounded}",
         f"  {tuning}: {plan.trainable_parameters:,} trained parameters ({share:.2%})",
         f"  data     {data.task}: {data.train_items} train, {data.validation_items} validation, "

@@ -1,4 +1,4 @@
-"""``inspect``: how a run's model generates, token by token, next to its base. ``chat``: a conversation with both."""
+"""``inspect``: how a model generates, token by token, next to its base. ``chat``: a conversation with both."""
 
 from __future__ import annotations
 
@@ -8,15 +8,36 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qlora_exp.cli.arguments import OutputRoot, Run, examples, outputs_of
+from qlora_exp.cli.arguments import OutputRoot, complete_runs, examples, outputs_of
 
 if TYPE_CHECKING:
+    from qlora_exp.inspection.chat import Conversation
     from qlora_exp.inspection.page import Inspection
     from qlora_exp.inspection.sampling import Sampling
     from qlora_exp.inspection.steps import GeneratedToken
+    from qlora_exp.inspection.subject import Subject
 
+EMPTY = "(nothing: the answer ends at once)"
 OPTIONS_SHOWN = 5
 """Labels in the terminal; ``--json`` and ``--html`` have all."""
+
+RunOrFile = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN",
+        help="A run's id, a unique beginning or end of it, 'last', the run's folder, or a GGUF file",
+        autocompletion=complete_runs,
+        show_default=False,
+    ),
+]
+Gguf = Annotated[
+    str | None,
+    typer.Option(
+        "--gguf",
+        metavar="FILE",
+        help="A GGUF file in place of the run's own model: a path, 'exported', or the name of an exported one as q8_0",
+    ),
+]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -27,16 +48,22 @@ def add_to(app: typer.Typer) -> None:
             "qlora-exp inspect last 'a large wild cat' --top 3",
             "qlora-exp inspect last --item 0 --branch '0= plant' --html item.html",
             "qlora-exp inspect last --item 0 --sample temperature=0.7,top_p=0.9,seed=1",
+            "qlora-exp inspect last --item 0 --gguf exported",
+            "qlora-exp inspect my_model/model-q4_0.gguf 'a large wild cat'",
         ),
     )(inspect_run)
     app.command(
         "chat",
-        epilog=examples("qlora-exp chat last", "qlora-exp chat last --only tuned --sample temperature=0.7"),
+        epilog=examples(
+            "qlora-exp chat last",
+            "qlora-exp chat last --only tuned --sample temperature=0.7",
+            "qlora-exp chat my_model/model-q4_0.gguf",
+        ),
     )(chat)
 
 
 def inspect_run(
-    run: Run,
+    run: RunOrFile,
     prompt: Annotated[
         str | None, typer.Argument(metavar="[PROMPT]", help="A prompt, instead of --item", show_default=False)
     ] = None,
@@ -55,28 +82,29 @@ def inspect_run(
         list[str] | None,
         typer.Option(metavar="STEP=TEXT", help="Make the model say TEXT at a step and go on; can be repeated"),
     ] = None,
+    gguf: Gguf = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON")] = False,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write an offline page")] = None,
     output_root: OutputRoot = None,
 ) -> int:
-    """Show how a run's model generates an answer: tokens, probabilities, alternatives, next to its base model.
+    """Show how a model generates an answer: tokens, probabilities, alternatives, next to its base model.
 
-    The model's own probabilities are shown. A sampled token also has those that it was drawn from.
+    The model is a run's, or a GGUF file. Its own probabilities are shown; a sampled token also has those that it was
+    drawn from.
     """
-    from qlora_exp.errors import ConfigError, RecordError
-    from qlora_exp.records.find import find_run
+    from qlora_exp.errors import ConfigError
 
     if (prompt is None) == (item is None):
         what = "a prompt and an item are given" if prompt is not None else "there is nothing to inspect"
         raise ConfigError(what, "qlora-exp inspect", "give either a PROMPT or --item N, e.g. --item 0")
     sampling, branches = _sampling(sample), dict(map(_branch, branch or ()))
-    paths = find_run(run, outputs_of(output_root))
-    from qlora_exp.runs.process import silence_libraries
-
-    silence_libraries()
+    html = html.expanduser() if html is not None else None
+    if html is not None:
+        _make_folder_of(html, "--html FILE")
+    subject = _subject(run, gguf, output_root)
     from qlora_exp.inspection.inspect_run import inspect_prompt
 
-    inspection = inspect_prompt(paths, prompt, item, steps, top, sampling, branches)
+    inspection = inspect_prompt(subject, prompt, item, steps, top, sampling, branches)
     if html is not None:
         from qlora_exp.inspection.page import as_html
         from qlora_exp.records.files import write_text
@@ -84,7 +112,7 @@ def inspect_run(
         try:
             write_text(html, as_html(inspection))
         except OSError as error:
-            raise RecordError(f"the page can't be written: {error.strerror}", str(html), "--html FILE") from None
+            raise _not_written(html, error.strerror, "--html FILE") from None
     if as_json:
         from qlora_exp.cli.tables import print_json
         from qlora_exp.inspection.page import as_json as to_json
@@ -95,6 +123,35 @@ def inspect_run(
     if html is not None:
         print(f"page: {html}")
     return 0
+
+
+def _subject(run: str, gguf: str | None, output_root: str | None) -> Subject:
+    from qlora_exp.errors import ConfigError
+
+    if gguf is not None and run.lower().endswith(".gguf"):
+        raise ConfigError("two GGUF files are given", f"--gguf {gguf}", "RUN --gguf FILE, or the file alone")
+    from qlora_exp.runs.process import silence_libraries
+
+    silence_libraries()
+    from qlora_exp.inspection.subject import find_subject
+
+    return find_subject(run, gguf, outputs_of(output_root))
+
+
+def _make_folder_of(file: Path, hint: str) -> None:
+    """Make the folder before a model is loaded for the file."""
+    try:
+        file.absolute().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_written(file, error.strerror, hint) from None
+    if file.is_dir():
+        raise _not_written(file, "it is a folder", hint)
+
+
+def _not_written(file: Path, why: str | None, hint: str) -> Exception:
+    from qlora_exp.errors import RecordError
+
+    return RecordError(f"the file can't be written: {why}", str(file), hint)
 
 
 CHAT_HELP = """\
@@ -108,7 +165,7 @@ CHAT_HELP = """\
 
 
 def chat(
-    run: Run,
+    run: RunOrFile,
     only: Annotated[str | None, typer.Option(metavar="MODEL", help="Only one model answers: tuned or base")] = None,
     steps: Annotated[
         int | None, typer.Option(help="At most so many tokens an answer; default: as in the run's evaluation", min=1)
@@ -116,9 +173,10 @@ def chat(
     sample: Annotated[
         str | None, typer.Option(metavar="SETTINGS", help="Draw tokens, e.g. temperature=0.7,top_p=0.9,seed=1")
     ] = None,
+    gguf: Gguf = None,
     output_root: OutputRoot = None,
 ) -> int:
-    """Talk to a run's model and its base, in the run's chat template or plain format.
+    """Talk to a model and its base, in the run's chat template or plain format. The model is a run's, or a GGUF file.
 
     Messages are read from standard input, one a line; /help lists the commands. Each model continues its own answers.
     """
@@ -126,49 +184,98 @@ def chat(
     import sys
 
     from qlora_exp.errors import ConfigError, QloraExpError, nearest
-    from qlora_exp.records.files import read_record
-    from qlora_exp.records.find import find_run
 
     if only not in (None, "tuned", "base"):
         raise ConfigError(f"there is no model {only!r}", f"--only {only}", nearest(only or "", ("tuned", "base")))
-    sampling, paths = _sampling(sample), find_run(run, outputs_of(output_root))
-    from qlora_exp.runs.process import silence_libraries
-
-    silence_libraries()
-    from qlora_exp.export.tuned_model import load_tuned_model
+    sampling = _sampling(sample)
+    subject = _subject(run, gguf, output_root)
     from qlora_exp.inspection.chat import Conversation
     from qlora_exp.inspection.sampling import Sampling
-    from qlora_exp.runs.entry_points import config_from_plain
 
-    record = read_record(paths.record)
-    model, tokenizer = load_tuned_model(record, paths, "auto")
-    talk = Conversation(model, tokenizer, config_from_plain(record.config), record, steps, sampling or Sampling())
-    sides = [only] if only else ["tuned", "base"]
+    if only == "base" and subject.record is None:
+        raise ConfigError("the base of this file isn't known", "--only base", "RUN --gguf FILE")
+    talk = Conversation(subject.models(None), subject, steps, sampling or Sampling())
+    sides = [only] if only else talk.sides
+    for note in subject.notes:
+        print(f"note: {note}.")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
+    print(f"{subject.name}: {' and '.join(sides)}.")
     if not talk.is_chat:
-        print("The run's format is plain: each message is a prompt by itself.")
-    print("/help lists the commands; an empty line is ignored.")
-    while True:
-        print("> ", end="", flush=True)
-        line = sys.stdin.readline()
-        message = line.rstrip("\n")
-        if not line or message.strip() in ("/quit", "/exit"):
-            print()
-            return 0
+        print(f"The format is plain: each message is a whole prompt{_example_of(subject)}.")
+    print("/help lists the commands; Ctrl-C ends an answer, Ctrl-D the conversation.")
+    while (line := _next_message()) is not None:
+        message = line.strip()
+        if message in ("/quit", "/exit"):
+            break
         try:
             if message.startswith("/"):
                 sides = _command(message, talk, sides)
-            elif message.strip():
-                for side in sides:
-                    print(f"{side}: ", end="", flush=True)
-                    talk.answer(message, side, lambda text: print(text, end="", flush=True))
-                    print()
+            elif message:
+                _answer(line if talk.is_chat else line.replace("\\n", "\n"), talk, sides)
+        except KeyboardInterrupt:
+            print("\nstopped: the answer isn't part of the conversation", flush=True)
         except QloraExpError as error:
-            print(f"\nerror: {error}", flush=True)
+            print(f"error: {error}", flush=True)
+    return 0
 
 
-def _command(message: str, talk: Any, sides: list[str]) -> list[str]:
+def _example_of(subject: Subject) -> str:
+    """Return a prompt of the run, in the form in which it can be typed."""
+    from itertools import chain
+
+    from qlora_exp.errors import RecordError
+    from qlora_exp.inspection.page import printable
+    from qlora_exp.records.items import read_items
+
+    try:
+        rows = read_items(subject.paths.folder) if subject.paths is not None else []
+    except RecordError:
+        rows = []
+    prompts = chain((row["prompt"] for row in rows if row["prompt"] and len(row["prompt"]) < 300), [None])
+    prompt = next(prompts)
+    return "" if prompt is None else f", as {printable(prompt.replace(chr(10), chr(92) + 'n'))} (\\n is a line break)"
+
+
+def _next_message() -> str | None:
+    """Return the next line from standard input, with line editing on a terminal; ``None`` at its end."""
+    import contextlib
+    import sys
+
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        with contextlib.suppress(ImportError):  # not on Windows
+            import readline  # noqa: F401  input() uses it
+        try:
+            return input("> ")
+        except EOFError:
+            print()
+            return None
+        except KeyboardInterrupt:
+            print()
+            return ""
+    print("> ", end="", flush=True)
+    line = sys.stdin.readline()
+    if not line:
+        print()
+    return line.rstrip("\n") if line else None
+
+
+def _answer(message: str, talk: Conversation, sides: Sequence[str]) -> None:
+    """Print the answers while they are generated."""
+    from qlora_exp.errors import QloraExpError
+    from qlora_exp.inspection.page import printable
+
+    for side in sides:
+        print(f"{side}: ", end="", flush=True)
+        try:
+            answer = talk.answer(message, side, lambda text: print(printable(text), end="", flush=True))
+        except QloraExpError:
+            print()
+            raise
+        print("" if answer else EMPTY)
+
+
+def _command(message: str, talk: Conversation, sides: list[str]) -> list[str]:
     """Carry out a command of the conversation, and return which models answer from now on."""
     from qlora_exp.errors import ConfigError, nearest
     from qlora_exp.inspection.sampling import Sampling
@@ -176,24 +283,38 @@ def _command(message: str, talk: Any, sides: list[str]) -> list[str]:
 
     name, _, rest = message.strip().partition(" ")
     if name in ("/tuned", "/base", "/both"):
-        return [name[1:]] if name != "/both" else ["tuned", "base"]
-    if name == "/sample":
+        if name != "/tuned" and not talk.models.has_base:
+            raise ConfigError("the base of this file isn't known", name, "qlora-exp chat RUN --gguf FILE")
+        sides = [name[1:]] if name != "/both" else talk.sides
+        print(f"{' and '.join(sides)} from now on")
+    elif name == "/sample":
         talk.sampling = Sampling() if rest in ("", "off") else _sampling(rest) or Sampling()
+        print("tokens are drawn" if talk.sampling.temperature > 0 else "the most likely tokens are taken")
     elif name == "/system":
+        if not talk.is_chat:
+            raise ConfigError("the plain format has no system message", name, "write it into the prompt")
         talk.system = rest or None
         talk.forget()
+        print(f"a new conversation, {'with' if rest else 'without'} a system message")
     elif name == "/new":
         talk.forget()
+        print("a new conversation")
     elif name == "/inspect":
+        if not talk.last_steps:
+            raise ConfigError("the tuned model hasn't answered yet", name, "a message first")
         _print_steps(talk.last_steps, 3)
     elif name == "/save":
         if not rest:
             raise ConfigError("there is no file to save to", name, "/save FILE")
+        file, record = Path(rest).expanduser(), talk.subject.record
+        _make_folder_of(file, "/save FILE")
         turns = {side: [{"role": role, "content": text} for role, text in talk.turns[side]] for side in talk.turns}
+        run = {"run_id": record.run_id if record is not None else None, "file": talk.subject.file}
         try:
-            write_json(Path(rest), {"run_id": talk.record.run_id, "system": talk.system, **turns})
+            write_json(file, {**run, "system": talk.system, **turns})
         except OSError as error:
-            raise ConfigError(f"the file can't be written: {error.strerror}", rest, "/save FILE") from None
+            raise _not_written(file, error.strerror, "/save FILE") from None
+        print(f"saved: {file}")
     elif name == "/help":
         print(CHAT_HELP)
     else:
@@ -241,12 +362,16 @@ def _branch(text: str) -> tuple[int, str]:
 
 def _print(inspection: Inspection, top: int) -> None:
     from qlora_exp.formatting import plain_table, print_table
-    from qlora_exp.inspection.page import option_line
+    from qlora_exp.inspection.page import option_line, printable
 
-    print(inspection.prompt)
+    for note in inspection.notes:
+        print(f"note: {note}.")
+    print(printable(inspection.prompt))
     print(f"({len(inspection.prompt_tokens)} tokens; · is a space, ⏎ a line break)\n")
     _print_steps(inspection.steps, top)
-    print(f"\ntuned:        {inspection.answer.strip()}\nbase:         {inspection.base_answer.strip()}")
+    print(f"\ntuned:        {printable(inspection.answer.strip()) or EMPTY}")
+    if inspection.base_answer is not None:
+        print(f"base:         {printable(inspection.base_answer.strip()) or EMPTY}")
     if inspection.expected is not None:
         print(f"right answer: {inspection.expected}")
     if inspection.options:
@@ -254,7 +379,7 @@ def _print(inspection: Inspection, top: int) -> None:
         lines = option_line(inspection.options, inspection.expected, OPTIONS_SHOWN)
         marks = ["← right" if one.label == inspection.expected else "" for one in lines]
         cells = [
-            (one.label, f"{one.tuned:.3f}", f"{one.base:.3f}", mark) for one, mark in zip(lines, marks, strict=True)
+            (one.label, f"{one.tuned:.3f}", _figure(one.base, 3), mark) for one, mark in zip(lines, marks, strict=True)
         ]
         print_table(plain_table((f"label (of {len(inspection.options)})", "p tuned", "p base", ""), cells))
 
@@ -263,13 +388,16 @@ def _print_steps(steps: Sequence[GeneratedToken], shown: int) -> None:
     from qlora_exp.formatting import plain_table, print_table
     from qlora_exp.inspection.page import visible_token
 
-    headings = ("", "token", "tuned", "base", "base rank", "entropy", "KL", "tuned, or", "base says")
+    headings: tuple[str, ...] = ("", "token", "tuned", "base", "base rank", "entropy", "KL", "tuned, or", "base says")
+    if all(step.probability_base is None for step in steps):
+        headings = ("", "token", "tuned", "entropy", "tuned, or")
     rows = [(str(number), *_cells(step, shown)) for number, step in enumerate(steps)]
     print_table(plain_table(headings, rows))
     for number, step in enumerate(steps):
         if step.drawn_from is not None:
             drawn = ", ".join(f"{visible_token(one.text)} {one.probability:.3f}" for one in step.drawn_from)
-            print(f"step {number} was drawn from {step.drawn_candidates} tokens: {drawn}")
+            chance = _figure(step.drawn_probability, 3)
+            print(f"step {number} was drawn with {chance} from {step.drawn_candidates} tokens: {drawn}")
 
 
 def _cells(step: GeneratedToken, shown: int) -> tuple[str, ...]:
@@ -277,12 +405,20 @@ def _cells(step: GeneratedToken, shown: int) -> tuple[str, ...]:
     from qlora_exp.inspection.page import visible_token
 
     others = [one for one in step.top_tuned if one.token_id != step.token_id][: shown - 1]
-    tops = [
+    tuned, base = (
         "  ".join(f"{visible_token(one.text)} {one.probability:.2f}" for one in alternatives)
         for alternatives in (others, step.top_base[: max(1, shown - 2)])
-    ]
-    text = visible_token(step.text) + (" (forced)" if step.forced else "")
-    return (
-        *(text, f"{step.probability_tuned:.3f}", f"{step.probability_base:.3f}", str(step.rank_base)),
-        *(f"{step.entropy_tuned:.2f}", f"{step.divergence:.2f}", *tops),
     )
+    text = visible_token(step.text) + (" (forced)" if step.forced else "")
+    if step.probability_base is None:
+        return text, f"{step.probability_tuned:.3f}", f"{step.entropy_tuned:.2f}", tuned
+    return (
+        *(text, f"{step.probability_tuned:.3f}", _figure(step.probability_base, 3), str(step.rank_base)),
+        *(f"{step.entropy_tuned:.2f}", _figure(step.divergence, 2), tuned, base),
+    )
+
+
+def _figure(value: float | None, digits: int) -> str:
+    from qlora_exp.formatting import UNKNOWN_CELL
+
+    return UNKNOWN_CELL if value is None else f"{value:.{digits}f}"

@@ -160,14 +160,17 @@ def ui(
         ),
     ] = None,
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1")] = 5000,
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="Open no page in the browser")] = False,
     output_root: OutputRoot = None,
 ) -> int:
-    """Serve the runs in the MLflow UI, on 127.0.0.1, and print the addresses of its pages.
+    """Serve the runs in the MLflow UI, on 127.0.0.1, print the addresses of its pages, and open one in the browser.
 
-    End it with Ctrl-C.
+    The page is the named runs side by side, or the list of all runs. Without a terminal or a display, and over SSH,
+    none is opened. End it with Ctrl-C.
     """
     from qlora_exp.records.files import read_record
     from qlora_exp.records.find import find_run, read_runs, tracking_uri
+    from qlora_exp.tracking.browser import has_browser, open_when_served
     from qlora_exp.tracking.state import read_state
     from qlora_exp.tracking.ui import answers_url, charts_url, compare_url, runs_url, ui_command, ui_environment
 
@@ -178,6 +181,7 @@ def ui(
     _check_free(port)
     address = f"http://127.0.0.1:{port}"
     print(f"MLflow UI: {address}", flush=True)
+    page = address
     state = read_state(outputs.run(records[-1].run_id)) if records else None
     if state is not None and state.experiment_id is not None:
         states = [read_state(outputs.run(record.run_id)) for record in compared or _worth_comparing(records)]
@@ -189,8 +193,11 @@ def ui(
         }
         if len(ids) > 1:
             pages[f"{len(ids)} runs side by side:"] = compare_url(address, state.experiment_id, ids)
+        page = list(pages.values())[-1 if runs and len(ids) > 1 else 0]
         # An address on a line without other text: terminals make it a link, also where they break the line.
         print("\n".join(f"{what}\n{url}" for what, url in pages.items()), flush=True)
+    if not no_browser and has_browser(os.environ, sys.stdout.isatty()):
+        open_when_served(page)
     # The server replaces this process, so that it gets the signals, and its exit code is ours.
     os.execve(command[0], command, ui_environment())
 

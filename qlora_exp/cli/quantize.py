@@ -82,7 +82,7 @@ def quantize_command(
     from qlora_exp.runs.console import ProgressReporter
 
     with ProgressReporter() as observer:
-        quantization, file = quantize_run(paths, settings, observer.phase)
+        quantization, file = quantize_run(paths, settings, observer.phase, observer.note)
     if as_json:
         print(file.read_text(encoding="utf-8"), end="")
         return 0

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qlora_exp.cli.arguments import OutputRoot, complete_studies, examples, outputs_of
+from qlora_exp.cli.arguments import AsJson, OutputRoot, complete_studies, examples, outputs_of
 
 if TYPE_CHECKING:
     from qlora_exp.analysis.margin import Margin
     from qlora_exp.analysis.report_content import ReportContent, StudyInfo
     from qlora_exp.paths import OutputPaths, StudyPaths
+    from qlora_exp.records.items import ItemLoss
     from qlora_exp.records.types import RunRecord
     from qlora_exp.study.study import Study
     from qlora_exp.study.types import StudySpec
@@ -77,6 +78,7 @@ def report(
             " with --output, also write it to the files",
         ),
     ] = None,
+    as_json: AsJson = False,
     output_root: OutputRoot = None,
 ) -> int:
     """Write report.html, report.md and runs.csv: the answer in words, and its evidence."""
@@ -85,7 +87,8 @@ def report(
 
     from qlora_exp.analysis.margin import MarginUnit, parse_margin
     from qlora_exp.analysis.report import only_section
-    from qlora_exp.analysis.report_content import to_csv, to_html, to_markdown
+    from qlora_exp.analysis.report_content import report_object, to_csv, to_html, to_markdown
+    from qlora_exp.cli.tables import print_json
     from qlora_exp.errors import RecordError
     from qlora_exp.records.files import write_text
     from qlora_exp.records.find import find_study
@@ -96,8 +99,11 @@ def report(
     content, runs = content_of(study_paths, outputs, margin)
     if only is not None:
         content = only_section(content, only)
-        print(to_markdown(content))
+        if not as_json:
+            print(to_markdown(content))
         if output is None:
+            if as_json:
+                print_json({**report_object(content), "files": {}})
             return 0
     folder = output or (study_paths[0].folder if study_paths else outputs.root)
     # The links stay valid if the run folders and the report are moved together.
@@ -111,6 +117,9 @@ def report(
             raise RecordError(what, str(folder / name), "--output DIR") from None
     for paths in study_paths if output is None else ():
         _log_report(paths, runs, outputs)
+    if as_json:
+        print_json({**report_object(content), "files": {name: str(folder / name) for name in files}})
+        return 0
     if only is None:
         print("\n".join(content.headline or [str(content.why_none)]))
         for card in content.cards:
@@ -137,6 +146,8 @@ def content_of(
         curves=lambda record: training_losses(read_curve(outputs.run(record.run_id).curve)),
         command_of=partial(_command, study_paths, outputs),
         answers=partial(_answers, outputs),
+        losses=partial(_losses, outputs),
+        quantized=partial(_quantization, outputs),
     )
     return content, runs
 
@@ -251,15 +262,37 @@ def _read_json(file: Path) -> Any:
         raise RecordError(f"the file can't be read: {error}", str(file), "delete it, or resume the study") from None
 
 
-def _answers(outputs: OutputPaths, record: RunRecord) -> list[dict[str, Any]]:
-    """Return the run's items; empty if it has none that can be read."""
+def _answers(outputs: OutputPaths, record: RunRecord, ids: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Return the run's items, all or those of ``ids``; empty if it has none that can be read."""
     from qlora_exp.errors import RecordError
     from qlora_exp.records.items import read_items
 
     try:
-        return read_items(outputs.run(record.run_id).folder)
+        return read_items(outputs.run(record.run_id).folder, ids=ids)
     except RecordError:
         return []
+
+
+def _losses(outputs: OutputPaths, record: RunRecord) -> list[ItemLoss]:
+    """Return the losses of the run's items; empty if it has none that can be read."""
+    from qlora_exp.errors import RecordError
+    from qlora_exp.records.items import read_item_losses
+
+    try:
+        return read_item_losses(outputs.run(record.run_id).folder)
+    except RecordError:
+        return []
+
+
+def _quantization(outputs: OutputPaths, run_id: str) -> dict[str, Any] | None:
+    """Return what ``qlora-exp quantize`` wrote for the run; ``None`` if there is nothing that can be read."""
+    from qlora_exp.errors import RecordError
+
+    try:
+        content = _read_json(outputs.run(run_id).quantization)
+    except RecordError:
+        return None
+    return content if isinstance(content, dict) and content.get("results") else None
 
 
 def _log_report(paths: StudyPaths, records: list[RunRecord], outputs: OutputPaths) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,6 +26,9 @@ from qlora_exp.cli.settings_file import combined_overrides
 from qlora_exp.errors import ConfigError, RecordError
 from qlora_exp.system import signals, streams
 from qlora_exp.system.distributed import check_single_rank
+
+if TYPE_CHECKING:
+    from qlora_exp.config.schema import Config
 
 Curve = Annotated[
     bool | None,
@@ -86,7 +89,9 @@ def run(
         from qlora_exp.orchestration.hydra_app import main
 
         return main(["--multirun", *all_overrides])
-    return _run(all_overrides, curve)
+    from qlora_exp.config.compose import compose_run
+
+    return _run(all_overrides, curve, compose_run)
 
 
 def rerun(
@@ -113,7 +118,9 @@ def rerun(
     training = {**EARLIER_TRAINING_DEFAULTS, **(record.config.get("training") or {})}
     recorded = recorded_overrides(record.replace(config={**record.config, "training": training}), changes)
     print(f"qlora-exp run {shlex.join(recorded)}", flush=True)
-    return _run(recorded, curve)
+    from qlora_exp.config.compose import compose
+
+    return _run(recorded, curve, compose)
 
 
 def _other_lengths_off(changes: Sequence[str], training: Mapping[str, Any]) -> list[str]:
@@ -129,12 +136,11 @@ def _other_lengths_off(changes: Sequence[str], training: Mapping[str, Any]) -> l
     return [f"{key}=null" for key in keys if key not in given and training.get(key.partition(".")[2]) is not None]
 
 
-def _run(overrides: Sequence[str], curve: bool | None) -> int:
-    from qlora_exp.config.compose import compose
+def _run(overrides: Sequence[str], curve: bool | None, composed: Callable[[Sequence[str]], Config]) -> int:
     from qlora_exp.runs.entry_points import run_with_progress
 
     with _interruptible():
-        return run_with_progress(compose(list(overrides)), curve=curve)
+        return run_with_progress(composed(list(overrides)), curve=curve)
 
 
 @contextlib.contextmanager

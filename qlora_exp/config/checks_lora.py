@@ -99,6 +99,9 @@ def lora_problems(config: Config) -> Iterator[ConfigError]:
         what = f"{optimizer} can't train float16 adapters: it divides by at least 1e-8, which is 0 in float16"
         yield config_error(what, "lora.dtype", lora.dtype.value, "lora.dtype=float32, or bfloat16")
     yield from _rank_pattern(config)
+    yield from _alpha_pattern(config)
+    yield from _modules_to_save(config)
+    yield from _target_parameters(config)
     ratio = lora.loraplus_lr_ratio
     if ratio is not None and not (ratio > 0 and math.isfinite(ratio)):
         yield config_error("a ratio of learning rates is positive", "lora.loraplus_lr_ratio", ratio, "16, or null")
@@ -134,6 +137,76 @@ def _rank_pattern(config: Config) -> Iterator[ConfigError]:
     if config.sweep is not None and config.sweep.sampler is Sampler.ladder:
         what = "rank doubling doubles lora.r, and these modules' ranks stay"
         yield config_error(what, "lora.rank_pattern", pattern, "lora.rank_pattern=null")
+
+
+def _alpha_pattern(config: Config) -> Iterator[ConfigError]:
+    lora, pattern = config.lora, config.lora.alpha_pattern
+    if pattern is None:
+        return
+    if not isinstance(pattern, dict) or not pattern:
+        hint = "lora.alpha_pattern={down_proj: 64}, or null"
+        yield config_error("alphas are a mapping of modules", "lora.alpha_pattern", pattern, hint)
+        return
+    for name, alpha in pattern.items():
+        if type(alpha) not in (int, float) or not (alpha > 0 and math.isfinite(alpha)):
+            what, example = "an alpha is a positive number", f"e.g. {2 * lora.r}"
+            yield config_error(what, f"lora.alpha_pattern.{name}", alpha, example)
+        if not re.fullmatch(r"\w+(\.\w+)*", str(name)):
+            hint = "a module's name or its last parts, e.g. self_attn.q_proj"
+            yield config_error(f"{name!r} can't be a module's name", "lora.alpha_pattern", name, hint)
+    for key, used in (("lora.init", lora.init in FROM_WEIGHTS), ("lora.rslora", lora.rslora)):
+        if used:
+            what = "an adapter with several alphas isn't saved in the form that every tool reads with this"
+            value = lora.init.value if key == "lora.init" else lora.rslora
+            yield config_error(what, key, value, "lora.alpha_pattern=null, or another start and scale")
+    if config.sweep is not None and config.sweep.sampler is Sampler.ladder:
+        what = "rank doubling changes alpha with lora.r, and these modules' alphas stay"
+        yield config_error(what, "lora.alpha_pattern", pattern, "lora.alpha_pattern=null")
+
+
+def _modules_to_save(config: Config) -> Iterator[ConfigError]:
+    names = config.lora.modules_to_save
+    if names is None:
+        return
+    key = "lora.modules_to_save"
+    if not names:
+        yield config_error("the list of modules is empty", key, "[]", f"{key}=[lm_head], or null")
+    for name in names:
+        if not re.fullmatch(r"\w+(\.\w+)*", name):
+            hint = "a module's name or its last parts, e.g. lm_head"
+            yield config_error(f"{name!r} can't be a module's name", key, name, hint)
+    if config.method.layers is not None:
+        what = "embeddings and head are in no layer, and method.layers trains layers alone"
+        yield config_error(what, "method.layers", config.method.layers, f"method.layers=null, or {key}=null")
+    if config.training.qat.format is not None:
+        what = "training.qat rounds linear layers, and wasn't measured with a head or embeddings that are trained whole"
+        yield config_error(what, key, names, f"{key}=null, or training.qat.format=null")
+
+
+def _target_parameters(config: Config) -> Iterator[ConfigError]:
+    lora, names = config.lora, config.lora.target_parameters
+    if names is None:
+        return
+    key = "lora.target_parameters"
+    if not names:
+        yield config_error("the list of parameters is empty", key, "[]", f"{key}=[experts.down_proj], or null")
+    for name in names:
+        if not re.fullmatch(r"\w+(\.\w+)*", name):
+            hint = "the last parts of a parameter's name, e.g. experts.down_proj"
+            yield config_error(f"{name!r} can't be a parameter's name", key, name, hint)
+    init = lora.init if lora.init not in (AdapterInit.kaiming, AdapterInit.gaussian) else None
+    for other, value, default in (
+        ("lora.dropout", lora.dropout or None, "0"),
+        ("lora.dora", lora.dora or None, "false"),
+        ("lora.init", init and init.value, "kaiming"),
+        ("lora.rank_pattern", lora.rank_pattern, "null"),
+        ("lora.alpha_pattern", lora.alpha_pattern, "null"),
+        ("method.layers", config.method.layers, "null"),
+        ("training.qat.format", config.training.qat.format, "null"),
+    ):
+        if value is not None:
+            what = "adapters of experts' parameters can't be trained with this"
+            yield config_error(what, other, value, f"{other}={default}, or {key}=null")
 
 
 INIT_NAMES = {AdapterInit.pissa: "PiSSA", AdapterInit.olora: "OLoRA"}

@@ -65,22 +65,26 @@ def method_problems(config: Config) -> Iterator[ConfigError]:
         for key, used in (("dora", config.lora.dora), ("rslora", config.lora.rslora)):
             if used:
                 yield config_error(f"method={name} has no LoRA adapters", f"lora.{key}", True, "method=lora")
-        if config.lora.rank_pattern is not None:
-            what = f"method={name} has no LoRA adapters"
-            yield config_error(what, "lora.rank_pattern", config.lora.rank_pattern, "method=lora, or null")
-        if config.lora.loraplus_lr_ratio is not None:
-            what, ratio = f"method={name} has no LoRA adapters", config.lora.loraplus_lr_ratio
-            yield config_error(what, "lora.loraplus_lr_ratio", ratio, "method=lora, or null")
+        for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters", "loraplus_lr_ratio"):
+            if (value := getattr(config.lora, key)) is not None:
+                yield config_error(f"method={name} has no LoRA adapters", f"lora.{key}", value, "method=lora, or null")
         if config.lora.init is not AdapterInit.kaiming:
             what = f"method={name} has no LoRA adapters"
             yield config_error(what, "lora.init", config.lora.init.value, "method=lora, or lora.init=kaiming")
 
 
+def trains_base_weights(config: Config) -> bool:
+    """Return whether the run trains weights that the base has: by its method, or by ``lora.modules_to_save``."""
+    whole = config.method.kind is Method.lora and config.lora.modules_to_save is not None
+    return whole or config.method.kind in TUNES_WEIGHTS
+
+
 def scaled_16_bit_weights(config: Config) -> ConfigError | None:
     """Return the problem of training the base's own weights in fp16 on a CPU, or ``None``."""
-    if config.method.kind not in TUNES_WEIGHTS or config.quantization.mode is not Quantization.fp16:
+    if not trains_base_weights(config) or config.quantization.mode is not Quantization.fp16:
         return None
-    what = f"method={config.method.kind.value} in fp16 needs a scaled loss, which torch has on GPUs alone"
+    name = "lora.modules_to_save" if config.method.kind is Method.lora else f"method={config.method.kind.value}"
+    what = f"{name} in fp16 needs a scaled loss, which torch has on GPUs alone"
     return config_error(what, "quantization", "fp16", "quantization=bf16 or fp32")
 
 

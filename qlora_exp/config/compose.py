@@ -23,8 +23,9 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from qlora_exp.config.checks import check
 from qlora_exp.config.choices import groups
+from qlora_exp.config.enums import Method
 from qlora_exp.config.interpolations import unresolved_error
-from qlora_exp.config.model_choice import completed
+from qlora_exp.config.model_choice import completed, teacher_run_id
 from qlora_exp.config.override_errors import problems_of
 from qlora_exp.config.overrides import (
     SEARCH_PATH,
@@ -58,6 +59,28 @@ def compose(overrides: Sequence[str]) -> Config:
     raise_all(problems_of(overrides, multirun=False))
     check_hydra(overrides)
     return as_checked_config(compose_raw(overrides))
+
+
+def compose_run(overrides: Sequence[str]) -> Config:
+    """Return the configuration of a single run: :func:`compose`, and ``lora.*`` is refused if the run's method has no
+    LoRA. In a sweep, ``lora.r=8`` may be for one method of several.
+
+    Raises:
+        ConfigError, Problems: as :func:`compose`.
+    """
+    config = compose(overrides)
+    if config.method.kind is not Method.lora:
+        what, hint = f"method={config.method.kind.value} has no LoRA adapters", "method=lora, or leave it out"
+        defaults = read_choice("lora", "default")
+        keys = {text: override_key(text).removeprefix("lora.") for text in overrides if "lora." in override_key(text)}
+        raise_all(
+            [
+                ConfigError(what, text, hint)
+                for text, key in keys.items()
+                if getattr(config.lora, key, None) != getattr(defaults, key, None)
+            ]
+        )
+    return config
 
 
 def check_multirun(overrides: Sequence[str]) -> None:
@@ -272,6 +295,7 @@ def as_config(config: Any) -> Config:
     except OmegaConfBaseException as error:
         raise unresolved_error(error, str(getattr(error, "full_key", None) or "the configuration")) from None
     result.model = completed(result.model, result.output_root)
+    result.distillation.teacher = teacher_run_id(result.distillation.teacher, result.output_root)
     return result
 
 

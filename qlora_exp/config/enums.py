@@ -69,6 +69,15 @@ class RangeChoice(Enum):
     mse = "mse"
 
 
+class DistillationMode(Enum):
+    """What a student learns from its teacher."""
+
+    offline = "offline"
+    """The teacher's probabilities of each learned token of the rows."""
+    answers = "answers"
+    """The texts that the teacher writes in place of the rows' answers (sequence-level distillation)."""
+
+
 class Divergence(Enum):
     """How far the student's distribution is from the teacher's."""
 
@@ -85,6 +94,8 @@ class AdapterInit(Enum):
     gaussian = "gaussian"
     pissa = "pissa"
     olora = "olora"
+    eva = "eva"
+    """A starts as the principal directions of the layer's inputs, on training rows."""
 
 
 class TaskSource(Enum):

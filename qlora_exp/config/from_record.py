@@ -8,7 +8,7 @@ from typing import Any
 from qlora_exp.config.choices import choices, groups
 from qlora_exp.config.compose import compose
 from qlora_exp.config.overrides import escape_interpolations, hydra_value
-from qlora_exp.config.schema import to_plain
+from qlora_exp.config.schema import MAPPING_KEYS, to_plain
 from qlora_exp.errors import RecordError
 from qlora_exp.formatting import flatten
 from qlora_exp.records.redaction import REDACTED
@@ -59,7 +59,7 @@ def recorded_overrides(record: RunRecord, changes: Sequence[str] = ()) -> list[s
 def flat_overrides(settings: Mapping[str, Any]) -> list[str]:
     """Return e.g. ``task=local lora.r=8`` for ``{"task": "local", "lora": {"r": 8}}``; group choices first, as in
     Hydra."""
-    groups_first = sorted(flatten(settings), key=lambda leaf: leaf[0] not in groups())
+    groups_first = sorted(flatten(settings, mappings=MAPPING_KEYS), key=lambda leaf: leaf[0] not in groups())
     return [f"{path}={hydra_value(value)}" for path, value in groups_first]
 
 

@@ -13,7 +13,7 @@ import yaml
 from qlora_exp.config.compose import compose
 from qlora_exp.config.other_tools import COUNTERPARTS, Counterpart, Settings, counterpart, has_key
 from qlora_exp.config.overrides import hydra_value
-from qlora_exp.config.schema import Config
+from qlora_exp.config.schema import MAPPING_KEYS, Config
 from qlora_exp.errors import ConfigError, QloraExpError
 from qlora_exp.records.redaction import redact
 
@@ -65,8 +65,8 @@ OFF: tuple[Any, ...] = (None, "", "no", "NO", "none", "None", False, -1, [], {})
 CONVERSION_NOTES: dict[str, str] = {
     "output_dir": "runs lie in outputs/runs; output_root=DIR replaces outputs",
     "inference_mode": "an adapter is trained",
-    **dict.fromkeys(("layers_to_transform", "layers_pattern", "peft_layers_to_transform"), "all layers get adapters"),
-    **dict.fromkeys(("rank_pattern", "alpha_pattern"), "all modules have one rank and one alpha"),
+    "freeze_trainable_layers": "method.layers, where finetuning_type is freeze",
+    "layers_pattern": "decoder layers are found by their numbers",
     **dict.fromkeys(("model_type", "tokenizer_type", "tokenizer_config"), "read from the model's own files"),
     **dict.fromkeys(("special_tokens", "tokens", "eos_token", "pad_token"), "the tokenizer's own tokens are used"),
     "evals_per_epoch": "training.evaluate_every_steps=N is in steps",
@@ -194,8 +194,22 @@ def converted(tool: str, content: Mapping[str, Any]) -> Imported:
     if "quantization" not in settings and tool in (AXOLOTL_FILE, FACTORY_FILE, SCRIPT_FILE):
         settings["quantization"] = "bf16"
         origins["quantization"] = ["no quantization in the file"]
+    if "method" not in settings and _trains_without_adapter(tool, flat):
+        settings["method"] = "full"
+        origins["method"] = ["no adapter in the file"]
+    if "method" in settings:
+        for ours in [key for key in settings if key.startswith("lora.")]:
+            reason = f"method={settings['method']} has no LoRA adapters"
+            without[f"{', '.join(origins.pop(ours))}: {_short(settings.pop(ours))}"] = reason
     kept = _composing(settings, origins, without)
     return Imported(tool, kept, {key: ", ".join(origins[key]) for key in kept}, without, unneeded)
+
+
+def _trains_without_adapter(tool: str, content: Mapping[str, Any]) -> bool:
+    """Return whether the tool trains all weights because its file names no adapter."""
+    if tool == AXOLOTL_FILE:
+        return not content.get("adapter")
+    return tool == SCRIPT_FILE and "use_peft" not in content and not any(key.startswith("lora_") for key in content)
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -232,7 +246,7 @@ def _own_settings(row: Counterpart | None, value: Any, others: Mapping[str, Any]
 
 def _leaves(settings: Settings) -> Iterator[tuple[str, Any]]:
     for key, value in settings.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and key not in MAPPING_KEYS:
             yield from ((f"{key}.{name}", entry) for name, entry in value.items())
         else:
             yield key, value
@@ -269,7 +283,11 @@ def _composing(settings: Settings, origins: Mapping[str, list[str]], without: di
 
 def _together(settings: Settings) -> Iterator[Settings]:
     """Yield the settings one by one; a group's choice with what its file leaves open, such as ``model.id``."""
-    needed = {"model": ("model.id", "model.path"), "task": ("task.path", "task.hub_id")}
+    needed = {
+        "model": ("model.id", "model.path"),
+        "task": ("task.path", "task.hub_id"),
+        "method": ("method.layers", "method.peft_type", "quantization"),
+    }
     used: set[str] = set()
     for key, value in settings.items():
         if key not in used:

@@ -15,7 +15,7 @@ from qlora_exp.config.enums import Variant
 from qlora_exp.config.schema import ModelConfig, absolute_path
 from qlora_exp.errors import ConfigError, RecordError, nearest
 from qlora_exp.paths import OutputPaths
-from qlora_exp.records.find import find_run
+from qlora_exp.records.find import LAST, find_run
 from qlora_exp.records.model_name import OWNER_AND_NAME, name_of_path
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -97,6 +97,17 @@ def adapter_folder(adapter: str, output_root: str) -> str:
     raise RecordError(f"there is no adapter {adapter}", f"model.adapter = {adapter}", hint)
 
 
+def teacher_run_id(teacher: str | None, output_root: str) -> str | None:
+    """Return ``distillation.teacher``, with the run's id for ``last``: the run that learns is itself the last one
+    later. Without any run it stays as it is; the check of the teacher explains that."""
+    if teacher != LAST:
+        return teacher
+    try:
+        return find_run(teacher, OutputPaths.of(output_root)).folder.name
+    except RecordError:
+        return teacher
+
+
 def _inside(folder: Path) -> str:
     """Return the hint for a folder without an adapter: the adapters of the folders in it, or of a Trainer's
     checkpoints."""
@@ -111,6 +122,16 @@ def hub_id_meant(path: str | None) -> str | None:
         return None
     written = os.path.relpath(path)
     return written if OWNER_AND_NAME.fullmatch(written) and not os.path.exists(os.path.dirname(path)) else None
+
+
+def model_overrides(name: str) -> list[str]:
+    """Return the overrides that choose the model ``name``: a family, a folder or file, or an id of the Hub.
+
+    Example: ``Qwen/Qwen3-8B`` gives ``model=hub model.id=Qwen/Qwen3-8B``.
+    """
+    if Path(name).expanduser().exists():
+        return ["model=local", f"model.path={name}"]
+    return ["model=hub", f"model.id={name}"] if OWNER_AND_NAME.fullmatch(name) else [f"model={name}"]
 
 
 def model_choice_hint(name: str, valid: list[str]) -> str:

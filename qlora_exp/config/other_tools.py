@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from qlora_exp.config import other_methods
 from qlora_exp.config.choices import choices
 from qlora_exp.config.other_values import value_here
 from qlora_exp.config.overrides import hydra_value
@@ -240,9 +241,12 @@ STEPS_COUNT = "max_steps ends the training first"
 IN_STEPS = "a number of steps is needed, not a share of them"
 DATA_NOTE = "write task=local task.path=FILE, or task=hub task.hub_id=OWNER/NAME"
 UNQUANTIZED = "quantization=bf16 trains over unquantized weights"
+BEST_MODEL = "sweep.objectives names it for a sweep; a run keeps the lowest loss"
 PUSH = "qlora-exp export RUN writes the adapter for other tools"
 
+_EIGHT_BIT = _if_true({"quantization": "int8"})
 _TRAINERS = (ARGS, SFT, FACTORY)
+TRAINED_WHOLE = ("lora.modules_to_save", other_methods.list_of_names("lora.modules_to_save"))
 COUNTERPARTS: dict[str, Counterpart] = {
     # Adapters
     "r": Counterpart((LORA, HABIT), "lora.r"),
@@ -265,16 +269,27 @@ COUNTERPARTS: dict[str, Counterpart] = {
     "pissa_init": Counterpart((FACTORY,), None, _if_true({"lora.init": "pissa"})),
     "lora_model_dir": Counterpart((AXOLOTL,), "model.adapter"),
     "adapter_name_or_path": Counterpart((FACTORY,), "model.adapter"),
-    "adapter": Counterpart((AXOLOTL,), None, lambda v, o: {"quantization": "nf4"} if v == "qlora" else {}, ITS_OWN),
+    "adapter": Counterpart((AXOLOTL,), None, other_methods.tuned_by_adapter, ITS_OWN),
     "bias": Counterpart((LORA,), note="biases aren't trained"),
-    "modules_to_save": Counterpart((LORA,), note="only adapters are trained, no whole modules"),
-    "lora_modules_to_save": Counterpart((AXOLOTL, SCRIPT), note="only adapters are trained, no whole modules"),
-    "additional_target": Counterpart((FACTORY,), note="only adapters are trained, no whole modules"),
+    "modules_to_save": Counterpart((LORA,), *TRAINED_WHOLE),
+    "lora_modules_to_save": Counterpart(
+        (AXOLOTL, SCRIPT), "lora.modules_to_save", other_methods.list_of_names("lora.modules_to_save")
+    ),
+    "additional_target": Counterpart(
+        (FACTORY,), "lora.modules_to_save", other_methods.list_of_names("lora.modules_to_save")
+    ),
+    "rank_pattern": Counterpart((LORA,), "lora.rank_pattern", other_methods.module_pattern("lora.rank_pattern")),
+    "alpha_pattern": Counterpart((LORA,), "lora.alpha_pattern", other_methods.module_pattern("lora.alpha_pattern")),
+    "target_parameters": Counterpart(
+        (LORA,), "lora.target_parameters", other_methods.list_of_names("lora.target_parameters")
+    ),
+    "layers_to_transform": Counterpart((LORA,), "method.layers", other_methods.chosen_layers_of),
+    "peft_layers_to_transform": Counterpart((AXOLOTL,), "method.layers", other_methods.chosen_layers_of),
     "task_type": Counterpart((LORA,), note="always a causal language model"),
-    "peft_type": Counterpart((LORA,), note="always LoRA"),
-    "finetuning_type": Counterpart((FACTORY,), note="always LoRA"),
+    "peft_type": Counterpart((LORA,), "method", other_methods.tuned_by_kind),
+    "finetuning_type": Counterpart((FACTORY,), "method", other_methods.tuned_by),
     "stage": Counterpart((FACTORY,), note="always supervised fine-tuning"),
-    "use_peft": Counterpart((SCRIPT,), note="always LoRA"),
+    "use_peft": Counterpart((SCRIPT,), None, _if_true({}, {"method": "full"})),
     # Model and quantization
     "model_name_or_path": Counterpart((SCRIPT, FACTORY), "model", _model),
     "base_model": Counterpart((AXOLOTL,), "model", _model),
@@ -286,9 +301,7 @@ COUNTERPARTS: dict[str, Counterpart] = {
     "revision_of_model": Counterpart((AXOLOTL,), "model.revision"),
     "revision": Counterpart((LORA, LOAD), "model.revision"),
     "load_in_4bit": Counterpart((BNB, AXOLOTL, SCRIPT), "quantization", _four_bit, UNQUANTIZED),
-    "load_in_8bit": Counterpart(
-        (BNB, AXOLOTL, SCRIPT), "quantization", _if_true({"quantization": "int8"}), UNQUANTIZED
-    ),
+    "load_in_8bit": Counterpart((BNB, AXOLOTL, SCRIPT), "quantization", _EIGHT_BIT, UNQUANTIZED),
     "quantization_bit": Counterpart((FACTORY,), "quantization", _bits),
     "bnb_4bit_quant_type": Counterpart((BNB, SCRIPT), "quantization", _four_bit_kind),
     "quantization_type": Counterpart((FACTORY,), "quantization", _four_bit_kind),
@@ -398,9 +411,7 @@ COUNTERPARTS: dict[str, Counterpart] = {
     "eval_batch_size": Counterpart((AXOLOTL,), "evaluation.batch_size"),
     "eval_max_new_tokens": Counterpart((AXOLOTL,), "evaluation.max_new_tokens"),
     "max_new_tokens": Counterpart((FACTORY,), "evaluation.max_new_tokens"),
-    "metric_for_best_model": Counterpart(
-        (ARGS, SFT, AXOLOTL), note="sweep.objectives names it for a sweep; a run keeps the lowest loss"
-    ),
+    "metric_for_best_model": Counterpart((ARGS, SFT, AXOLOTL), note=BEST_MODEL),
     "output_dir": Counterpart((*_TRAINERS, AXOLOTL), "output_root"),
     "run_name": Counterpart((ARGS, SFT, FACTORY), "name"),
     "wandb_name": Counterpart((AXOLOTL,), "name"),
@@ -437,6 +448,8 @@ def suggestion(key: str, text: str, value: Any, others: Mapping[str, Any]) -> st
     if row is None:
         return None
     settings = _settings_or_none(row, value, others)
+    if row.key is not None and value in (None, ""):
+        return f"did you mean {row.key}=VALUE? No value follows the equals sign"
     is_axis = ("," in text or "(" in text) and not isinstance(value, list)
     if row.key is not None and (is_axis or (settings and _is_number(text) and list(settings) == [row.key])):
         return f"did you mean {row.key}={text}?"  # as it was written: 1e-4, not 0.0001

@@ -286,6 +286,8 @@ def _choice_hint(key: str, name: str, valid: Sequence[str]) -> str:
         return f"a sweep has a name in sweeps/ (qlora-exp ls sweeps); a file of settings goes behind --from {name}"
     if key == "sweeps":
         return nearest(name.removesuffix(".yaml"), valid, template="qlora-exp sweep {}")
+    if key == "targets" and name == "[]":
+        return f"choose one: {' '.join(f'targets={choice}' for choice in valid)}, or modules: targets=[q_proj,v_proj]"
     if key == "targets":
         modules = setting_text("targets.modules", re.findall(r"[\w.]+", name))
         return f"{nearest(name, valid, template='targets={}')} If it is a module: {modules}"

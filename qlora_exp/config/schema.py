@@ -86,6 +86,10 @@ class QuantizationConfig:
     """Inputs of a row that share a scale, in the modes ``int2_asym`` to ``int8_sym``."""
 
 
+MAPPING_KEYS = ("lora.rank_pattern", "lora.alpha_pattern", "method.options")
+"""Settings whose value is a mapping, in one piece."""
+
+
 def default_alpha_policy(alpha: Any) -> str:
     """Return ``lora.alpha_policy`` where nothing sets it."""
     return "2r" if alpha is None else "fixed"
@@ -107,6 +111,13 @@ class LoraConfig:
     rank_pattern: Any
     """A mapping of the last parts of a module's name to its rank; the first that fits counts. ``r`` is the rank of
     other modules. With ``alpha_policy`` 2r or r, alpha follows each module's rank."""
+    alpha_pattern: Any
+    """A mapping of the last parts of a module's name to its alpha; the first that fits counts, before
+    ``alpha_policy``."""
+    modules_to_save: list[str] | None
+    """Last parts of names of the embeddings or the output head: they are trained whole, and saved with the adapter."""
+    target_parameters: list[str] | None
+    """Last parts of names of experts' three-dimensional parameters, which get adapters next to ``targets``."""
 
     def __post_init__(self) -> None:
         if self.alpha_policy is None:

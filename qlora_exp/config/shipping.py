@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qlora_exp.config.enums import Divergence, RangeChoice, ShippedModel
+from qlora_exp.config.enums import DistillationMode, Divergence, Quantization, RangeChoice, ShippedModel
 
 
 @dataclass
@@ -26,7 +26,11 @@ class DistillationConfig:
     """Learning from a teacher's probabilities. Records of earlier versions lack it."""
 
     teacher: str | None
-    """A finished run: an id, a folder, or last. ``None``: the rows' own answers are learned alone."""
+    """A finished run (an id, a folder, or last), or an untuned model as ``model:NAME``. ``None``: the rows' own answers
+    are learned alone."""
+    teacher_quantization: Quantization | None
+    """``None``: as the run was trained; for a model, as the student's base."""
+    mode: DistillationMode
     divergence: Divergence
     temperature: float
     gold_weight: float

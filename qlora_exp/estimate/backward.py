@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from qlora_exp.architecture.shapes import Architecture, WeightShape
-from qlora_exp.architecture.tuned_weights import bottleneck_places, first_tuned_layer, layer_of, tuned_tensors
+from qlora_exp.architecture.tuned_weights import (
+    TunedTensor,
+    bottleneck_places,
+    first_tuned_layer,
+    layer_of,
+    tuned_tensors,
+)
 from qlora_exp.config.enums import Method
 from qlora_exp.config.schema import MethodConfig
 
@@ -87,9 +93,13 @@ class Backward:
 WHOLE = Backward()
 
 
-def backward_of(architecture: Architecture, method: MethodConfig, modules: Sequence[str]) -> Backward:
-    """Return the backward pass of ``method``; ``modules`` are the layers that it trains or adapts."""
-    first = first_tuned_layer(architecture, method, modules)
+def backward_of(
+    architecture: Architecture, method: MethodConfig, modules: Sequence[str], whole: Sequence[TunedTensor] = ()
+) -> Backward:
+    """Return the backward pass of ``method``; ``modules`` are the layers that it trains or adapts, ``whole`` the
+    tensors that LoRA trains with them."""
+    embeds = any(tensor.part == "embeddings" for tensor in whole)
+    first = 0 if embeds else first_tuned_layer(architecture, method, modules)
     if method.kind is Method.bottleneck:
         places = bottleneck_places(architecture, method)
         counts = Counter(number for place in places if (number := layer_of(place)) is not None)
@@ -97,7 +107,7 @@ def backward_of(architecture: Architecture, method: MethodConfig, modules: Seque
         return Backward(first, start, bottlenecks=tuple(counts.items()), bottleneck_size=method.size)
     tensors = tuned_tensors(architecture, method)
     norms = [tensor for tensor in tensors if tensor.part == "norms" and tensor.name.endswith("weight")]
-    embeddings = any(tensor.part == "embeddings" for tensor in tensors)
+    embeddings = embeds or any(tensor.part == "embeddings" for tensor in tensors)
     in_first = {tensor.part for tensor in tensors if tensor.layer == first}
     return Backward(
         first,

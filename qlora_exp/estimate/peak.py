@@ -15,14 +15,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qlora_exp.architecture.expert_targets import expert_targets
 from qlora_exp.architecture.padding import FLASH_ATTENTION
 from qlora_exp.architecture.run_plan import adapter_dtype, compute_dtype, optimizer_on, shape_multiples
 from qlora_exp.architecture.shapes import Architecture
 from qlora_exp.architecture.targets import rank_of
-from qlora_exp.architecture.tuned_weights import layer_of, tuned_tensors
+from qlora_exp.architecture.tuned_weights import layer_of, tuned_tensors, whole_tensors
 from qlora_exp.config.allowed_values import INTEGER_MODES, QUANTIZED
 from qlora_exp.config.checks_method import TUNES_WEIGHTS
-from qlora_exp.config.enums import Checkpointing, Method, Quantization
+from qlora_exp.config.enums import Checkpointing, DistillationMode, Method, Quantization
 from qlora_exp.config.schema import Config
 from qlora_exp.estimate.activations import (
     TrainingPass,
@@ -139,7 +140,8 @@ def predicted_peak(
     is_lora = config.method.kind is Method.lora
     trained_dtype = adapter_dtype(config.lora) if is_lora else "float32"
     flash = config.model.attention.startswith(FLASH_ATTENTION)  # it takes the bounds of rows
-    tunes_weights = config.method.kind in TUNES_WEIGHTS
+    whole = whole_tensors(architecture, config.lora) if is_lora else ()
+    tunes_weights = config.method.kind in TUNES_WEIGHTS or bool(whole)
     autocast = (cuda or tunes_weights) and compute != "float32"  # as in training/trainer.py: bf16 or fp16
     setting = TrainingPass(
         r=max((rank_of(config.lora, name) for name in modules), default=0) if is_lora else 0,
@@ -156,7 +158,7 @@ def predicted_peak(
         laid_out=batch.laid_out if padding_free and not flash else None,
         dora=is_lora and config.lora.dora,
     )
-    backward = backward_of(architecture, config.method, modules)
+    backward = backward_of(architecture, config.method, modules, whole)
     activations = saved_bytes_per_token(architecture, module_names, setting, backward)
     choice = config.training.gradient_checkpointing
     selective = choice is Checkpointing.selective
@@ -164,10 +166,17 @@ def predicted_peak(
     outer = batch.tokens * (activations.outside + (activations.inputs if checkpointing else activations.layers))
     outer += batch.tokens * kept_attention_bytes(architecture, setting) if selective else 0.0
     outer += _rounded_weights(architecture, config, backward.first_layer, checkpointing)
+    if is_lora:
+        outer += expert_backward_bytes(architecture, config, batch.tokens, width, checkpointing)
     recomputed = batch.tokens * activations.layer * 2 if checkpointing else 0.0
+    if is_lora:  # the gradient of one stack of experts' weights, before those of its adapter
+        stacks = [target.elements for target in expert_targets(architecture, config.lora)]
+        recomputed += width * max(stacks, default=0)
     hidden_gradient = batch.loss_tokens * architecture.hidden_size * FLOAT32_BYTES
     logits = _logits_tile(architecture, batch.loss_tokens, width, cuda) + hidden_gradient
-    if config.distillation.teacher is not None:  # logits, their log-softmax and its gradient, of all learned tokens
+    distillation = config.distillation
+    if distillation.teacher is not None and distillation.mode is DistillationMode.offline:
+        # Logits, their log-softmax and its gradient, of all learned tokens.
         logits += 3 * FLOAT32_BYTES * batch.loss_tokens * architecture.vocabulary_size
     # Before the first backward pass of a step the gradients of the last step are freed. From the second micro-batch of
     # a batch on, gradients of the earlier ones exist.
@@ -177,7 +186,9 @@ def predicted_peak(
     # those of the recomputed layer alone.
     copied = autocast and trained_dtype != compute
     cast = adapters.trainable_parameters
-    if tunes_weights:  # of the base's own tensors, those of linear layers
+    if whole:  # a table of embeddings is read in its own dtype
+        cast -= sum(tensor.elements for tensor in whole if tensor.part == "embeddings")
+    elif tunes_weights:  # of the base's own tensors, those of linear layers
         cast = sum(tensor.elements for tensor in tuned_tensors(architecture, config.method) if tensor.matrix)
     copies = width * cast if copied else 0
     copies_at_head, copies_in_layer = copies, copies if accumulates else 0
@@ -270,6 +281,21 @@ def _micro_batch(
             laid_out = max(1.0, min(laid_out, lengths.largest_layout(training.batch_size, limit) / tokens))
     scored = _rounded_up(round(min(loss_tokens, tokens)), logits_multiple)
     return _MicroBatch(tokens, length, laid_out, scored, padded and not padding_free)
+
+
+def expert_backward_bytes(
+    architecture: Architecture, config: Config, tokens: int, width: int, checkpointing: bool
+) -> float:
+    """Return the bytes that the backward pass of ``lora.target_parameters`` needs: PEFT adds each adapter to all
+    experts' weights, which makes a second stack of them, and each expert's inputs are saved. With checkpointing they
+    exist for one layer at a time."""
+    used = {entry.name: entry.per_token for entry in architecture.experts}
+    sizes: dict[int | None, int] = {}
+    for target in expert_targets(architecture, config.lora):
+        routed = tokens * used[target.name.rpartition(".")[0]] * target.inputs
+        number = layer_of(target.name)
+        sizes[number] = sizes.get(number, 0) + target.elements + routed
+    return float(width * (max(sizes.values(), default=0) if checkpointing else sum(sizes.values())))
 
 
 def _rounded_weights(architecture: Architecture, config: Config, first_layer: int, checkpointing: bool) -> float:

@@ -23,7 +23,7 @@ from qlora_exp.estimate.planner import PlannedMemory, PlannedRun, Planner
 from qlora_exp.estimate.throughput import Interval
 from qlora_exp.estimate.tokens import PlannedRows
 from qlora_exp.estimate.weights_and_optimizer import BITS_PER_WEIGHT, adapter_bytes, base_bytes, in_mode
-from qlora_exp.formatting import UNKNOWN_CELL, bytes_text, number, print_table, simple_table
+from qlora_exp.formatting import UNKNOWN_CELL, bytes_text, number, print_table, print_wrapped, simple_table
 from qlora_exp.records.model_name import model_name
 from qlora_exp.records.schema import to_dict
 
@@ -106,10 +106,9 @@ def print_plan(runs: Sequence[PlannedRun], space: SearchSpace) -> None:
     """Print the table, and what a reader needs to know about it."""
     print_table(plan_table(runs))
     print()
-    print(*summary_lines(runs, space), sep="\n")
-    for reason in reasons(runs):
-        print(f"  {reason}")
-    print(LEGEND, *notes(runs), *row_notes(runs), sep="\n")
+    print_wrapped(summary_lines(runs, space))
+    print_wrapped([f"  {reason}" for reason in reasons(runs)])
+    print_wrapped([LEGEND, *notes(runs), *row_notes(runs)])
 
 
 def summary_lines(runs: Sequence[PlannedRun], space: SearchSpace) -> list[str]:
@@ -331,9 +330,10 @@ def sizes_of(config: Config, planner: Planner) -> Sizes:
     adapters = adapter_bytes(adapted, config.lora, config.training.optimizer)
     modes = []
     for mode, bits in BITS_PER_WEIGHT.items():
-        if mode in INTEGER_MODES:  # for experiments with rounding; nf4 is as small
-            continue
         quantization = in_mode(config.quantization, mode)
+        widths = {shape.in_features for shape in architecture.weights if shape.quantizable}
+        if mode in INTEGER_MODES and any(width % quantization.group for width in widths):
+            continue  # a run would be refused, too
         dtype = compute_dtype(quantization, device.kind, device.bf16)
         base = base_bytes(architecture, quantization, dtype)
         parts = (base.base_weight_bytes, base.quantization_state_bytes, base.total_bytes)

@@ -40,6 +40,7 @@ class RowCounter:
     def __init__(self) -> None:
         self._tokenized: dict[tuple[str, ...], _TokenizedRows | None] = {}
         self._cut: dict[tuple[Any, ...], PlannedRows | None] = {}
+        self._unread: dict[tuple[str, ...], str] = {}
 
     def of(self, config: Config) -> PlannedRows | None:
         """Return the rows of ``config``'s task. ``None``: the data or the tokenizer isn't on this machine, or the rows
@@ -50,16 +51,21 @@ class RowCounter:
         if key not in self._tokenized:
             try:
                 self._tokenized[key] = _tokenize_rows(config)
-            except QloraExpError:
+            except QloraExpError as error:
                 self._tokenized[key] = None
+                reason = getattr(error, "errors", (error,))[0].what
+                self._unread[key] = f"the task's rows can't be read ({reason}); qlora-exp validate says what to do"
         if (key, length) not in self._cut:
             tokenized = self._tokenized[key]
             self._cut[key, length] = tokenized.cut_at(length) if tokenized is not None else None
         return self._cut[key, length]
 
     def warnings(self, config: Config) -> tuple[str, ...]:
-        """Return the warnings on the rows of ``config``'s task, if :meth:`of` could read them."""
-        tokenized = self._tokenized.get((repr(config.model), repr(config.task), resolve_format(config)))
+        """Return the warnings on the rows of ``config``'s task, or why :meth:`of` could not read them."""
+        key = (repr(config.model), repr(config.task), resolve_format(config))
+        tokenized = self._tokenized.get(key)
+        if key in self._unread:
+            return (self._unread[key],)
         return tokenized.warnings if tokenized is not None else ()
 
 

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from qlora_exp.architecture.expert_targets import ExpertParameter, expert_targets
 from qlora_exp.architecture.run_plan import adapter_dtype, compute_dtype
 from qlora_exp.architecture.shapes import DTYPES, Architecture, WeightShape
 from qlora_exp.architecture.targets import rank_of
-from qlora_exp.architecture.tuned_weights import inserted_shapes, tuned_tensors
+from qlora_exp.architecture.tuned_weights import TunedTensor, inserted_shapes, tuned_tensors, whole_tensors
 from qlora_exp.config.allowed_values import FROM_WEIGHTS, INTEGER_MODES, QUANTIZED, codes_per_byte
 from qlora_exp.config.enums import ComputeDtype, Method, Quantization
 from qlora_exp.config.peft_kinds import peft_kind_of
@@ -41,6 +42,8 @@ WIDTHS_OF = {dtype: WIDTHS[name] for dtype, name in SAFETENSORS_DTYPES.items()}
 Shape = tuple[int, ...]
 AdaptedLayer = tuple[str, int, int, int]
 """A layer with an adapter: full name, input width, output width, rank."""
+WholeTensor = tuple[str, Shape, bool]
+"""A tensor of ``lora.modules_to_save``: full name, shape, whether it is an embedding's."""
 
 
 @dataclass(frozen=True)
@@ -132,16 +135,25 @@ def quantization_state(shape: WeightShape, mode: Quantization, double_quantizati
     return FOUR_BIT_CODE_BYTES + EIGHT_BIT_CODE_BYTES + blocks + 4 + 4 * math.ceil(blocks / NESTED_BLOCK)
 
 
-def adapter_bytes(adapted: Sequence[WeightShape], lora: LoraConfig, optimizer: str) -> AdapterBytes:
+def adapter_bytes(
+    adapted: Sequence[WeightShape],
+    lora: LoraConfig,
+    optimizer: str,
+    whole: Sequence[TunedTensor] = (),
+    compute: str = "float32",
+    experts: Sequence[ExpertParameter] = (),
+) -> AdapterBytes:
     """Return the bytes of adapters on ``adapted``, of their gradients (in the adapters' dtype) and of their optimizer
-    states."""
+    states. ``whole``: tensors that are trained with them, in float32, and saved in the dtype ``compute``."""
     layers = tuple((shape.name, shape.in_features, shape.out_features, rank_of(lora, shape.name)) for shape in adapted)
-    sizes = _adapter_bytes(layers, lora.dora, adapter_dtype(lora), optimizer)
+    layers += tuple((target.saved_as, target.inputs, target.outputs, lora.r * target.experts) for target in experts)
+    others = tuple((tensor.name, tensor.shape, tensor.part == "embeddings") for tensor in whole)
+    sizes = _adapter_bytes(layers, lora.dora, adapter_dtype(lora), optimizer, others, compute)
     if lora.init not in FROM_WEIGHTS:
         return sizes
     # The file also holds the initial adapter.
     doubled = tuple((name, inputs, outputs, 2 * rank) for name, inputs, outputs, rank in layers)
-    written = _adapter_bytes(doubled, lora.dora, "float32", optimizer)
+    written = _adapter_bytes(doubled, lora.dora, "float32", optimizer, others, compute)
     return replace(sizes, file_bytes=written.file_bytes)
 
 
@@ -152,7 +164,8 @@ def trained_bytes(
     tensors. ``compute``: the base's dtype, in which such tensors are saved after training."""
     method, optimizer = config.method, config.training.optimizer
     if method.kind is Method.lora:
-        return adapter_bytes(adapted, config.lora, optimizer)
+        whole, experts = whole_tensors(architecture, config.lora), expert_targets(architecture, config.lora)
+        return adapter_bytes(adapted, config.lora, optimizer, whole, compute, experts)
     inserted = inserted_shapes(architecture, method, adapted)
     tuned = () if inserted is not None else tuned_tensors(architecture, method)
     shapes = inserted if inserted is not None else tuple((tensor.name, tensor.shape) for tensor in tuned)
@@ -193,18 +206,31 @@ def frozen_bytes(
 
 
 @lru_cache(maxsize=1024)
-def _adapter_bytes(layers: tuple[AdaptedLayer, ...], dora: bool, dtype: str, optimizer: str) -> AdapterBytes:
-    tensors = [tensor for layer in layers for tensor in _adapter_tensors(layer, dora, dtype)]
+def _adapter_bytes(
+    layers: tuple[AdaptedLayer, ...],
+    dora: bool,
+    dtype: str,
+    optimizer: str,
+    whole: tuple[WholeTensor, ...],
+    compute: str,
+) -> AdapterBytes:
+    matrices = [tensor for layer in layers for tensor in _adapter_tensors(layer, dora, dtype)]
+    tensors = matrices + [(f"base_model.model.{name}", shape, "F32") for name, shape, _ in whole]
+    saved = matrices + [(f"base_model.model.{name}", shape, SAFETENSORS_DTYPES[compute]) for name, shape, _ in whole]
     size = sum(math.prod(shape) * WIDTHS[kind] for _, shape, kind in tensors)
-    states = optimizer_state_bytes(optimizer, [(shape, WIDTHS[kind]) for _, shape, kind in tensors])
-    file = size + _safetensors_header(tensors)
+    states = optimizer_state_bytes(
+        optimizer,
+        [(shape, WIDTHS[kind]) for _, shape, kind in matrices]
+        + [(shape, FLOAT32_WIDTH) for _, shape, embedding in whole if not embedding],
+        [(shape, FLOAT32_WIDTH) for _, shape, embedding in whole if embedding],
+    )
     return AdapterBytes(
         trainable_parameters=sum(math.prod(shape) for _, shape, _ in tensors),
         adapter_bytes=size,
         gradient_bytes=size,
         optimizer_bytes=states,
-        file_bytes=file,
-        checkpoint_bytes=file + states,
+        file_bytes=sum(math.prod(shape) * WIDTHS[kind] for _, shape, kind in saved) + _safetensors_header(saved),
+        checkpoint_bytes=size + _safetensors_header(tensors) + states,
     )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from qlora_exp.models.sources import ModelSource
@@ -33,7 +34,11 @@ class Usage:
     """Of the exported adapter, which has twice the run's rank with PiSSA."""
     dora: bool
     peft_type: str = "LORA"
-    """vLLM and llama.cpp don't read DoRA's adapters."""
+    whole: bool = False
+    """It holds whole modules, or adapters of experts' parameters. vLLM and llama.cpp read neither these nor DoRA's
+    adapters."""
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """Variables of the chat template with which its prompt is the one that was trained."""
 
 
 def usage_of(record: RunRecord, model: ModelSource, end_token: int | None, adapter: Mapping[str, Any]) -> Usage:
@@ -52,6 +57,8 @@ def usage_of(record: RunRecord, model: ModelSource, end_token: int | None, adapt
         rank=max(rank, *map(int, (adapter.get("rank_pattern") or {"": 0}).values())),
         dora=bool(adapter.get("use_dora")),
         peft_type=str(adapter.get("peft_type") or "LORA"),
+        variables=(record.data.answer_prefix_variables if record.data is not None else None) or {},
+        whole=bool(adapter.get("modules_to_save") or adapter.get("target_parameters")),
     )
 
 
@@ -66,6 +73,11 @@ def usage_chapter(usage: Usage, places: Mapping[str, str]) -> Iterator[str]:
     yield ""
     if usage.prompt != "…":
         yield "Replace the names in braces in the prompt by their values, as in training."
+        yield ""
+    if usage.chat and usage.variables:
+        given = ", ".join(f"`{name}={value}`" for name, value in usage.variables.items())
+        yield f"It was trained with {given} in the chat template: without it, the template writes another prompt."
+        yield "vLLM and llama-server take it with each request as `chat_template_kwargs`."
         yield ""
     if "adapter" in places:
         yield from _adapter(usage, places["adapter"])
@@ -95,9 +107,10 @@ def _adapter(usage: Usage, place: str) -> Iterator[str]:
     yield from _generation(usage, end_token=True)
     yield "```"
     yield ""
-    if usage.dora or usage.peft_type != "LORA":
-        kind = "DoRA's" if usage.dora else f"{usage.peft_type}"
-        yield f"vLLM and llama.cpp don't read {kind} adapters: merge it for them."
+    if usage.dora or usage.whole or usage.peft_type != "LORA":
+        kind = "DoRA's adapters" if usage.dora else f"{usage.peft_type} adapters"
+        kind = "adapters with whole modules or experts" if usage.whole else kind
+        yield f"vLLM and llama.cpp don't read {kind}: merge it for them."
         yield ""
     elif not usage.base.startswith("embedded:") and not usage.gguf_file:
         rank = next((rank for rank in VLLM_RANKS if rank >= usage.rank), usage.rank)
@@ -136,6 +149,7 @@ def _generation(usage: Usage, end_token: bool) -> Iterator[str]:
         messages = json.dumps([*system, {"role": "user", "content": usage.prompt}], ensure_ascii=False)
         yield f"messages = {messages}"
         rendering = 'add_generation_prompt=True, return_dict=True, return_tensors="pt"'
+        rendering += "".join(f", {name}={value!r}" for name, value in usage.variables.items())
         yield f"inputs = tokenizer.apply_chat_template(messages, {rendering}).to(model.device)"
     else:
         yield f"prompt = {_text(usage.prompt)}"
@@ -164,7 +178,10 @@ def _gguf(usage: Usage, file: str) -> Iterator[str]:
     yield "```"
     yield ""
     yield "```console"
-    yield f"$ llama-server -m {file}"
+    kwargs = (
+        f" --jinja --chat-template-kwargs {shlex.quote(json.dumps(dict(usage.variables)))}" if usage.variables else ""
+    )
+    yield f"$ llama-server -m {file}{kwargs if usage.chat else ''}"
     yield "```"
     yield ""
     yield "**The same file in Ollama.** `Modelfile` has its template and its stop token:"

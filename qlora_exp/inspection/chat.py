@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
-from qlora_exp.config.schema import Config
 from qlora_exp.evaluation.generation import StopRule
+from qlora_exp.inspection.model_pair import ModelPair
 from qlora_exp.inspection.prompts import own_prompt
 from qlora_exp.inspection.sampling import Sampling
 from qlora_exp.inspection.steps import GeneratedToken, answer_of, generate_steps
-from qlora_exp.models.tuning import without_tuning
-from qlora_exp.records.types import RunRecord
+from qlora_exp.inspection.subject import Subject
 
 Messages = list[tuple[str, str]]
 
@@ -21,13 +19,12 @@ Messages = list[tuple[str, str]]
 class Conversation:
     """Two conversations with the same user: each model continues its answers, not the other's.
 
-    In the plain format there is no conversation: each message is a prompt by itself.
+    In the plain format there is no conversation: each message is a prompt by itself. Each sampled answer has a seed of
+    its number, so a conversation can be repeated, and its answers differ.
     """
 
-    model: Any
-    tokenizer: Any
-    config: Config
-    record: RunRecord
+    models: ModelPair
+    subject: Subject
     steps: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
     system: str | None = None
@@ -40,7 +37,12 @@ class Conversation:
     @property
     def is_chat(self) -> bool:
         """Whether the run's format has turns."""
-        return self.record.plan is not None and self.record.plan.format == "chat"
+        return self.subject.format == "chat"
+
+    @property
+    def sides(self) -> list[str]:
+        """Which models can answer."""
+        return ["tuned", "base"] if self.models.has_base else ["tuned"]
 
     def answer(self, message: str, side: str, on_text: Callable[[str], None] = lambda _: None) -> str:
         """Return the answer of ``side`` (``tuned`` or ``base``), and add both messages to its conversation.
@@ -50,31 +52,35 @@ class Conversation:
         Raises:
             DataError, ModelError: the template can't write the conversation, or it is too long. Nothing is added then.
         """
-        earlier = self.turns[side] if self.is_chat else []
+        said = self.turns[side]
+        earlier = said if self.is_chat else []
         system = [("system", self.system)] if self.system and self.is_chat else []
         turns = [*system, *earlier, ("user", message)]
-        prompt = own_prompt(self.config, self.record, self.tokenizer, turns, self.stop)
+        tokenizer = self.subject.tokenizer
+        prompt = own_prompt(self.subject.config, self.subject.record, tokenizer, turns, self.stop)
         self.stop = prompt.stop
-        started = False
+        started, held = False, ""
 
         def show(text: str) -> None:
-            nonlocal started
-            on_text(text if started else text.lstrip())
-            started = started or bool(text.strip())
+            """Leave out white space before and after the answer."""
+            nonlocal started, held
+            text = held + text if started else text.lstrip()
+            started = started or bool(text)
+            held = text[len(text.rstrip()) :]
+            on_text(text.rstrip())
 
-        def steps() -> list[GeneratedToken]:
-            return generate_steps(
-                self.model, self.tokenizer, prompt, steps=self.steps, sampling=self.sampling, on_text=show
-            )
+        sampling = replace(self.sampling, seed=self.sampling.seed + len(said) // 2)
+
+        def steps(models: ModelPair) -> list[GeneratedToken]:
+            return generate_steps(models, tokenizer, prompt, steps=self.steps, sampling=sampling, on_text=show)
 
         if side == "base":
-            with without_tuning(self.model):
-                found = steps()
+            with self.models.as_base() as base:
+                found = steps(ModelPair(base, None))
         else:
-            found = self.last_steps = steps()
-        text = answer_of(found, self.tokenizer).strip()
-        if self.is_chat:
-            self.turns[side] = [*earlier, ("user", message), ("assistant", text)]
+            found = self.last_steps = steps(self.models)
+        text = answer_of(found, tokenizer).strip()
+        self.turns[side] = [*said, ("user", message), ("assistant", text)]
         return text
 
     def forget(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,16 +18,30 @@ SHADES = ((0.9, "sure"), (0.5, "likely"), (0.1, "unsure"))
 
 @dataclass(frozen=True)
 class Inspection:
-    """What ``qlora-exp inspect`` shows. ``expected``: the right answer of an item."""
+    """What ``qlora-exp inspect`` shows. ``expected``: the right answer of an item. ``base_answer``: ``None`` if the
+    base isn't known. ``file``: the GGUF file; ``None``: the run's own model."""
 
-    run_id: str
+    run_id: str | None
     prompt: str
     prompt_tokens: tuple[tuple[int, str], ...]
     expected: str | None
     answer: str
-    base_answer: str
+    base_answer: str | None
     options: tuple[OptionScore, ...]
     steps: tuple[GeneratedToken, ...]
+    file: str | None = None
+    notes: tuple[str, ...] = ()
+    """What a reader must know of the models."""
+
+    @property
+    def has_base(self) -> bool:
+        return self.base_answer is not None
+
+    @property
+    def name(self) -> str:
+        """What was inspected."""
+        run = f"run {self.run_id}" if self.run_id is not None else None
+        return ", ".join(part for part in (self.file, run) if part is not None)
 
 
 def as_json(inspection: Inspection) -> dict[str, Any]:
@@ -48,8 +63,16 @@ def shade(probability: float) -> str:
 
 
 def visible_token(text: str) -> str:
-    """Return a token's text with its white space and control characters made visible_token."""
-    return "".join(_SIGNS.get(character, character) for character in text)
+    """Return a token's text with its white space made visible."""
+    return printable("".join(_SIGNS.get(character, character) for character in text))
+
+
+def printable(text: str) -> str:
+    """Return a text of a file or a model without control characters, which a terminal would obey: ``�`` stands for
+    them."""
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
 
 
 _SIGNS = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}

@@ -48,20 +48,31 @@ def item_prompt(config: Config, record: RunRecord, tokenizer: Any, name: str) ->
     return Prompt(item.prompt, item.prompt_ids, stop_rule(splits, tokenizer, config), item, options)
 
 
+def prompt_format(record: RunRecord | None, tokenizer: Any) -> str:
+    """Return the format of prompts, ``chat`` or ``plain``: the run's; without a run, chat if there is a template."""
+    if record is None:
+        return "chat" if tokenizer.chat_template else "plain"
+    return record.plan.format if record.plan is not None else "plain"
+
+
 def own_prompt(
-    config: Config, record: RunRecord, tokenizer: Any, turns: Sequence[tuple[str, str]], stop: StopRule | None = None
+    config: Config,
+    record: RunRecord | None,
+    tokenizer: Any,
+    turns: Sequence[tuple[str, str]],
+    stop: StopRule | None = None,
 ) -> Prompt:
     """Return the prompt of a conversation, ``(role, text)`` for each message, the last one of the user.
 
     In the plain format the user's text is the whole prompt. ``stop``: when an answer ends, if it is known already; else
-    it is read from the task's data.
+    it is read from the task's data, or without a run (``record=None``) from tokenizer and template.
 
     Raises:
         DataError: the template or the tokenizer can't write it. ConfigError: the text is empty.
     """
     if not turns or not turns[-1][1].strip():
         raise ConfigError("the prompt is empty", "PROMPT", "qlora-exp inspect RUN 'a prompt', or --item N")
-    chat = record.plan is not None and record.plan.format == "chat"
+    chat = prompt_format(record, tokenizer) == "chat"
     messages = tuple(Message(role, text) for role, text in turns)
     if chat and config.task.system and turns[0][0] != "system":
         messages = (Message("system", config.task.system), *messages)
@@ -93,11 +104,12 @@ def _find(items: Sequence[Item], name: str) -> Item:
     raise RecordError(f"the run was scored on no item {name!r}", f"--item {name}", hint)
 
 
-def _stop_of(config: Config, record: RunRecord, tokenizer: Any, end_ids: Sequence[int]) -> StopRule:
+def _stop_of(config: Config, record: RunRecord | None, tokenizer: Any, end_ids: Sequence[int]) -> StopRule:
     """Return when an answer ends: with a task whose data can be read as in the run, else at the end tokens."""
-    try:
-        return stop_rule(_data(config, record, tokenizer), tokenizer, config)
-    except (DataError, RecordError):
-        ends = {tokenizer.eos_token_id, *end_ids[:1]} - {None}
-        limit = config.evaluation.max_new_tokens or 64
-        return StopRule(frozenset(ends), False, limit, False)
+    if record is not None:
+        try:
+            return stop_rule(_data(config, record, tokenizer), tokenizer, config)
+        except (DataError, RecordError):
+            pass  # the data are gone: any prompt can still be answered
+    ends = {tokenizer.eos_token_id, *end_ids[:1]} - {None}
+    return StopRule(frozenset(ends), False, config.evaluation.max_new_tokens or 64, False)

@@ -14,9 +14,9 @@ from torch.nn.functional import log_softmax
 from qlora_exp.errors import ConfigError, ModelError
 from qlora_exp.evaluation.kv_cache import CausalModel, prefill, scoring_mode, start_token
 from qlora_exp.evaluation.likelihood import OptionTrie, option_log_likelihoods
+from qlora_exp.inspection.model_pair import ModelPair
 from qlora_exp.inspection.prompts import Prompt
 from qlora_exp.inspection.sampling import Sampling
-from qlora_exp.models.tuning import without_tuning
 
 INCOMPLETE_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 """Ends a decoded text whose last character isn't complete."""
@@ -33,7 +33,8 @@ class Alternative:
 
 @dataclass(frozen=True)
 class GeneratedToken:
-    """One generated token. Probabilities are the models' own, before temperature and limits.
+    """One generated token. Probabilities are the models' own, before temperature and limits. What needs the base is
+    ``None``, and ``top_base`` empty, if the base isn't known.
 
     ``rank_tuned``, ``rank_base``: 1 is the most likely token. Entropies and ``divergence`` (Kullback-Leibler, of the
     base from the tuned model) are in nats. ``drawn_from``: what a sampled token was drawn from, after temperature and
@@ -43,17 +44,19 @@ class GeneratedToken:
     token_id: int
     text: str
     probability_tuned: float
-    probability_base: float
+    probability_base: float | None
     rank_tuned: int
-    rank_base: int
+    rank_base: int | None
     entropy_tuned: float
-    entropy_base: float
-    divergence: float
+    entropy_base: float | None
+    divergence: float | None
     top_tuned: tuple[Alternative, ...]
     top_base: tuple[Alternative, ...]
     drawn_from: tuple[Alternative, ...] | None = None
     drawn_candidates: int | None = None
     """Tokens that could have been drawn."""
+    drawn_probability: float | None = None
+    """With which this token was drawn."""
     forced: bool = False
     ends: bool = False
     """The token ends the answer."""
@@ -61,16 +64,17 @@ class GeneratedToken:
 
 @dataclass(frozen=True)
 class OptionScore:
-    """One label of a classification: its probability among the labels, by the tuned model and its base."""
+    """One label of a classification: its probability among the labels, by the tuned model and its base (``None``: it
+    isn't known)."""
 
     label: str
     tuned: float
-    base: float
+    base: float | None
 
 
 @torch.no_grad()
 def generate_steps(
-    model: Any,
+    models: ModelPair,
     tokenizer: Any,
     prompt: Prompt,
     *,
@@ -83,7 +87,7 @@ def generate_steps(
     """Generate an answer to ``prompt`` with the tuned model, and record each step.
 
     Args:
-        model: a PEFT model; its base is the same model with the adapter switched off.
+        models: the tuned model generates; its base says what it thinks of each token.
         steps: at most so many tokens; ``None``: as many as the run's evaluation allows.
         branches: step (from 0) → text that the model is made to say there; it goes on from it.
         on_text: is called with each new piece of the answer.
@@ -93,8 +97,8 @@ def generate_steps(
     """
     sampling = sampling or Sampling()
     limit = steps if steps is not None else prompt.stop.max_new_tokens
-    with scoring_mode(model):
-        causal = CausalModel(model)
+    with scoring_mode(models.tuned):
+        causal = CausalModel(models.tuned)
         start = prompt.ids or (start_token(tokenizer),)
         if causal.max_positions is not None:
             limit = min(limit, causal.max_positions - len(start) + 1)
@@ -102,26 +106,27 @@ def generate_steps(
             what = f"the prompt has {len(start)} tokens, and the model reads at most {causal.max_positions}"
             raise ModelError(what, "PROMPT", "a shorter prompt")
         forced = _forced_tokens(branches or {}, tokenizer, limit)
-        chosen, tuned, drawn = _generate(causal, tokenizer, start, prompt, limit, sampling, forced, top, on_text)
-        base = _base_log_probabilities(model, causal, start, chosen)
+        chosen, tuned, drawn = _generate(causal, tokenizer, start, prompt, limit, sampling, forced, on_text)
+    base = _base_log_probabilities(models, start, chosen)
     results = []
     for number, token in enumerate(chosen):
-        ours, theirs, draw = tuned[number], base[number], drawn[number]
+        ours, theirs, draw = tuned[number], base[number] if base is not None else None, drawn[number]
         results.append(
             GeneratedToken(
                 token_id=token,
                 text=shown_token(token, tokenizer),
                 probability_tuned=math.exp(float(ours[token])),
-                probability_base=math.exp(float(theirs[token])),
+                probability_base=None if theirs is None else math.exp(float(theirs[token])),
                 rank_tuned=int((ours > ours[token]).sum()) + 1,
-                rank_base=int((theirs > theirs[token]).sum()) + 1,
+                rank_base=None if theirs is None else int((theirs > theirs[token]).sum()) + 1,
                 entropy_tuned=_entropy(ours),
-                entropy_base=_entropy(theirs),
-                divergence=float((ours.exp() * (ours - theirs)).nansum()),
+                entropy_base=None if theirs is None else _entropy(theirs),
+                divergence=None if theirs is None else float((ours.exp() * (ours - theirs)).nansum()),
                 top_tuned=_alternatives(ours.exp(), tokenizer, top),
-                top_base=_alternatives(theirs.exp(), tokenizer, top),
-                drawn_from=draw[0] if draw is not None else None,
-                drawn_candidates=draw[1] if draw is not None else None,
+                top_base=() if theirs is None else _alternatives(theirs.exp(), tokenizer, top),
+                drawn_from=_alternatives(draw, tokenizer, top) if draw is not None else None,
+                drawn_candidates=int((draw > 0).sum()) if draw is not None else None,
+                drawn_probability=float(draw[token]) if draw is not None else None,
                 forced=number in forced,
                 ends=token in prompt.stop.token_ids,
             )
@@ -136,20 +141,21 @@ def answer_of(steps: Sequence[GeneratedToken], tokenizer: Any) -> str:
 
 
 @torch.no_grad()
-def option_scores(model: Any, tokenizer: Any, prompt: Prompt) -> list[OptionScore]:
+def option_scores(models: ModelPair, tokenizer: Any, prompt: Prompt) -> list[OptionScore]:
     """Return the labels' probabilities, each relative to all labels, the tuned model's most likely one first."""
     options = prompt.options or {}
     trie = OptionTrie.of(list(options.values()))
 
-    def probabilities() -> list[float]:
-        causal = CausalModel(model)
-        logits, context = prefill(causal, [prompt.ids or (start_token(tokenizer),)])
-        return [float(p) for p in option_log_likelihoods(logits, context, trie)[0].softmax(dim=-1)]
+    def probabilities(model: Any) -> list[float]:
+        with scoring_mode(model):
+            logits, context = prefill(CausalModel(model), [prompt.ids or (start_token(tokenizer),)])
+            return [float(p) for p in option_log_likelihoods(logits, context, trie)[0].softmax(dim=-1)]
 
-    with scoring_mode(model):
-        tuned = probabilities()
-        with without_tuning(model):
-            base = probabilities()
+    tuned = probabilities(models.tuned)
+    base: list[float | None] = [None] * len(options)
+    if models.has_base:
+        with models.as_base() as model:
+            base = [*probabilities(model)]
     scores = [OptionScore(label, a, b) for label, a, b in zip(options, tuned, base, strict=True)]
     return sorted(scores, key=lambda score: -score.tuned)
 
@@ -162,15 +168,15 @@ def _generate(
     limit: int,
     sampling: Sampling,
     forced: Mapping[int, int],
-    top: int,
     on_text: Callable[[str], None],
-) -> tuple[list[int], list[Tensor], list[tuple[tuple[Alternative, ...], int] | None]]:
+) -> tuple[list[int], list[Tensor], list[Tensor | None]]:
+    """Return the tokens; before each of them the tuned model's log-probabilities, and what it was drawn from."""
     generator = torch.Generator().manual_seed(sampling.seed)
     logits, context = prefill(causal, [list(start)])
     shown = 0
     chosen: list[int] = []
     tuned: list[Tensor] = []
-    drawn: list[tuple[tuple[Alternative, ...], int] | None] = []
+    drawn: list[Tensor | None] = []
     while len(chosen) < limit:
         scores = logits[0].cpu()
         tuned.append(log_softmax(scores, dim=-1))
@@ -179,7 +185,7 @@ def _generate(
             token = forced[len(chosen)]
         elif sampling.temperature > 0:
             probabilities = _limited(scores, sampling)
-            drawn[-1] = _alternatives(probabilities, tokenizer, top), int((probabilities > 0).sum())
+            drawn[-1] = probabilities
             token = int(torch.multinomial(probabilities, 1, generator=generator))
         else:
             token = int(scores.argmax())
@@ -199,12 +205,14 @@ def _generate(
     return chosen, tuned, drawn
 
 
-def _base_log_probabilities(
-    model: Any, causal: CausalModel, start: Sequence[int], chosen: Sequence[int]
-) -> list[Tensor]:
-    """Return what the base would have said before each of the ``chosen`` tokens, in one pass."""
-    ids = torch.tensor([[*start, *chosen[:-1]]], device=causal.device)
-    with without_tuning(model):
+def _base_log_probabilities(models: ModelPair, start: Sequence[int], chosen: Sequence[int]) -> list[Tensor] | None:
+    """Return what the base would have said before each of the ``chosen`` tokens, in one pass; ``None``: it isn't
+    known."""
+    if not models.has_base:
+        return None
+    with models.as_base() as model, scoring_mode(model):
+        causal = CausalModel(model)
+        ids = torch.tensor([[*start, *chosen[:-1]]], device=causal.device)
         logits, _ = causal(ids, torch.ones_like(ids), keep=len(chosen), cache=None, use_cache=False)
     return list(log_softmax(logits[0].cpu(), dim=-1))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -17,6 +16,7 @@ import torch
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -24,10 +24,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora_exp.architecture.run_plan import adapter_dtype, alpha_pattern, effective_alpha
+from qlora_exp.architecture.targets import rank_of
 from qlora_exp.config.allowed_values import FROM_WEIGHTS
 from qlora_exp.config.enums import AdapterInit
 from qlora_exp.config.schema import Config, LoraConfig
+from qlora_exp.data.items import Item
 from qlora_exp.errors import ModelError
+from qlora_exp.models.activation_start import module_generator, principal_inputs
 from qlora_exp.models.base import Base, clone_sharing_weights
 from qlora_exp.models.portable_adapters import SUBTRACTING, make_portable
 from qlora_exp.system.device_errors import is_device_error
@@ -38,17 +41,28 @@ START_ATTRIBUTE = "_qlora_exp_adapter_start"
 SUBTRACTED_ATTRIBUTE = "_qlora_exp_subtracted"
 """Attribute of the model that holds what PiSSA or OLoRA subtracted from the base's weights (the adapters' first
 values), until save_adapter() writes it."""
+COPIED = "modules_to_save"
+"""PEFT's name of the copies of modules that are trained whole; part of their parameters' names."""
 MAGNITUDE = "lora_magnitude_vector"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 
-def attach_adapters(model: PreTrainedModel, config: Config, modules: Sequence[str]) -> PeftModel:
+def attach_adapters(
+    model: PreTrainedModel,
+    config: Config,
+    modules: Sequence[str],
+    items: Sequence[Item] = (),
+    whole: Sequence[str] = (),
+    parameters: Sequence[str] = (),
+) -> PeftModel:
     """Put an adapter on each of ``modules`` (full names) and on nothing else.
 
     A is drawn in fp32 on the CPU from a generator seeded by (seed, module name); B is zero. Both are then cast to
     ``lora.dtype`` (DoRA's magnitudes stay in fp32). So fp32, fp16, int8 and nf4 bases start from the same adapters.
     PiSSA and OLoRA instead take A and B from the base's weights and subtract them there. They work on copies: tensors
-    shared with a cached base don't change.
+    shared with a cached base don't change. EVA takes A from the layers' inputs on ``items``, training rows.
+    ``whole``: modules that are trained as float32 copies. ``parameters``: experts' three-dimensional parameters that
+    get adapters, too.
 
     Raises:
         ModelError: the model lacks one of the names, or PEFT refuses.
@@ -60,6 +74,9 @@ def attach_adapters(model: PreTrainedModel, config: Config, modules: Sequence[st
         raise ModelError("there are target modules that the model doesn't have", ", ".join(missing) or "none given")
     if lora.init in FROM_WEIGHTS:
         _copy_weights([layers[name] for name in modules], lora.r)
+    directions: dict[str, torch.Tensor] = {}
+    if lora.init is AdapterInit.eva:
+        directions = principal_inputs(model, {name: rank_of(lora, name) for name in modules}, items, config.seed)
     requested = set(modules)
     settings = peft.LoraConfig(
         r=lora.r,
@@ -71,24 +88,26 @@ def attach_adapters(model: PreTrainedModel, config: Config, modules: Sequence[st
         use_dora=lora.dora,
         init_lora_weights=lora.init.value if lora.init in FROM_WEIGHTS else True,
         target_modules=_peft_target_modules(layers, requested),
+        modules_to_save=list(whole) or None,
+        target_parameters=list(parameters) or None,
         fan_in_fan_out=any(isinstance(layers[name], Conv1D) for name in modules),
         bias="none",
         task_type="CAUSAL_LM",
     )
     adapted = _inject(model, settings)
-    adapted_names = {name for name, _ in _lora_layers(adapted)}
-    if adapted_names != requested:
-        differing = sorted(adapted_names ^ requested)[:3]
+    adapted_names = {_adapted_name(name, layer) for name, layer in _lora_layers(adapted)}
+    if adapted_names != requested | set(parameters):
+        differing = sorted(adapted_names ^ (requested | set(parameters)))[:3]
         raise ModelError(
             "PEFT adapted other layers than those asked for", ", ".join(differing), "name them in targets.modules"
         )
     if lora.init not in FROM_WEIGHTS:
-        _draw_a(adapted, lora, config.seed)
+        _set_a(adapted, lora, config.seed, directions)
     if lora.init in FROM_WEIGHTS:  # before the cast: these are the values that PEFT subtracted
-        setattr(
-            adapted, SUBTRACTED_ATTRIBUTE, {name: value.detach().clone() for name, value in adapter_parameters(adapted)}
-        )
+        setattr(adapted, SUBTRACTED_ATTRIBUTE, {name: value.detach().clone() for name, value in _matrices(adapted)})
     _cast(adapted, getattr(torch, adapter_dtype(lora)))
+    for _, parameter in whole_parameters(adapted):
+        parameter.data = parameter.data.float()
     setattr(adapted, START_ATTRIBUTE, {name: value.detach().clone() for name, value in adapter_parameters(adapted)})
     return adapted
 
@@ -120,10 +139,19 @@ def autocast_casts_inputs(model: nn.Module, active: bool = True) -> Iterator[Non
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the adapters' parameters with their names: A, B and, with DoRA, the magnitudes."""
+    """Yield the adapters' parameters with their names: A, B, with DoRA the magnitudes, and whole modules."""
     for name, parameter in model.named_parameters():
-        if any(part.startswith("lora_") for part in name.split(".")):
+        if any(part.startswith("lora_") or part == COPIED for part in name.split(".")):
             yield name, parameter
+
+
+def whole_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters of ``lora.modules_to_save`` with their names."""
+    return ((name, parameter) for name, parameter in adapter_parameters(model) if COPIED in name.split("."))
+
+
+def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, parameter) for name, parameter in adapter_parameters(model) if COPIED not in name.split("."))
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
@@ -215,16 +243,23 @@ def _lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
             yield name, module
 
 
-def _draw_a(model: PeftModel, lora: LoraConfig, seed: int) -> None:
-    """Draw A. kaiming: uniform with bound 1/sqrt(in), torch's default for a linear layer and LoRA's own. gaussian:
+def _adapted_name(name: str, layer: LoraLayer) -> str:
+    """Return the full name of the layer, or of the parameter, whose adapter ``layer`` is."""
+    return f"{name.replace('.base_layer', '')}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name
+
+
+def _set_a(model: PeftModel, lora: LoraConfig, seed: int, directions: dict[str, torch.Tensor]) -> None:
+    """Set A to the module's ``directions``, or draw it. kaiming: uniform with bound 1/sqrt(in), torch's default for a
+    linear layer and LoRA's own. gaussian:
     standard deviation 1/r, as in PEFT."""
     for name, layer in _lora_layers(model):
-        digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        generator = module_generator(seed, name)
         weight = layer.lora_A[ADAPTER].weight
         drawn = torch.empty(weight.shape, dtype=torch.float32)
-        if lora.init is AdapterInit.gaussian:
-            nn.init.normal_(drawn, std=1 / weight.shape[0], generator=generator)
+        if name in directions:
+            drawn = directions[name]
+        elif lora.init is AdapterInit.gaussian:
+            nn.init.normal_(drawn, std=1 / layer.r[ADAPTER], generator=generator)
         else:
             nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
         dtype = getattr(torch, adapter_dtype(lora))
@@ -232,13 +267,14 @@ def _draw_a(model: PeftModel, lora: LoraConfig, seed: int) -> None:
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    for name, parameter in adapter_parameters(model):
+    for name, parameter in _matrices(model):
         parameter.data = parameter.data.to(_dtype_of(name, dtype))
 
 
 def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Return ``dtype`` for A and B, and always fp32 for DoRA's magnitudes: 16 bits round their small updates away."""
-    return torch.float32 if MAGNITUDE in name else dtype
+    """Return ``dtype`` for A and B, and always fp32 for DoRA's magnitudes and whole modules: 16 bits round their small
+    updates away."""
+    return torch.float32 if MAGNITUDE in name or COPIED in name.split(".") else dtype
 
 
 def _copy_weights(layers: Sequence[nn.Module], r: int) -> None:

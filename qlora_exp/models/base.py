@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
 from qlora_exp.architecture.run_plan import compute_dtype, weight_dtype
 from qlora_exp.config.allowed_values import FOUR_BIT, QUANTIZED
@@ -27,8 +28,9 @@ from qlora_exp.models.gguf_tensors import weights_of_parts
 from qlora_exp.models.inspect import build_meta, check_weights, quantizable_linears
 from qlora_exp.models.integer_linear import IntegerLinear, integer_format, replace_linears
 from qlora_exp.models.layer_pruning import prune_layers
+from qlora_exp.models.quantized_checkpoints import QuantizedCheckpoint, unpacked_weights
 from qlora_exp.models.quiet_loading import quiet_loading
-from qlora_exp.models.sources import ModelSource, fingerprint, model_config, resolve_source
+from qlora_exp.models.sources import ModelSource, fingerprint, model_config, quantized_source, resolve_source
 from qlora_exp.models.starting_adapters import merge_adapter
 from qlora_exp.system.device_errors import is_device_error
 
@@ -103,7 +105,8 @@ def load_model(
     _check_quantized(loaded, quantization.mode, source)
     if quantization.mode in QUANTIZED:
         _copy_out_of_mmap(loaded)
-    if source.gguf_file or source.adapters:  # loaded from memory: PEFT would write the base's name as "None"
+    in_memory = source.gguf_file or source.adapters or quantized_source(source) is not None
+    if in_memory:  # PEFT would write the base's name as "None"
         loaded.name_or_path = " + ".join([source.where, *source.adapters])
     return _warm_up(loaded, source)
 
@@ -183,12 +186,36 @@ def _with_merged_adapters(source: ModelSource, arguments: dict[str, Any]) -> Pre
 
 
 def _from_folder(source: ModelSource, arguments: dict[str, Any]) -> PreTrainedModel:
+    packed = quantized_source(source)
+    if packed is not None:
+        return _from_packed(source, packed, arguments)
     config = model_config(source)
     model, report = AutoModelForCausalLM.from_pretrained(
         source.path_or_id, config=config, output_loading_info=True, **source.arguments, **arguments
     )
     if not source.is_local:
         check_weights(source)  # files that were downloaded only now
+    return _check_no_missing_weights(model, report, source)
+
+
+def _from_packed(source: ModelSource, packed: QuantizedCheckpoint, arguments: dict[str, Any]) -> PreTrainedModel:
+    """Unpack a checkpoint that is quantized already, and load it from memory as if it had never been."""
+    folder = source.cached_folder
+    if folder is None:
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                source.path_or_id, revision=source.revision, allow_patterns=["*.safetensors", "*.json"]
+            )
+        )
+        check_weights(source)
+    config = model_config(source)
+    built = build_meta(config, source)
+    weights = unpacked_weights(packed, folder, arguments["dtype"], quantizable_linears(built))
+    model, report = type(built).from_pretrained(
+        None, config=config, state_dict=weights, output_loading_info=True, **arguments
+    )
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return _check_no_missing_weights(model, report, source)
 
 

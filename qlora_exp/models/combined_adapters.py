@@ -68,6 +68,7 @@ def _check_plain(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str
         "DoRA's magnitudes don't add up": settings.get("use_dora"),
         "PEFT subtracts its start when it loads it": settings.get("init_lora_weights") in ("pissa", "olora"),
         "its layers have different values of alpha": settings.get("alpha_pattern"),
+        "it adapts experts' parameters": settings.get("target_parameters"),
         "it has more than A and B of linear layers": any(not n.endswith((A_SUFFIX, B_SUFFIX)) for n in tensors),
     }
     for reason, holds in reasons.items():

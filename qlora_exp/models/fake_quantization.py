@@ -17,11 +17,12 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
 
 from qlora_exp.config.schema import Config
 from qlora_exp.config.shipping import QatConfig
 from qlora_exp.errors import ModelError
-from qlora_exp.quantizers.weight_formats import WeightFormat, weight_format
+from qlora_exp.quantizers.weight_formats import TERNARY, WeightFormat, is_ternary, ternary_masters, weight_format
 
 STATE_ATTRIBUTE = "qlora_exp_qat"
 
@@ -62,8 +63,27 @@ def body_linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
         if isinstance(module, LoraLayer):
             inside |= {id(part) for part in module.modules()}
             yield name, module
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear | Conv1D):
             yield name, module
+
+
+def matrix_of(layer: Any) -> Tensor:
+    """Return the weight of a linear layer, or of the one under an adapter, as (rows, columns): GPT-2's ``Conv1D`` keeps
+    it transposed."""
+    plain = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+    weight: Tensor = plain.weight
+    return weight.T if isinstance(plain, Conv1D) else weight
+
+
+def start_from_ternary(model: nn.Module, qat: QatConfig) -> None:
+    """Give ternary layers that are trained weights from which they can learn, if they are to be ternary again: the
+    model computes the same. ``model`` owns these weights, in float32."""
+    if qat.format != TERNARY:
+        return
+    for _, module in body_linears(model):
+        weight = module.weight
+        if weight.requires_grad and is_ternary(weight.detach()):
+            weight.data = ternary_masters(weight.detach())
 
 
 def install_fake_quantization(model: nn.Module, config: Config) -> FakeQuantization | None:
@@ -78,8 +98,8 @@ def install_fake_quantization(model: nn.Module, config: Config) -> FakeQuantizat
         return None
     state = FakeQuantization(format)
     for name, module in body_linears(model):
-        width = module.get_base_layer().in_features if isinstance(module, LoraLayer) else module.in_features
-        if format.group is not None and int(width) % format.group:
+        width = matrix_of(module).shape[1]
+        if format.group is not None and width % format.group:
             what = f"{name} has {width} inputs, which {format.name} can't divide into groups of {format.group}"
             raise ModelError(what, "training.qat", "another training.qat.group, or training.qat.format")
         state.layers.append(name)
@@ -121,10 +141,10 @@ def strength_at(step: int, steps: int, qat: QatConfig) -> float:
 
 
 def merged_weight(layer: Any) -> Tensor:
-    """Return W + s·B·A of a layer with one active adapter in float32, as merging computes it."""
-    base = layer.get_base_layer().weight
+    """Return W + s·B·A (rows, columns) of a layer with one active adapter in float32, as merging computes it."""
+    base = matrix_of(layer)
     if layer.disable_adapters or not layer.active_adapters:
-        return base.float()  # type: ignore[no-any-return]
+        return base.float()
     name = layer.active_adapters[0]
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     return base.float() + (b.float() @ a.float()) * layer.scaling[name]  # type: ignore[no-any-return]
@@ -134,7 +154,7 @@ def _plain_forward(state: FakeQuantization) -> Any:
     cache = _Rounded(state)
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        return linear(x, cache(self.weight, (self.weight,)).to(x.dtype), self.bias)
+        return linear(x, cache(matrix_of(self), (self.weight,)).to(x.dtype), self.bias)
 
     return forward
 
@@ -145,7 +165,7 @@ def _adapted_forward(state: FakeQuantization) -> Any:
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.get_base_layer()
         if self.disable_adapters:  # the base by itself, as it was scored before training
-            return linear(x, base.weight, base.bias)
+            return linear(x, matrix_of(self), base.bias)
         name = self.active_adapters[0]
         tensors = (base.weight, self.lora_A[name].weight, self.lora_B[name].weight)
         weight = merged_weight(self)
@@ -181,11 +201,12 @@ def round_linears(model: nn.Module, format: WeightFormat, search: bool) -> tuple
     """
     count, bits = 0, 0.0
     for name, module in body_linears(model):
-        weight: Any = module.weight
-        rows, columns = weight.shape
+        matrix = matrix_of(module).detach()
+        rows, columns = matrix.shape
         if format.group is not None and columns % format.group:
             what = f"{name} has {columns} inputs, which {format.name} can't divide into groups of {format.group}"
             raise ModelError(what, "ship.format", "another ship.group or ship.format")
-        weight.data = format.rounded(weight.data, search).to(weight.dtype)
-        count, bits = count + weight.numel(), bits + format.stored_bits(rows, columns)
+        rounded = format.rounded(matrix, search).to(matrix.dtype)
+        module.weight.data = rounded.T.contiguous() if isinstance(module, Conv1D) else rounded
+        count, bits = count + matrix.numel(), bits + format.stored_bits(rows, columns)
     return count, round(bits / 8)

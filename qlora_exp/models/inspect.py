@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Hashable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,7 +31,15 @@ from qlora_exp.errors import ModelError
 from qlora_exp.models.config_sizes import check_no_missing_sizes
 from qlora_exp.models.gguf_header import gguf_parts
 from qlora_exp.models.gguf_tensors import check_gguf
-from qlora_exp.models.sources import ModelSource, check_config, first_error_line, model_config, resolve_source
+from qlora_exp.models.quantized_checkpoints import unpacked_tensors
+from qlora_exp.models.sources import (
+    ModelSource,
+    check_config,
+    first_error_line,
+    model_config,
+    quantized_source,
+    resolve_source,
+)
 from qlora_exp.models.starting_adapters import check_adapters
 from qlora_exp.models.tensors import check_tensors, stored_tensors
 from qlora_exp.models.weight_files import weight_files
@@ -62,6 +71,8 @@ def describe(model: ModelConfig, to_load: bool = True) -> Architecture:
     built = build_meta(model_config(source), source)
     _check_attention(built, model.attention)
     described = pruned(architecture_of(built), model)
+    if (packed := quantized_source(source)) is not None:
+        described = replace(described, unpacked_from=packed.method)
     check_adapters(source.adapters, built)
     check_weights(source, built)
     return described
@@ -85,7 +96,10 @@ def check_weights(source: ModelSource, built: PreTrainedModel | None = None) -> 
     if source.gguf_file:
         check_gguf(built, Path(source.where))
     elif folder is not None:
-        check_tensors(built, stored_tensors(folder), source.where)
+        tensors, packed = stored_tensors(folder), quantized_source(source)
+        if packed is not None:
+            tensors = unpacked_tensors(tensors, packed, folder)
+        check_tensors(built, tensors, source.where)
     _checked_states.add(state)
 
 

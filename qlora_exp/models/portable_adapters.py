@@ -3,12 +3,14 @@
 PiSSA trains on a base without its principal directions, s·B₀·A₀; OLoRA without the first ones of its QR decomposition.
 Only PEFT subtracts these again when it loads the adapter. Written as [B, -B₀] · [A; A₀], with twice the rank, the
 adapter needs no such step. rsLoRA's scale, alpha/√r, is written as a different alpha: llama.cpp knows only alpha/r.
+B includes a module's own alpha: many tools read one alpha for all.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,11 @@ WEIGHTS_FILE, SETTINGS_FILE = "adapter_model.safetensors", "adapter_config.json"
 
 def is_portable(settings: Mapping[str, Any]) -> bool:
     """Return whether an ``adapter_config.json`` needs only W + alpha/r · B·A."""
-    return settings.get("init_lora_weights") not in SUBTRACTING and not settings.get("use_rslora")
+    return (
+        settings.get("init_lora_weights") not in SUBTRACTING
+        and not settings.get("use_rslora")
+        and settings.get("alpha_pattern", {}) == _alphas_of_one_scale(settings)
+    )
 
 
 def make_portable(folder: Path, start: Mapping[str, torch.Tensor]) -> None:
@@ -39,9 +45,11 @@ def make_portable(folder: Path, start: Mapping[str, torch.Tensor]) -> None:
         first = {_saved_name(name): value for name, value in start.items()}
         tensors = {name: _with_start(name, value, first) for name, value in tensors.items()}
         settings["r"] *= 2
+    tensors = {name: _with_scale(name, value, settings, scale) for name, value in tensors.items()}
     alpha = scale * settings["r"]
     alpha = int(alpha) if alpha.is_integer() else alpha
     settings |= {"init_lora_weights": True, "use_rslora": False, "lora_alpha": alpha}
+    settings["alpha_pattern"] = _alphas_of_one_scale(settings)
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
 
@@ -49,6 +57,22 @@ def make_portable(folder: Path, start: Mapping[str, torch.Tensor]) -> None:
 def _scale(settings: Mapping[str, Any]) -> float:
     r = settings["r"]
     return float(settings["lora_alpha"]) / (math.sqrt(r) if settings.get("use_rslora") else r)
+
+
+def _alphas_of_one_scale(settings: Mapping[str, Any]) -> dict[str, float]:
+    """Return the ``alpha_pattern`` that gives the modules of ``rank_pattern`` the scale of the others."""
+    factor = float(settings["lora_alpha"]) / settings["r"]
+    return {key: factor * rank for key, rank in (settings.get("rank_pattern") or {}).items()}
+
+
+def _with_scale(name: str, value: torch.Tensor, settings: Mapping[str, Any], scale: float) -> torch.Tensor:
+    """Return B with its module's scale relative to ``scale``; other tensors as they are."""
+    module, _, part = name.partition(f".{B}.")
+    if not part:
+        return value
+    alphas = settings.get("alpha_pattern") or {}
+    alpha = next((alphas[key] for key in alphas if re.fullmatch(rf"(.*\.)?({key})", module)), None)
+    return value if alpha is None else value * (alpha / value.shape[1] / scale)
 
 
 def _saved_name(name: str) -> str:

@@ -35,8 +35,7 @@ from qlora_exp.models.config_sizes import check_positive_sizes
 from qlora_exp.models.file_digests import model_file_digest
 from qlora_exp.models.gguf_header import gguf_parts, is_tied, read_header
 from qlora_exp.models.gguf_rope import with_llama3_rope
-from qlora_exp.models.prequantized import QUANTIZED_HINT as UNQUANTIZED
-from qlora_exp.models.prequantized import quantization_method
+from qlora_exp.models.quantized_checkpoints import QuantizedCheckpoint, quantized_checkpoint, without_quantization
 from qlora_exp.models.starting_adapters import adapter_chain, adapter_digest, check_base_of_adapter
 from qlora_exp.models.weight_files import (
     WEIGHTS,
@@ -171,13 +170,11 @@ def model_config(source: ModelSource) -> PretrainedConfig:
     except Exception as error:  # every architecture validates in its own way, and GGUF readers unpack raw bytes
         what = f"the model's configuration can't be read: {first_error_line(error)}"
         raise ModelError(what, source.where, "is it a complete model that transformers can build?") from None
-    if source.gguf_file is None and (method := quantization_method(vars(config))):
-        raise ModelError(f"the checkpoint is quantized already (by {method})", source.where, UNQUANTIZED)
+    if source.gguf_file is None:
+        quantized_checkpoint(vars(config), source.where)
     if redirected := getattr(config, "transformers_weights", None):
         what = f"config.json names other weights than the directory's own: transformers_weights = {redirected}"
         raise ModelError(what, source.where, "remove the key, or give the directory of those weights")
-    if source.gguf_file and hasattr(config, "quantization_config"):
-        del config.quantization_config
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         what = f"{config.model_type} is not an architecture that generates text left to right"
         raise ModelError(what, source.where, "give a causal language model: Llama, Qwen, GPT-2 …")
@@ -185,7 +182,12 @@ def model_config(source: ModelSource) -> PretrainedConfig:
         what = f"{config.model_type} reads padding as text in transformers: rows of a batch would get wrong scores"
         raise ModelError(what, source.where, "give a model that takes an attention mask: Llama, Qwen, Mamba …")
     check_configured_causal(config, source.where)
-    return config
+    return without_quantization(config)
+
+
+def quantized_source(source: ModelSource) -> QuantizedCheckpoint | None:
+    """Return how the weights of a resolved source are packed; ``None``: they aren't quantized, or are GGUF."""
+    return None if source.gguf_file else quantized_checkpoint(vars(_read_config(source)), source.where)
 
 
 def _read_config(source: ModelSource) -> PretrainedConfig:

@@ -19,14 +19,22 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from qlora_exp.architecture.expert_targets import expert_targets
 from qlora_exp.architecture.shapes import Architecture
-from qlora_exp.architecture.tuned_weights import tuned_tensors
+from qlora_exp.architecture.tuned_weights import tuned_tensors, whole_tensors
 from qlora_exp.config.enums import ComputeDtype, Method, Quantization
 from qlora_exp.config.peft_kinds import in_peft_format, peft_kind_of
 from qlora_exp.config.schema import Config
 from qlora_exp.data.items import Item
 from qlora_exp.errors import ModelError
-from qlora_exp.models.adapters import adapter_parameters, attach_adapters, load_adapter, recast_adapters, save_adapter
+from qlora_exp.models.adapters import (
+    adapter_parameters,
+    attach_adapters,
+    load_adapter,
+    recast_adapters,
+    save_adapter,
+    whole_parameters,
+)
 from qlora_exp.models.base import Base, clone_sharing_weights, load_base
 from qlora_exp.models.bottleneck import bottlenecks, insert_bottlenecks, set_active
 from qlora_exp.models.fake_quantization import (
@@ -34,6 +42,7 @@ from qlora_exp.models.fake_quantization import (
     install_fake_quantization,
     qat_format,
     round_linears,
+    start_from_ternary,
 )
 from qlora_exp.models.inspect import describe
 from qlora_exp.models.merging import merged_model
@@ -62,7 +71,9 @@ def attach(
     methods that choose what they train by gradients.
     """
     if config.method.kind is Method.lora:
-        adapted = attach_adapters(model, config, modules)
+        whole = [tensor.name.rpartition(".")[0] for tensor in whole_tensors(architecture, config.lora)]
+        parameters = [target.name for target in expert_targets(architecture, config.lora)]
+        adapted = attach_adapters(model, config, modules, items, whole, parameters)
         install_fake_quantization(adapted, config)
         return adapted
     if peft_kind_of(config.method) is not None:
@@ -78,6 +89,7 @@ def attach(
         _replace(model, {name: _parameter(model, name).detach().to(torch.float32, copy=True) for name in names})
     set_trained(model, names)
     setattr(model, START_VALUES, {name: value.detach().clone() for name, value in _bottleneck_parameters(model)})
+    start_from_ternary(model, config.training.qat)
     install_fake_quantization(model, config)
     return model
 
@@ -133,6 +145,9 @@ def end_training(model: nn.Module, dtype: str) -> None:
         for name, parameter in tuned_parameters(model):
             if name not in inserted:
                 parameter.data = parameter.data.to(getattr(torch, dtype))
+    else:
+        for _, parameter in whole_parameters(model):
+            parameter.data = parameter.data.to(getattr(torch, dtype))
 
 
 def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -28,7 +28,7 @@ from qlora_exp.config.interpolations import (
     settings_from_outside,
     unresolved_texts,
 )
-from qlora_exp.config.model_choice import adapter_folder, variant_by_name
+from qlora_exp.config.model_choice import adapter_folder, teacher_run_id, variant_by_name
 from qlora_exp.config.override_errors import problems_of
 from qlora_exp.config.overrides import (
     SEARCH_PATH,
@@ -86,8 +86,8 @@ FILES, STORES = (
     ("tracking.uri", "sweep.storage"),
 )
 """Settings that may name a place relative to the command's working directory."""
-STARTING_ADAPTER = "model.adapter"
-"""The setting that may name a run."""
+STARTING_ADAPTER, TEACHER_RUN = "model.adapter", "distillation.teacher"
+"""Settings that may name a run."""
 MAX_NAME_CHARACTERS = 200
 """Optuna's databases store at most 512 bytes or characters, depending on their kind; a folder name has at most 255
 bytes."""
@@ -295,12 +295,10 @@ def _axes(texts: Mapping[str, str], settings: SweepConfig, narrowed: Sequence[st
 
 
 def _last_as_an_axis(texts: Mapping[str, str]) -> list[ConfigError]:
-    """Return the error for ``model.adapter=null,last``: it would be another run in each trial."""
-    text = texts.get(STARTING_ADAPTER, "")
-    if LAST not in text.split(","):
-        return []
-    hint = f"the run's id: {STARTING_ADAPTER}={text.replace(LAST, 'RUN')}"
-    return [ConfigError("last would mean another run in each trial", f"{STARTING_ADAPTER}={text}", hint)]
+    """Return the errors for ``model.adapter=null,last`` and the like: it would be another run in each trial."""
+    where = [(key, text) for key in (STARTING_ADAPTER, TEACHER_RUN) if LAST in (text := texts.get(key, "")).split(",")]
+    what, named = "last would mean another run in each trial", "the run's id: "
+    return [ConfigError(what, f"{key}={text}", f"{named}{key}={text.replace(LAST, 'RUN')}") for key, text in where]
 
 
 def _one_model_for_two_variants(axes: Sequence[Axis], raw: DictConfig) -> list[ConfigError]:
@@ -448,12 +446,13 @@ def _check_name(name: str) -> None:
 def _with_absolute_paths(fixed: Sequence[str], raw: DictConfig) -> list[str]:
     """Return ``fixed`` with absolute paths, including those that a file of sweeps/ sets, so that they mean the same
     place from every folder."""
-    places = {key: _text_as_written(raw, key) for key in (*FILES, *STORES, STARTING_ADAPTER)}
+    places = {key: _text_as_written(raw, key) for key in (*FILES, *STORES, STARTING_ADAPTER, TEACHER_RUN)}
     absolute = {key: _absolute_value(key, value) for key, value in places.items()}
     if (adapter := places[STARTING_ADAPTER]) and not has_interpolation(
         adapter
     ):  # last is the run that is the last one now
         absolute[STARTING_ADAPTER] = adapter_folder(adapter, str(raw.output_root))
+    absolute[TEACHER_RUN] = teacher_run_id(places[TEACHER_RUN], str(raw.output_root))
     changed = {key: value for key, value in absolute.items() if value != places[key]}
     return [*(text for text in fixed if override_key(text) not in changed), *point_overrides(changed)]
 

@@ -21,8 +21,8 @@ from qlora_exp.config.compose import (
     as_checked_config,
     check_hydra,
     check_multirun,
-    compose,
     compose_raw,
+    compose_run,
     with_alpha_policy,
     with_one_length,
 )
@@ -151,7 +151,7 @@ def _check_displayed_config(flags: argparse.Namespace) -> None:
 def _check(overrides: Sequence[str], multirun: bool) -> None:
     """Check everything before Hydra starts. The sweep itself checks the points of a study."""
     if not multirun:
-        compose(overrides)
+        compose_run(overrides)
     elif BASIC_SWEEPER in overrides:
         check_multirun(overrides)
         check_hydra(overrides)

@@ -14,6 +14,7 @@ import yaml
 from qlora_exp.analysis.confirmation import confirm_finalists, margin_unit_of, pending_runs
 from qlora_exp.analysis.confirmation_words import (
     ConfirmedSearch,
+    confirmation_card,
     confirmation_lines,
     retry_command,
     settle_command,
@@ -256,6 +257,7 @@ def print_confirmation(
         **progress,
         "use_trial": plan.trials[used.trial.number % len(plan.trials)] if used.trial is not None else None,
         "use_run": used.run_id,
+        "use": confirmation_card(found, search).verdict,
         "regret_bound": found.regret_bound,
         "unit": found.measure.label,
         "seeds": found.seeds,

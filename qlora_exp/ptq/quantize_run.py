@@ -26,6 +26,7 @@ from qlora_exp.export.task_check import CheckItems, answer_items, items_to_check
 from qlora_exp.models.inspect import describe
 from qlora_exp.models.tuning import merged_tuned
 from qlora_exp.paths import RunPaths
+from qlora_exp.ptq.memory_check import KEPT_TOKENS, check_quantize_memory
 from qlora_exp.ptq.ptq_config import Calibration, PtqConfig
 from qlora_exp.quantizers.affine import (
     AffineFormat,
@@ -39,8 +40,6 @@ from qlora_exp.records.files import write_json
 QUANTIZATION_SCHEMA_VERSION = 1
 UNQUANTIZED_BITS = 16
 """Embeddings, head, norms and biases ship in 16 bits."""
-KEPT_TOKENS = 512
-"""Input vectors that are kept of each layer: enough for an error of a few percent, and 8 MB a layer at width 4,096."""
 
 
 @dataclass(frozen=True)
@@ -120,17 +119,23 @@ class QuantizationResults:
 
 
 def quantize_run(
-    paths: RunPaths, settings: PtqConfig, on_step: Callable[[str], None] = lambda _: None
+    paths: RunPaths,
+    settings: PtqConfig,
+    on_step: Callable[[str], None] = lambda _: None,
+    on_warning: Callable[[str], None] = lambda _: None,
 ) -> tuple[QuantizationResults, Path]:
     """Quantize the run's merged model in each format of ``settings``; return the results and the file that has them.
 
     Raises:
-        ConfigError, ExportError, ModelError: the run, its base or a format can't be used.
+        ConfigError, ExportError, ModelError: the run, its base or a format can't be used, or the machine's memory is
+            too small.
     """
     run = check_run(paths)
     architecture = describe(run.config.model)
     formats = settings.formats()
     check_formats(formats, quantized_shapes(architecture), run.record.run_id)
+    if (warning := check_quantize_memory(architecture, settings, formats, run.record.run_id)) is not None:
+        on_warning(warning)
     questions = items_to_check(run.config, run.record, paths, run.tokenizer, settings.items, tolerance=0)
     calibration_items = questions.splits.train[: settings.rows] if isinstance(questions, CheckItems) else ()
     on_step("merge")

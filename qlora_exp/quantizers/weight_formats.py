@@ -99,18 +99,42 @@ class BlockFormat:
 
 @dataclass(frozen=True)
 class TernaryFormat:
-    """Weights −s, 0 and s with one scale s for the matrix: its mean magnitude (Ma et al. 2024, BitNet b1.58)."""
+    """Weights −s, 0 and s with one scale s for the matrix: its mean magnitude (Ma et al. 2024, BitNet b1.58). A matrix
+    that is ternary already stays as it is."""
 
     name: str = TERNARY
     group: int | None = None
 
     def rounded(self, weight: Tensor, search: bool = False) -> Tensor:
         exact = weight.float()
+        if is_ternary(exact):
+            return exact
         scale = _half(exact.abs().mean().clamp(min=1e-5))
         return torch.round(exact / scale).clamp(-1, 1) * scale
 
     def stored_bits(self, rows: int, columns: int) -> float:
         return rows * columns * TERNARY_BITS
+
+
+def is_ternary(weight: Tensor) -> bool:
+    """Return whether a matrix has no values but −s, 0 and s."""
+    magnitude = weight.abs()
+    return bool(((magnitude == 0) | (magnitude == magnitude.max())).all())
+
+
+def ternary_masters(ternary: Tensor) -> Tensor:
+    """Return weights that :class:`TernaryFormat` rounds to ``ternary``, for training to start from.
+
+    The scale of a rounded matrix is its mean magnitude, to which zeros add nothing: so the others are divided by their
+    share. One zero becomes a thousandth of the scale, or else the matrix would be taken for one that is rounded.
+    """
+    share = float((ternary != 0).float().mean())
+    if share in (0.0, 1.0):
+        return ternary.clone()
+    masters = ternary / share
+    zero = int((ternary == 0).flatten().nonzero()[0])
+    masters.view(-1)[zero] = ternary.abs().max() / 1000
+    return masters
 
 
 def weight_format(name: str, symmetric: bool = False, group: str | int = 64) -> WeightFormat:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,22 @@ SPLITS = ("test", "validation")
 """A run that was scored on both is read on test."""
 
 
-def read_items(run_folder: Path | str, split: str | None = None) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class ItemLoss:
+    """Nats per token of an item's right answer and its end, by the base model and the tuned model."""
+
+    item_id: str
+    base: float
+    tuned: float
+
+
+def read_items(
+    run_folder: Path | str, split: str | None = None, ids: Collection[str] | None = None
+) -> list[dict[str, Any]]:
     """Return one row per scored item, in the order in which they were scored. ``None`` is not known.
 
-    ``split``: ``validation`` or ``test``; by default test if the run was scored on it, else validation. Each row has
+    ``split``: ``validation`` or ``test``; by default test if the run was scored on it, else validation. ``ids``: only
+    these items. Each row has
 
     * ``id``: the data file and row, e.g. ``train.jsonl:17``; ``split``; ``group`` (the row's document or context)
     * ``prompt``: as the model reads it, cut if it is very long; ``None`` in runs of earlier versions and with
@@ -35,15 +49,9 @@ def read_items(run_folder: Path | str, split: str | None = None) -> list[dict[st
         RecordError: a file is damaged, or the run has no per-item files: it hasn't been scored.
     """
     paths = RunPaths(Path(run_folder))
-    scored = [name for name in SPLITS if any(paths.items(moment, name).is_file() for moment in ("after", "before"))]
-    split = split or next(iter(scored), None)
-    if split not in scored:
-        what = "the run has no items" if split is None else f"the run has no items of the {split} split"
-        hint = f"it has those of {' and '.join(scored)}" if scored else "items are written when the models are scored"
-        raise RecordError(what, str(paths.folder), hint)
-    assert split is not None
-    after, before = (_by_id(paths.items(moment, split)) for moment in ("after", "before"))
-    texts = _by_id(paths.texts(split))
+    split = _scored_split(paths, split)
+    after, before = (_by_id(paths.items(moment, split), ids) for moment in ("after", "before"))
+    texts = _by_id(paths.texts(split), ids)
     rows = []
     for item_id in after or before:
         tuned, base, text = (table.get(item_id, {}) for table in (after, before, texts))
@@ -70,15 +78,52 @@ def read_items(run_folder: Path | str, split: str | None = None) -> list[dict[st
     return rows
 
 
-def _by_id(file: Path) -> dict[str, dict[str, Any]]:
-    """Return item id → row; empty if there is no file."""
+def read_item_losses(run_folder: Path | str) -> list[ItemLoss]:
+    """Return the losses of the items that both models were scored on, on test if the run was scored there. It reads no
+    texts. Raises :class:`RecordError` as :func:`read_items` does."""
     import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    paths = RunPaths(Path(run_folder))
+    split, losses = _scored_split(paths, None), []
+    for moment in ("before", "after"):
+        file = paths.items(moment, split)
+        if not file.is_file():
+            return []
+        try:
+            table = pq.read_table(file, columns=["item_id", "loss_sum_nats", "tokens"]).to_pydict()
+        except (OSError, pa.ArrowException) as error:
+            raise RecordError(f"the file can't be read: {error}", str(file), "restore it, or run again") from None
+        figures = zip(table["item_id"], table["loss_sum_nats"], table["tokens"], strict=True)
+        losses.append({name: nats / tokens for name, nats, tokens in figures if nats is not None and tokens})
+    before, after = losses
+    return [ItemLoss(name, before[name], value) for name, value in after.items() if name in before]
+
+
+def _scored_split(paths: RunPaths, split: str | None) -> str:
+    scored = [name for name in SPLITS if any(paths.items(moment, name).is_file() for moment in ("after", "before"))]
+    split = split or next(iter(scored), None)
+    if split not in scored:
+        what = "the run has no items" if split is None else f"the run has no items of the {split} split"
+        hint = f"it has those of {' and '.join(scored)}" if scored else "items are written when the models are scored"
+        raise RecordError(what, str(paths.folder), hint)
+    assert split is not None
+    return split
+
+
+def _by_id(file: Path, ids: Collection[str] | None) -> dict[str, dict[str, Any]]:
+    """Return item id → row, of ``ids`` if given; empty if there is no file."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     if not file.is_file():
         return {}
     try:
-        return {row["item_id"]: row for row in pq.read_table(file).to_pylist()}
+        table = pq.read_table(file)
+        if ids is not None:
+            table = table.filter(pc.is_in(table["item_id"], pa.array(ids, pa.string())))
+        return {row["item_id"]: row for row in table.to_pylist()}
     except (OSError, pa.ArrowException, KeyError) as error:
         raise RecordError(f"the file can't be read: {error}", str(file), "restore it, or run again") from None
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from qlora_exp.formatting import flatten
 from qlora_exp.records.method_name import LORA, method_name
-from qlora_exp.records.model_name import model_name
+from qlora_exp.records.model_name import model_name, model_place
 from qlora_exp.records.redaction import redact
 from qlora_exp.records.types import RunRecord
 from qlora_exp.records.unread_settings import said_in_a_word, unread_prefixes
@@ -89,10 +90,10 @@ def labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     If nothing varies, the label has the settings that describe a run: model, quantization, rank, targets, rate, seed;
     or all of a trial's params. Runs with the same settings are numbered: ``r16 s3``, ``r16 s3 (2)``. No label is empty.
     """
-    settings = [named_settings(row) for row in rows]
+    settings = _with_distinct_models(rows, [named_settings(row) for row in rows])
     keys = varying_keys(settings) or _describing_keys(settings)
-    texts = {key: _texts([row.get(key) for row in settings]) for key in keys}
-    found = [_joined(_part(key, row.get(key), texts[key]) for key in keys) for row in settings]
+    texts, names = {key: _texts([row.get(key) for row in settings]) for key in keys}, _names(keys)
+    found = [_joined(_part(key, row.get(key), texts[key], names) for key in keys) for row in settings]
     counts: dict[str, int] = {}
     for index, label in enumerate(found):
         counts[label] = counts.get(label, 0) + 1
@@ -107,7 +108,8 @@ def label(row: Mapping[str, Any]) -> str:
     Example: ``label({"lora.r": 16, "seed": 3})`` is ``r16 s3``.
     """
     settings = named_settings(row)
-    return _joined(_part(key, settings[key], _texts([settings[key]])) for key in _in_order(settings))
+    names = _names(settings)
+    return _joined(_part(key, settings[key], _texts([settings[key]]), names) for key in _in_order(settings))
 
 
 def shared_settings(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -115,7 +117,8 @@ def shared_settings(rows: Sequence[Mapping[str, Any]]) -> str:
     settings = [named_settings(row) for row in rows]
     varying = set(varying_keys(settings))
     keys = [key for key in _describing_keys(settings) if key not in varying] if settings else []
-    return _joined((_part(key, settings[0].get(key), _texts([settings[0].get(key)])) for key in keys), "")
+    names = _names(keys)
+    return _joined((_part(key, settings[0].get(key), _texts([settings[0].get(key)]), names) for key in keys), "")
 
 
 def run_name(record: RunRecord) -> str:
@@ -225,7 +228,37 @@ def value_text(value: Any, digits: int = LABEL_DIGITS[0]) -> str:
     return str(value)
 
 
-def _part(key: str, value: Any, texts: Mapping[Any, str]) -> str:
+def _names(keys: Iterable[str]) -> dict[str, str]:
+    """Return for each key without a spelling the shortest end that no other of ``keys`` has: of ``a.ratio`` and
+    ``b.ratio`` the whole, of ``training.scheduler`` alone its last part."""
+    others = [key for key in keys if key not in SPELLINGS]
+    parts = {key: key.split(".") for key in others}
+    names = {}
+    for key in others:
+        ends = [".".join(parts[key][-count:]) for count in range(1, len(parts[key]) + 1)]
+        is_only = (end for end in ends if not any(f".{other}".endswith(f".{end}") for other in others if other != key))
+        names[key] = next(is_only, key)
+    return names
+
+
+def _with_distinct_models(rows: Sequence[Mapping[str, Any]], settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return ``settings`` with the parent folders in the names of models in different folders of the same name."""
+    places: dict[str, dict[str, list[int]]] = {}
+    for index, row in enumerate(rows):
+        config = row["config"] if isinstance(row.get("config"), Mapping) else row
+        model = config.get("model")
+        if isinstance(model, Mapping) and model.get("path") and (place := model_place(model)) is not None:
+            places.setdefault(str(settings[index].get("model.family")), {}).setdefault(place, []).append(index)
+    for name, folders in places.items():
+        parts = {place: PurePath(place).parts for place in folders}
+        depth = next((n for n in range(2, 9) if len({part[-n:] for part in parts.values()}) == len(parts)), 0)
+        for place, indices in folders.items() if len(folders) > 1 and depth else ():
+            for index in indices:
+                settings[index]["model.family"] = "/".join([*parts[place][-depth:-1], name])
+    return settings
+
+
+def _part(key: str, value: Any, texts: Mapping[Any, str], names: Mapping[str, str]) -> str:
     if value is None or IMPLIED.get(key) == value:
         return ""
     text = texts[_comparable(value)]
@@ -233,7 +266,7 @@ def _part(key: str, value: Any, texts: Mapping[Any, str]) -> str:
         text = _last_part(text)
     text = " ".join(text.split()) if isinstance(value, str) else text
     text = text if len(text) <= MAX_TEXT or not isinstance(value, str) else f"{text[: MAX_TEXT - 1]}…"
-    return f"{SPELLINGS[key]}{text}" if key in SPELLINGS else f"{key.rsplit('.', 1)[-1]}={text}"
+    return f"{SPELLINGS[key]}{text}" if key in SPELLINGS else f"{names[key]}={text}"
 
 
 def _last_part(path: str) -> str:

@@ -157,6 +157,7 @@ def _settings(record: RunRecord, config: dict[str, Any]) -> Iterator[str]:
             else None,
             "trainable parameters": f"{plan.trainable_parameters:,} of {plan.total_parameters:,}",
             "weights, computing, adapter": f"{plan.weight_dtype}, {plan.compute_dtype}, {plan.adapter_dtype}",
+            "base's checkpoint": f"quantized by {plan.unpacked_from}, and unpacked" if plan.unpacked_from else None,
             "prompt format": plan.format,
             "device": plan.device,
         }
@@ -181,6 +182,8 @@ def _limits(config: dict[str, Any]) -> Iterator[str]:
         start = "PiSSA" if lora["init"] == "pissa" else "OLoRA"
         yield f"{start} changes the base weights before training. The saved adapter undoes this change, which doubles"
         yield "its rank: with the published base weights W, the trained model is W + alpha/r · B·A."
+    if whole := lora.get("modules_to_save"):
+        yield f"The adapter's file also has {' and '.join(whole)}, trained whole: merge it for vLLM and llama.cpp."
     if lora.get("dora"):
         yield "DoRA's magnitudes are read by PEFT; vLLM and llama.cpp refuse them. Merge the adapter for these."
     if (config.get("task") or {}).get("source") == "embedded":

@@ -14,7 +14,7 @@ from typing import Any
 
 from qlora_exp.records.fit_types import Fit
 from qlora_exp.records.shipped import Shipped
-from qlora_exp.records.teacher_run import TeacherRun
+from qlora_exp.records.teacher_run import StudentAgreement, TeacherRun
 
 SCHEMA_VERSION = 2
 
@@ -136,6 +136,8 @@ class Plan:
     inputs_rounded_in: tuple[str, ...] | None = None
     """Phases in which quantized layers' inputs are rounded to 8 bits, too (int8 only): ``training``, ``evaluation``.
     ``None`` in records of earlier versions."""
+    unpacked_from: str | None = None
+    """The method by which the base's checkpoint is quantized, whose weights were unpacked; ``None``: it isn't."""
     predicted_peak_train_bytes: int | None = None
     """Prediction of ``memory.train_working_set_bytes``."""
     predicted_context_bytes: int | None = None
@@ -476,6 +478,8 @@ class RunRecord:
     scores: ScoreTable = field(default_factory=ScoreTable)
     shipped: Shipped | None = None
     teacher: TeacherRun | None = None
+    agreement: StudentAgreement | None = None
+    """With the teacher, after training."""
     baselines: Baselines | None = None
     goal: Goal | None = None
     failure: Failure | None = None

@@ -9,6 +9,8 @@ from qlora_exp.records.method_name import is_lora
 
 SHIPS, QAT, TEACHER = "ships", "qat", "teacher"
 """Keys of :func:`said_in_a_word`."""
+USUAL_TOP_K = 64
+"""The teacher's kept probabilities that a label doesn't name."""
 
 
 def unread_prefixes(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -39,9 +41,14 @@ def said_in_a_word(config: Mapping[str, Any]) -> dict[str, str]:
     if distillation.get("teacher") is not None:
         kind = "" if distillation.get("divergence") == "forward" else f" {distillation.get('divergence')}"
         soft = "" if distillation.get("temperature") == 1.0 else f" T={distillation.get('temperature'):g}"
-        said[TEACHER] = (
-            f"taught by {str(distillation['teacher'])[-4:]} gold {distillation.get('gold_weight'):g}{kind}{soft}"
-        )
+        name = str(distillation["teacher"])
+        name = name.rpartition("/")[2].rpartition(":")[2] if name.startswith("model:") else name[-4:]
+        mode = distillation.get("teacher_quantization")
+        name += f" in {mode}" if mode is not None else ""
+        top = distillation.get("top_k") or USUAL_TOP_K
+        few = "" if top == USUAL_TOP_K or distillation.get("gold_weight") == 1.0 else f" top {top}"
+        learned = f"gold {distillation.get('gold_weight'):g}{kind}{soft}{few}"
+        said[TEACHER] = f"taught by {name} {'answers' if distillation.get('mode') == 'answers' else learned}"
     layers = (config.get("model") or {}).get("layers")
     if layers is not None:
         said["kept"] = layers if isinstance(layers, str) else "layers " + "+".join(map(str, layers))

@@ -36,10 +36,11 @@ from qlora_exp.records.files import write_json
 from qlora_exp.records.redaction import redact_text
 from qlora_exp.records.schema import from_dict
 from qlora_exp.records.types import Failure, Plan, RunRecord, ScoreTable, Status
-from qlora_exp.runs.ask_teacher import find_teacher, teacher_targets
+from qlora_exp.runs.ask_teacher import find_teacher
 from qlora_exp.runs.prepare import Prepared, plan_for_model
 from qlora_exp.runs.record_figures import RunFigures
 from qlora_exp.runs.ship import ship_of, shipped_model
+from qlora_exp.runs.teacher_answers import agreement_of, consult
 from qlora_exp.system.device_errors import is_cuda_error
 from qlora_exp.training import meter as measurement
 from qlora_exp.training.checkpoints import newest_valid, step_of
@@ -130,9 +131,14 @@ def _run_pipeline(
     progress.record = _with_warning(progress.record, start_warning(config.method))
 
     progress.enter("train", observer)
-    if (teacher := find_teacher(config, planned.format, tokenizer)) is not None:
-        progress.record = progress.record.replace(teacher=teacher.recorded())
     progress.trained = _finished_training(paths)
+    consulted = None
+    if (teacher := find_teacher(config, planned.format, tokenizer)) is not None:
+        progress.enter("ask the teacher", observer)
+        asked = (config, splits, tokenizer, planned.device, cache, _wait("teacher", observer))
+        consulted = consult(teacher, *asked, trains=progress.trained is None)
+        progress.record = _with_warning(progress.record.replace(teacher=consulted.recorded), consulted.warning)
+        progress.enter("train", observer)
     if progress.trained is not None:  # the run was interrupted after its training
         model = with_kernels(load_tuned(base, config, paths.weights), planned.kernels)
         progress.weights = weight_bytes(model)
@@ -142,18 +148,12 @@ def _run_pipeline(
         progress.weights = weight_bytes(model)
         model.train()
         validation = limit_items(splits.validation, config)
-        targets = None
-        if teacher is not None:
-            progress.enter("ask the teacher", observer)
-            asked = (config, splits.train, splits.record.fingerprint, planned.device, cache)
-            targets = teacher_targets(teacher, *asked, _wait("teacher", observer))
-            progress.enter("train", observer)
         with meter.phase("train"):
             progress.trained = train(
                 planned,
                 model,
                 tokenizer,
-                splits.train,
+                consulted.rows if consulted is not None else splits.train,
                 validation,
                 config,
                 paths,
@@ -162,7 +162,7 @@ def _run_pipeline(
                 progress.watching,
                 lambda: progress.exhausted(config.budget),
                 reporters,
-                targets,
+                consulted.targets if consulted is not None else None,
             )
         end_training(model, planned.compute_dtype)
         save_tuned(model, paths.adapter if in_peft_format(config.method) else paths.tuned)
@@ -195,6 +195,11 @@ def _run_pipeline(
         forgetting_chat=forgotten.chat,
     )
     progress.record = progress.record.replace(scores=table, goal=_goal(config, after, test))
+    if consulted is not None:
+        with progress.not_measured():
+            answered = (test or after).items
+            close = agreement_of(model, consulted, answered, splits, config)
+        progress.record = progress.record.replace(agreement=close)
     _write_texts(texts, "generated", model, prepared, config, progress, observer)
 
 

@@ -10,12 +10,12 @@ from typing import Any
 from qlora_exp.architecture import run_plan
 from qlora_exp.architecture.padding import needs_padding
 from qlora_exp.architecture.shapes import Architecture
-from qlora_exp.architecture.targets import rank_warning
+from qlora_exp.architecture.targets import rank_of, rank_warning
 from qlora_exp.architecture.tuned_weights import trained_modules
 from qlora_exp.config.checks_lora import int8_dora, scaled_16_bit_adapters
 from qlora_exp.config.checks_method import scaled_16_bit_weights
 from qlora_exp.config.checks_task import GENERATED_METRICS, parse_goal
-from qlora_exp.config.enums import EvaluationSplit, Method, PaddingFree
+from qlora_exp.config.enums import AdapterInit, EvaluationSplit, Method, PaddingFree
 from qlora_exp.config.schema import Config
 from qlora_exp.data.items import Splits, check_positions, check_vocabulary
 from qlora_exp.data.load import load_data
@@ -27,6 +27,7 @@ from qlora_exp.estimate.memory_fit import MemoryLimit, memory_limit_bytes
 from qlora_exp.estimate.tokens import lengths_of, row_lengths
 from qlora_exp.evaluation.generation import check_answers
 from qlora_exp.evaluation.metrics import hub_metric
+from qlora_exp.models.activation_start import check_start_rows
 from qlora_exp.models.attention import measured_padding_reason
 from qlora_exp.models.base_cache import NoCache, model_key
 from qlora_exp.models.base_models import BaseModels
@@ -82,6 +83,8 @@ def prepare(
     tokenizer = load_tokenizer(config.model)
     length = config.training.max_length
     splits = bases.memoize("splits", (task_key, model_id, length), lambda: load_data(config, tokenizer, length, rows))
+    if config.method.kind is Method.lora and config.lora.init is AdapterInit.eva:
+        check_start_rows(splits.train, max(rank_of(config.lora, name) for name in modules), config.seed)
     find_teacher(config, splits.format, tokenizer)
     check_format(architecture, config)
     check_vocabulary(splits, tokenizer, architecture.vocabulary_size)

@@ -13,7 +13,7 @@ from qlora_exp.config.shipping import ShipConfig
 from qlora_exp.errors import ConfigError
 from qlora_exp.estimate.weights_and_optimizer import base_bytes
 from qlora_exp.models.base import Base
-from qlora_exp.models.fake_quantization import body_linears, round_linears
+from qlora_exp.models.fake_quantization import body_linears, matrix_of, round_linears
 from qlora_exp.models.merging import dequantized_base, merge_into
 from qlora_exp.models.tuning import adapter_loader, merged_tuned
 from qlora_exp.quantizers.weight_formats import packed_bytes, weight_format
@@ -36,16 +36,13 @@ def check_format(architecture: Architecture, config: Config) -> None:
     """Check that the format to which weights are rounded fits the model's layers, before anything is loaded.
 
     Raises:
-        ConfigError: a layer's inputs aren't divisible by the group, or the layers are GPT-2's transposed ones.
+        ConfigError: a layer's inputs aren't divisible by the group.
     """
     ship = ship_of(config)
     if ship is None or ship.format is None or ship.model is ShippedModel.trained:
         return
     key = "training.qat" if config.training.qat.format is not None else "ship"
     format = weight_format(ship.format, ship.symmetric, ship.group)
-    if any(shape.kind == "conv1d" for shape in architecture.weights):
-        what = f"the linear layers of {architecture.model_type} are stored transposed, and can't be rounded here"
-        raise ConfigError(what, f"{key}.format = {ship.format}", "export --formats q8_0 or quantize, after the run")
     widths = sorted({shape.in_features for shape in architecture.weights})
     odd = [width for width in widths if format.group is not None and width % format.group]
     if odd:
@@ -79,7 +76,8 @@ def shipped_model(
         if config.training.qat.format is None:  # else merged_tuned() has rounded the weights
             count, packed = round_linears(merged, format, search=ship.calibration is RangeChoice.mse)
         else:
-            shapes = [(module.out_features, module.in_features) for _, module in body_linears(merged)]
+            matrices = [matrix_of(module).shape for _, module in body_linears(merged)]
+            shapes = [(rows, columns) for rows, columns in matrices]
             count, packed = sum(rows * columns for rows, columns in shapes), packed_bytes(format, shapes)
         size = packed + OTHER_BYTES * (parameters - count)
         shipped = Shipped(ship.model.value, format.name, 8 * packed / count, size)

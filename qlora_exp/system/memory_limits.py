@@ -19,6 +19,10 @@ MAX_PAGE_FAULTS_PER_SECOND = 500.0
 """Major page faults per second above which a process mostly waits: the kernel has dropped the program's own pages."""
 
 
+_UNDROPPABLE = r"^(?:anon|shmem|total_rss|total_shmem) (\d+)$"
+"""Without file pages, which the kernel can drop."""
+
+
 def total_bytes() -> int | None:
     """Return the machine's memory, or a control group's limit if it is smaller; ``None`` if unknown."""
     try:
@@ -35,11 +39,21 @@ def is_nearly_full() -> bool:
     if total and "MemAvailable" in fields and available < (1 - NEARLY_FULL_SHARE) * total:
         return True
     for folder, limit in _limits():
-        # Without file pages, which the kernel can drop.
-        used = re.findall(r"^(?:anon|shmem|total_rss|total_shmem) (\d+)$", read(folder / "memory.stat"), re.MULTILINE)
+        used = re.findall(_UNDROPPABLE, read(folder / "memory.stat"), re.MULTILINE)
         if sum(map(int, used)) > NEARLY_FULL_SHARE * limit:
             return True
     return False
+
+
+def available_bytes() -> int | None:
+    """Return how much memory new data can take without swapping, on the machine and in this process's control groups;
+    ``None`` if unknown."""
+    match = re.search(r"^MemAvailable:\s+(\d+) kB$", read(PROC / "meminfo"), re.MULTILINE)
+    free = [int(match[1]) * 1024] if match else []
+    for folder, limit in _limits():
+        used = re.findall(_UNDROPPABLE, read(folder / "memory.stat"), re.MULTILINE)
+        free.append(max(limit - sum(map(int, used)), 0))
+    return min(free, default=None)
 
 
 def major_page_faults() -> int:

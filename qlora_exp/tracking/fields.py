@@ -99,6 +99,17 @@ SCORE_FIELDS = (
 HEADLINE_FIELDS = ("accuracy", "rouge_l", "exact_match", "loss_per_item", "loss")
 
 
+LORA_LISTS = ("rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters", "loraplus_lr_ratio")
+"""Settings of LoRA that most runs leave at null."""
+
+
+def _listed(value: Any) -> Any:
+    """Return a mapping or a list as one text: ``down_proj=16,q_proj=4``."""
+    if isinstance(value, Mapping):
+        return ",".join(f"{name}={entry}" for name, entry in value.items())
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+
+
 def run_params(record: RunRecord) -> dict[str, str]:
     """Return the configuration's settings and, if there is a plan, what it derived from them. Leaves unset values
     out."""
@@ -118,6 +129,7 @@ def run_params(record: RunRecord) -> dict[str, str]:
     if record.plan is not None:
         if lora:
             values |= {"lora.alpha": record.plan.alpha, "lora.scale": record.plan.scale}
+            values |= {f"lora.{key}": _listed(config["lora"].get(key)) for key in LORA_LISTS}
         values["task.format"] = record.plan.format
         values["training.micro_batch_size"] = record.plan.micro_batch_size
         values["training.micro_batch_tokens"] = record.plan.micro_batch_tokens
@@ -260,6 +272,9 @@ def _figures(record: RunRecord) -> Iterator[tuple[str, float | None]]:
     if record.baselines is not None:
         yield "baseline/tfidf_accuracy", record.baselines.tfidf_accuracy
         yield "baseline/majority_accuracy", record.baselines.majority_accuracy
+    if record.agreement is not None:
+        yield "teacher/equal_answers", record.agreement.equal_answers
+        yield "teacher/kl_nats_per_token", record.agreement.kl_nats_per_token
     yield "cost/usd", speed.cost_usd
     yield "memory/adapter_mib", _mib(memory.adapter_bytes)
     yield "memory/optimizer_mib", _mib(memory.optimizer_bytes)

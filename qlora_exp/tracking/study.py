@@ -117,7 +117,7 @@ def read_answers(paths: StudyPaths) -> list[study_fields.LadderAnswer]:
     answer of a study that confirms. Empty if there is none."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         answer = json.loads(paths.confirmation.read_text(encoding="utf-8"))["answer"]
-        return [study_fields.LadderAnswer({}, " ".join(answer["sentences"]))]
+        return [study_fields.LadderAnswer({}, " ".join(answer["sentences"]), {"use": answer.get("use")})]
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         content = json.loads(paths.ladder.read_text(encoding="utf-8"))
         if not content["ladders"] and "screening" in content:
@@ -135,6 +135,7 @@ def deliver_study(
     """Log all of the study to its parent run; repeating it duplicates nothing. Returns what the store then has: a
     running study doesn't count as delivered."""
     digest, client = study_digest(paths), opened.client
+    summary = _with_confirmed_first(summary, paths)
     with bounded_calls(store.timeout_seconds):
         with delivery_lock(paths.delivery_lock):
             run_id = _find_or_create_parent(store, opened, paths, definition)
@@ -147,6 +148,17 @@ def deliver_study(
                 if file.is_file():
                     client.log_artifact(run_id, str(file))
     return TrackingState(store.shown_uri, store.experiment, opened.experiment_id, run_id, summary.status.ended, digest)
+
+
+def _with_confirmed_first(summary: StudySummary, paths: StudyPaths) -> StudySummary:
+    """Return ``summary`` with the run of the confirmed configuration as the best: the single best run of a study that
+    confirms may belong to another configuration."""
+    try:
+        used = json.loads(paths.confirmation.read_text(encoding="utf-8"))["answer"]["use_run"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return summary
+    numbers = [trial.number for trial in summary.trials if used is not None and trial.run_id == used]
+    return replace(summary, best=tuple(numbers)) if numbers else summary
 
 
 def study_digest(paths: StudyPaths) -> str:

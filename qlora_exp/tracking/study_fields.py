@@ -152,6 +152,8 @@ def best_tag(
     ]
     if ranks:
         return {BEST_TAG: shown_text("; ".join(ranks))}
+    if (confirmed := next((answer.fields["use"] for answer in answers if answer.fields.get("use")), None)) is not None:
+        return {BEST_TAG: shown_text(str(confirmed))}
     if answers or not summary.best_trials:
         return {}
     best = summary.best_trials[0]

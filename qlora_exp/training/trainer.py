@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.models import enable_selective_activation_checkpointing
 
 from qlora_exp.architecture.run_plan import optimizer_on
-from qlora_exp.config.checks_method import TUNES_WEIGHTS
+from qlora_exp.config.checks_method import TUNES_WEIGHTS, trains_base_weights
 from qlora_exp.config.enums import Checkpointing, Method
 from qlora_exp.config.schema import Config
 from qlora_exp.data.items import Item
@@ -387,7 +387,7 @@ def trainer_arguments(plan: Plan, config: Config, folder: Path) -> SFTConfig:
         packing=False,
         pad_to_multiple_of=None if plan.padding_free or plan.length_multiple == 1 else plan.length_multiple,
         # PEFT casts what its adapters read; trained base weights are float32 and need autocast on a CPU, too.
-        bf16=(cuda or config.method.kind in TUNES_WEIGHTS) and plan.compute_dtype == "bfloat16",
+        bf16=(cuda or trains_base_weights(config)) and plan.compute_dtype == "bfloat16",
         fp16=cuda and plan.compute_dtype == "float16",
         use_cpu=not cuda,
         gradient_checkpointing=plan.gradient_checkpointing,

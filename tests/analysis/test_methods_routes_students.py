@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import made_up
 
 from qlora_exp.analysis.configurations import Measure, configurations
-from qlora_exp.analysis.distilled import compare_students, fieller, student_sentence, students_section
+from qlora_exp.analysis.distilled import compare_students, ratio_of_means, student_sentence, students_section
 from qlora_exp.analysis.routes import compare_routes, route_sentence, routes_section
 from qlora_exp.analysis.tuning_methods import compare_methods, method_sentence, methods_section
 from qlora_exp.records.shipped import Shipped
@@ -91,35 +92,128 @@ def test_ways_are_compared_with_the_model_that_is_not_rounded() -> None:
     assert compare_routes(configurations(records[::3], LOSS), LOSS) is None  # nothing ships
 
 
-def test_the_share_of_the_gap_has_an_interval_only_if_there_is_a_gap() -> None:
-    teacher = TeacherRun("t-1234", "f", 100, "test", 1000, 1.0, None, None)
+TEACHER = TeacherRun("t-1234", "f", 100, "test", 1000, 1.0, None, None)
+
+
+def student(seed: int, gold_weight: float, loss: float, **settings: Any) -> RunRecord:
+    learned = {"teacher": "t-1234", "gold_weight": gold_weight, "divergence": "forward", "temperature": 1.0}
+    return run(seed, loss, distillation=learned | settings).replace(teacher=TEACHER)
+
+
+def students(alone: float = 2.0, taught: float = 1.5) -> list[RunRecord]:
     records = []
     for seed in (1, 2, 3):
-        for weight, loss in ((1.0, 2.0), (0.0, 1.5)):
-            settings = {"teacher": "t-1234", "gold_weight": weight, "divergence": "forward", "temperature": 1.0}
-            student = run(seed, loss + 0.01 * (seed if weight else seed**2), distillation=settings)
-            records.append(student.replace(teacher=teacher))
+        records += [student(seed, 1.0, alone + 0.01 * seed), student(seed, 0.0, taught + 0.01 * seed**2)]
+    return records
+
+
+def test_the_share_of_the_gap_has_an_interval_only_if_there_is_a_gap() -> None:
+    records = students()
     found = compare_students(configurations(records, LOSS), LOSS)
     assert found is not None
     share = found.results[1].share
     assert share is not None
-    assert share[0] == pytest.approx(0.46, abs=0.02)
-    assert share[1] is not None
-    assert share[2] is not None
-    assert share[1] < share[0] < share[2]
+    assert share.value == pytest.approx(0.46, abs=0.02)
+    assert share.low is not None
+    assert share.high is not None
+    assert share.low < share.value < share.high
+    assert share.over == "3 seeds"
     assert "of the gap to the teacher" in student_sentence(found)
     assert "teacher 1234" in str(students_section(found))
-    other = [r.replace(teacher=replace(teacher, items=7)) for r in records]
+    assert "the teacher's scores of single items aren't kept" in str(students_section(found))
+    other = [r.replace(teacher=replace(TEACHER, items=7)) for r in records]
     assert compare_students(configurations(other, LOSS), LOSS) is None  # the teacher was scored on other items
-    assert fieller([0.5, 0.6, 0.4], [0.3, -0.4, 0.2])[1:] == (None, None)
+    gained, gap = np.array([[0.5], [0.6], [0.4]]), np.array([[0.3], [-0.4], [0.2]])
+    assert ratio_of_means(gained, gap)[1:] == (None, None)
+    assert ratio_of_means(gained[:1], gap[:1])[1:] == (None, None)
 
 
-def test_fieller_covers_the_ratio() -> None:
+def test_a_teacher_that_is_worse_than_the_student_leaves_no_gap_to_close() -> None:
+    found = compare_students(configurations(students(alone=0.8, taught=0.5), LOSS), LOSS)
+    assert found is not None
+    assert found.results[1].share is None
+    assert "of the gap" not in student_sentence(found)
+    assert "there is no gap to close" in str(students_section(found))
+
+
+def test_a_student_is_called_better_only_if_all_bounds_hold_together() -> None:
+    noise = {1: 0.010, 2: -0.010, 3: 0.0}
+    records = [student(seed, 1.0, 2.0) for seed in noise]
+    records += [student(seed, 0.0, 1.97 + noise[seed]) for seed in noise]
+    alone = compare_students(configurations(records, LOSS), LOSS)
+    assert alone is not None
+    assert " is better than one that learns the rows' answers alone by " in student_sentence(alone)
+    for temperature in (2.0, 3.0, 4.0, 5.0):
+        records += [student(seed, 0.0, 2.0 + noise[seed], temperature=temperature) for seed in noise]
+    among_five = compare_students(configurations(records, LOSS), LOSS)
+    assert among_five is not None
+    assert len(among_five.results) == 6
+    assert student_sentence(among_five).startswith("No student is shown to be better")
+    one_seed = compare_students(configurations([r for r in records if r.seed == 1], LOSS), LOSS)
+    assert one_seed is not None
+    assert student_sentence(one_seed).startswith("No student is shown to be better")
+
+
+def test_students_that_differ_in_top_k_alone_are_two() -> None:
+    records = [student(seed, 1.0, 2.0, top_k=64) for seed in (1, 2)]
+    records += [student(seed, 0.0, loss, top_k=k) for seed in (1, 2) for k, loss in ((8, 1.6), (64, 1.5))]
+    found = compare_students(configurations(records, LOSS), LOSS)
+    assert found is not None
+    assert [r.learns for r in found.results[1:]] == [
+        "the teacher's probabilities, top 8",
+        "the teacher's probabilities, top 64",
+    ]
+
+
+def test_the_items_variation_is_in_the_interval_of_the_share() -> None:
+    drawn = np.random.default_rng(7)
+    names = [f"item-{n}" for n in range(300)]
+    hardness = drawn.normal(2.0, 0.5, 300)
+    losses: dict[str, np.ndarray[Any, Any]] = {"t-1234": hardness - 1 + drawn.normal(0, 1.0, 300)}
+    records = students()
+    for record in records:
+        gain = 0.5 if record.config["distillation"]["gold_weight"] == 0 else 0.0
+        losses[record.run_id] = hardness - gain + drawn.normal(0, 1.0, 300)
+    found = compare_students(
+        configurations(records, LOSS),
+        LOSS,
+        lambda record, moment, score: dict(zip(names, losses[record.run_id].tolist(), strict=True)),
+    )
+    assert found is not None
+    share = found.results[1].share
+    assert share is not None
+    assert share.over == "3 seeds and 300 items"
+    taught, alone = ([r for r in records if r.config["distillation"]["gold_weight"] == w] for w in (0.0, 1.0))
+    gained = np.array([losses[b.run_id] - losses[a.run_id] for a, b in zip(taught, alone, strict=True)])
+    gap = np.array([losses[b.run_id] - losses["t-1234"] for b in alone])
+    assert (share.value, share.low, share.high) == pytest.approx(ratio_of_means(gained, gap))
+    assert "over 3 seeds and 300 items" in str(students_section(found))
+
+
+def test_without_items_the_interval_is_fiellers_own() -> None:
+    a, b = np.array([[0.5], [0.7], [0.45], [0.52]]), np.array([[1.1], [1.2], [0.9], [0.97]])
+    ratio, low, high = ratio_of_means(a, b)
+    n, t2 = len(a), float(stats.t.ppf(0.975, len(a) - 1)) ** 2
+    aa, ab, _, bb = np.cov(a[:, 0], b[:, 0]).ravel() / n
+    middle, square = a.mean() * b.mean() - t2 * ab, b.mean() ** 2 - t2 * bb
+    half = np.sqrt(middle**2 - square * (a.mean() ** 2 - t2 * aa))
+    assert ratio == pytest.approx(a.mean() / b.mean())
+    assert (low, high) == pytest.approx(((middle - half) / square, (middle + half) / square), abs=1e-6)
+
+
+def test_the_interval_covers_the_share_over_new_seeds_and_items() -> None:
     drawn = np.random.default_rng(5)
-    inside = 0
-    for _ in range(400):
-        b = 1.0 + 0.2 * drawn.standard_normal(4)
-        a = 0.5 * b + 0.1 * drawn.standard_normal(4)
-        _, low, high = fieller(a, b)
-        inside += low is not None and high is not None and low <= 0.5 <= high
-    assert 0.92 <= inside / 400 <= 0.98
+    both = seeds_alone = 0
+    for _ in range(300):
+        seeds, items = 3, 80
+        gap_of_item, gain_of_item = 1.0 + drawn.normal(0, 1.5, items), 0.5 + drawn.normal(0, 1.0, items)
+        seed = drawn.normal(0, 0.03, (2, seeds, 1))
+        gap = gap_of_item + seed[0] + drawn.normal(0, 0.5, (seeds, items))
+        gained = gain_of_item + seed[1] + drawn.normal(0, 0.5, (seeds, items))
+        for counts in (True, False):
+            rows = (gained, gap) if counts else (gained.mean(1, keepdims=True), gap.mean(1, keepdims=True))
+            _, low, high = ratio_of_means(*rows)
+            inside = low is not None and high is not None and low <= 0.5 <= high
+            both, seeds_alone = both + (inside and counts), seeds_alone + (inside and not counts)
+    assert both / 300 >= 0.92
+    assert seeds_alone / 300 < 0.85

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer
 
 from qlora_exp.cli import main
 from qlora_exp.export.modelfile import modelfile, turns_of
+from qlora_exp.export.usage import Usage, usage_chapter
 from qlora_exp.paths import EMBEDDED
 from qlora_exp.records.items import read_items
 from tests.hub.fake_hub import FakeHub, serving
@@ -216,3 +218,16 @@ def test_texts_of_the_data_are_not_pushed(run: Path, hub: FakeHub, capsys: pytes
     assert push(run, "--formats", "q4_0", "--push", "someone/tuned") == 2
     assert "the export has no format q4_0" in capsys.readouterr().err
     assert hub.pushed == {}
+
+
+def test_a_card_says_with_which_variables_of_the_template_the_model_was_trained() -> None:
+    usage = Usage("Qwen/Qwen3-8B", None, True, "1 + 1?", None, None, 64, 8, False, variables={"enable_thinking": False})
+    text = "\n".join(usage_chapter(usage, {"adapter": "adapter", "merged": "merged", "q8_0": "m.gguf"}))
+    calls = re.findall(r"tokenizer\.apply_chat_template\((.*)\)\.to", text)
+    assert len(calls) == 2
+    assert all(call.endswith("enable_thinking=False") for call in calls)
+    assert """llama-server -m m.gguf --jinja --chat-template-kwargs '{"enable_thinking": false}'""" in text
+    assert "chat_template_kwargs" in text
+    plain = "\n".join(usage_chapter(replace(usage, variables={}), {"merged": "merged", "q8_0": "m.gguf"}))
+    assert "enable_thinking" not in plain
+    assert "kwargs" not in plain

@@ -49,6 +49,48 @@ def test_each_model_continues_its_own_answers_and_the_conversation_can_be_saved(
     assert printed[printed.index("base rank") :].splitlines()[2] != with_turns.splitlines()[2]
 
 
+def test_sampled_answers_differ_from_each_other_and_the_conversation_repeats(
+    outputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = []
+    for number in range(2):
+        file = tmp_path / f"{number}.json"
+        lines = [*["a cat"] * 4, f"/save {file}"]
+        assert said(lines, outputs, monkeypatch, "--sample", "temperature=3,seed=5", "--only", "base") == 0
+        talk = json.loads(file.read_text(encoding="utf-8"))
+        answers.append([turn["content"] for turn in talk["base"][1::2]])
+    assert answers[0] == answers[1]
+    assert len(set(answers[0])) == 4
+
+
+def test_an_interrupted_answer_ends_and_the_conversation_goes_on_without_it(
+    outputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qlora_exp.inspection import chat
+
+    generate, calls = chat.generate_steps, []
+
+    def interrupted(*arguments: object, **settings: object) -> object:
+        calls.append(settings)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return generate(*arguments, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(chat, "generate_steps", interrupted)
+    lines = ["an interrupted one", "a wild cat", f"/save {tmp_path / 'talk.json'}"]
+    assert said(lines, outputs, monkeypatch, "--only", "tuned") == 0
+    assert "stopped" in capsys.readouterr().out
+    talk = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))
+    assert [turn["content"] for turn in talk["tuned"][::2]] == ["a wild cat"]
+
+
+def test_what_would_command_a_terminal_is_not_printed() -> None:
+    from qlora_exp.inspection.page import printable, visible_token
+
+    assert printable("a\x1b[2Jb\r\nc\td") == "a�[2Jb�\nc\td"
+    assert visible_token(" a\x1b\n") == "·a�⏎"
+
+
 def test_a_mistake_is_answered_and_the_conversation_goes_on(
     outputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -124,10 +124,17 @@ def test_the_page_is_offline_escapes_texts_and_has_every_step(
     text = page.read_text(encoding="utf-8")
     assert "<script" not in text
     assert "&lt;script&gt;" in text
-    assert "http" not in text
+    assert "://" not in text
     printed = capsys.readouterr().out
     assert text.count("<th>token ") == sum(line[:1].isdecimal() for line in printed.splitlines())
     assert max(map(len, printed.splitlines())) <= 100
+
+
+def test_a_run_that_trained_no_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = str(tmp_path / "outputs")
+    assert main(["run", "training.engine=sleep", "training.max_steps=1", "tracking=off", f"output_root={root}"]) == 0
+    assert main(["inspect", "last", "a cat", "--output-root", root]) == 2
+    assert "trained no model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

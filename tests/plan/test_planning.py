@@ -79,6 +79,11 @@ def test_the_size_of_weights_is_as_published(capsys: pytest.CaptureFixture[str])
     assert told["bf16"] == told["fp16"] == pytest.approx(16e9, rel=0.01)
     assert told["int8"] == pytest.approx(9e9, rel=0.02)
     assert told["nf4"] == pytest.approx(5.6e9, rel=0.02)
+    body = (
+        6_979_321_856  # weights of the linear layers without the head: 4 bits more, and 16 and 8 for each group of 64
+    )
+    assert told["int8_sym"] - told["int4_sym"] == body // 2
+    assert told["int4_asym"] - told["int4_sym"] == body // 64
     assert sizes["trainable_parameters"] == pytest.approx(27.3e6, rel=0.01)
     assert sizes["adapter_bytes"] == pytest.approx(109e6, rel=0.01)
 

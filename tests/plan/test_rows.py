@@ -178,3 +178,13 @@ def test_counting_rows_needs_no_torch() -> None:
     *said, modules = done.stdout.splitlines()
     assert json.loads("\n".join(said))[0]["rows"]["counted"] > 0
     assert modules.split() == ["False", "False"]
+
+
+def test_a_plan_says_why_the_tasks_rows_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = tmp_path / "task.csv"
+    task.write_text("prompt,completion\n" + "".join(f"p{n},c{n}\n" for n in range(20)))
+    overrides = ["task=local", f"task.path={task}", "task.columns.group=paragraph"]
+    assert main(["plan", *overrides]) == 0
+    out = capsys.readouterr().out
+    assert "the task's rows can't be read" in out
+    assert "paragraph" in out

@@ -14,8 +14,12 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from qlora_exp.cli import main
+from qlora_exp.models.inspect import describe
 from qlora_exp.models.merging import merged_model
 from qlora_exp.paths import OutputPaths
+from qlora_exp.ptq import memory_check, quantize_run
+from qlora_exp.ptq.memory_check import predicted_bytes
+from qlora_exp.ptq.ptq_config import load_ptq_config
 from qlora_exp.ptq.quantize_run import _change
 from qlora_exp.records.files import read_record, write_json
 from qlora_exp.records.find import find_run
@@ -149,3 +153,39 @@ def test_a_run_that_is_not_complete_is_refused(
     write_json(record, raw | {"status": "INTERRUPTED"})
     assert main(["quantize", "last", "--output-root", str(moved)]) == 2
     assert "training is not complete" in capsys.readouterr().err
+
+
+def test_memory_is_checked_before_a_weight_is_read(
+    outputs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    architecture = describe(
+        config_from_plain(read_record(find_run("last", OutputPaths.of(outputs)).record).config).model
+    )
+    settings = load_ptq_config({"rows": 0})
+    one, several = predicted_bytes(architecture, settings, 1), predicted_bytes(architecture, settings, 4)
+    matrices = sum(shape.in_features * shape.out_features for shape in architecture.weights if shape.quantizable)
+    assert several - one == 4 * matrices
+    assert one > 4 * architecture.total_parameters
+    monkeypatch.setattr(memory_check, "total_bytes", lambda: one)
+    monkeypatch.setattr(quantize_run, "merged_tuned", None)  # a weight that was read would fail
+    assert main(["quantize", "last", "--rows", "0", "--output-root", str(outputs)]) == 2
+    refused = capsys.readouterr().err
+    assert "needs" in refused
+    assert "one format at a time" in refused
+    monkeypatch.undo()
+    monkeypatch.setattr(memory_check, "available_bytes", lambda: one - 1)
+    quantized(outputs, "--bits", "4", "--symmetric", "--group", "channel", "--rows", "0")
+    assert "of memory are free" in capsys.readouterr().err
+
+
+def test_the_report_lists_what_quantize_found(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = quantized(outputs, "--bits", "8,2", "--asymmetric", "--group", "32", "--rows", "2")
+    capsys.readouterr()
+    assert main(["report", "--only", "post-training", "--output-root", str(outputs)]) == 0
+    printed = capsys.readouterr().out
+    assert "Post-training quantization" in printed
+    assert f"{found['items']} {found['split']}" in printed
+    for result in found["results"]:
+        (row,) = [line for line in printed.splitlines() if result["format"] in line and line.startswith("|")]
+        worst = max(result["layers"], key=lambda layer: layer["output_error"])
+        assert worst["name"] in row

@@ -239,6 +239,25 @@ def test_a_ladders_answer_is_the_note_of_the_parent_run_and_its_file_an_artifact
     assert sync_runs(output.root).studies == (STUDY,)
 
 
+def test_a_study_that_confirms_shows_the_confirmed_configuration_not_its_luckiest_run(output: OutputPaths) -> None:
+    write_definition(output)
+    study = StudyTracker(tracking(), output, STUDY)
+    study.start(definition())
+    for number in range(2):
+        assert run_trial(output, trial_record(number))
+    rows = [row(0, value=2.0), row(1, value=1.0)]
+    study.update(rows, best=[1])
+    answer = {"use_run": "trial-0", "use": "r8 wins", "sentences": ["Use r8.", "It is better by 0.3."]}
+    write_json(output.study(STUDY).confirmation, {"answer": answer})
+    study.finish(Status.COMPLETED)
+    parent, children = family(output.mlflow_database)
+    assert parent.data.tags["qlora_exp.best"] == "r8 wins"
+    assert parent.data.tags["mlflow.note.content"].startswith("Use r8. It is better by 0.3.")
+    assert parent.data.metrics["best/scores.after.loss_per_item"] == 2.0
+    used = next(run for run in children if run.data.params["lora.r"] == "8")
+    assert parent.data.metrics["score/accuracy"] == used.data.metrics["score/accuracy"]
+
+
 def test_a_parent_deleted_in_mlflow_stays_deleted(output: OutputPaths) -> None:
     write_definition(output)
     StudyTracker(tracking(), output, STUDY).start(definition())
