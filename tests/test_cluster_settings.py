@@ -11,9 +11,9 @@ import pytest
 from qlora_exp.config.choices import choice_names
 from qlora_exp.config.override_errors import LAUNCHER_PACKAGES, LAUNCHER_PRESETS, problems_of
 from qlora_exp.doctor.cluster_checks import cluster_checks, storage_problem, worker_view
-from qlora_exp.errors import StudyError
+from qlora_exp.errors import ConfigError, StudyError
 from qlora_exp.orchestration.command import study_spec
-from qlora_exp.orchestration.launchers import check_shared_storage, ray_settings, worker_variables
+from qlora_exp.orchestration.launchers import check_shared_storage, prepare_launcher, ray_settings, worker_variables
 from qlora_exp.paths import CONF
 
 ENVIRONMENT = {"QLORA_EXP_STORAGE": "postgresql://u:p@h/d", "HF_TOKEN": "t", "HOME": "/root", "DATA": "/data"}
@@ -43,6 +43,27 @@ def test_sqlite_with_workers_on_another_machine_is_refused(tmp_path: Path) -> No
     with pytest.raises(StudyError, match=r"several machines.*node7") as refused:
         check_shared_storage(spec, [here, "node7.example.org"])
     assert "QLORA_EXP_STORAGE" in str(refused.value.hint)
+
+
+class SlurmLauncher:
+    """As submitit's plugin, by name."""
+
+
+def test_slurm_without_its_commands_or_without_an_answer_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = study_spec(["lora.r=1,2", f"output_root={tmp_path}"]).spec
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="Slurm's commands aren't installed here"):
+        prepare_launcher(SlurmLauncher(), spec, {})
+    for name, text in (("sbatch", ""), ("srun", ""), ("sinfo", "echo 'slurm_load_node: no controller' >&2; exit 1")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    with pytest.raises(ConfigError, match="Slurm doesn't answer: slurm_load_node: no controller"):
+        prepare_launcher(SlurmLauncher(), spec, {})
+    (tmp_path / "sinfo").write_text("#!/bin/sh\necho node7\n")
+    with pytest.raises(StudyError, match="several machines"):
+        prepare_launcher(SlurmLauncher(), spec, {})
 
 
 def test_each_preset_has_a_launcher_with_a_package_and_a_name_that_no_plugin_has() -> None:
