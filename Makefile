@@ -15,7 +15,7 @@ REPLAY_OUTPUT ?= outputs/reference_grid
 FINDINGS_OUTPUT ?= outputs/findings
 GPU_OUTPUT ?= outputs/gpu_acceptance
 
-.PHONY: demo docs test test-long lint types test-slow test-real test-faults test-browser test-lower-bounds calibration replay \
+.PHONY: demo docs test test-long lint types test-slow test-real test-faults test-cluster test-browser test-lower-bounds calibration replay \
   replay-measure findings gpu-acceptance gpu-rehearsal clean
 .DEFAULT_GOAL := test
 
@@ -65,6 +65,32 @@ test-real: $(STAMP)
 test-faults: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults
 
+# A real Slurm and a real Ray on the loopback. Slurm comes from apt-get, for root only. Ray's launcher wants an older
+# cloudpickle than joblib does, so it has an environment next to the other one, which it reads.
+CLUSTER := .venv-cluster
+CLUSTER_SECONDS ?= 480
+
+$(CLUSTER)/.installed: $(STAMP)
+	$(BIN)/python -m venv --clear $(CLUSTER)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+	  > $$($(CLUSTER)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
+	$(CLUSTER)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  'hydra-ray-launcher==1.2.2' 'hydra-submitit-launcher==1.2.0' 'ray==2.60.0' 'submitit==1.5.4' || \
+	  echo "Ray and submitit can't be installed: their tests are skipped"
+	touch $@
+
+test-cluster: $(CLUSTER)/.installed
+	@command -v slurmctld >/dev/null 2>&1 || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null 2>&1 || \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	    -o DPkg::Lock::Timeout=300 slurm-wlm slurmctld slurmd munge slurm-client >/dev/null; } || \
+	  echo "Slurm can't be installed: its tests are skipped"
+	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null 2>&1 || \
+	  test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null 2>&1 || \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	    -o DPkg::Lock::Timeout=300 postgresql >/dev/null; } || \
+	  echo "PostgreSQL can't be installed: the tests are skipped"
+	OMP_NUM_THREADS=1 timeout --signal=INT $(CLUSTER_SECONDS) $(CLUSTER)/bin/python -m pytest -m cluster tests/cluster --durations=10
+
 test-browser: $(STAMP)
 	@command -v chromium >/dev/null 2>&1 || { command -v apt-get >/dev/null 2>&1 && \
 	  { $$(test "$$(id -u)" = 0 || echo sudo) apt-get update -qq && \
@@ -111,4 +137,4 @@ gpu-rehearsal: $(STAMP)
 	$(BIN)/python tests/benchmarks/gpu_acceptance.py --rehearse --out outputs/gpu_rehearsal
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache dist build
+	rm -rf $(VENV) $(CLUSTER) .mypy_cache .ruff_cache .pytest_cache dist build

@@ -26,6 +26,7 @@ def add_to(app: typer.Typer) -> None:
             "qlora-exp doctor",
             "qlora-exp doctor --no-self-test",
             "qlora-exp doctor sweeps=demo                           # is there disk for this sweep?",
+            "qlora-exp doctor --cluster hydra/launcher=slurm workers.jobs=2",
         ),
     )(doctor)
     app.command("calibrate", epilog=examples("qlora-exp calibrate", "qlora-exp calibrate --threads 4"))(calibrate)
@@ -45,12 +46,17 @@ def doctor(
     self_test: Annotated[
         bool, typer.Option(help="Also measure this machine's speed, and test the gradients of every quantization mode")
     ] = True,
+    cluster: Annotated[
+        bool,
+        typer.Option("--cluster", help="Check only the cluster of the launcher: workers.jobs=N small jobs report"),
+    ] = False,
     as_json: AsJson = False,
     output_root: OutputRoot = None,
 ) -> int:
     """Check this machine: print ok, or the problem and its fix.
 
-    With overrides it also checks whether the runs fit on the disk. The exit code is 1 if there is a problem.
+    With overrides it also checks whether the runs fit on the disk. With --cluster it starts workers and checks what
+    they share: files, locks, versions, clocks, storage, tracking. The exit code is 1 if there is a problem.
     """
     from qlora_exp.config.enums import DeviceChoice
     from qlora_exp.runs.process import hide_other_gpus, set_threads, silence_libraries
@@ -62,8 +68,13 @@ def doctor(
     from qlora_exp.doctor.sweep_disk import sweep_disk
 
     problems = 0
-    disk_check = [sweep_disk(overrides, output_root)] if overrides else []
-    every_check = itertools.chain(disk_check, checks(outputs_of(output_root).root, self_test))
+    if cluster:
+        from qlora_exp.doctor.cluster_checks import cluster_checks
+
+        every_check = cluster_checks(overrides or [], output_root)
+    else:
+        disk_check = [sweep_disk(overrides, output_root)] if overrides else []
+        every_check = itertools.chain(disk_check, checks(outputs_of(output_root).root, self_test))
     if as_json:
         from qlora_exp.cli.tables import print_json
 

@@ -24,6 +24,8 @@ LISTED = {
 """The names of configuration groups in ``ls`` → the group's folder in conf/."""
 OVERLAYS = ("model_training",)
 """Folders of conf/ that Hydra merges over a group automatically; their files aren't chosen by name."""
+HYDRAS = "hydra"
+"""Folder of conf/ with choices of Hydra's own groups."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Choice:
 
 def group_names() -> list[str]:
     """Return the configuration groups, e.g. ``model``, ``quantization``."""
-    return sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in OVERLAYS)
+    return sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in (*OVERLAYS, HYDRAS))
 
 
 def groups(searched: Sequence[Path] = (SWEEPS.parent,)) -> dict[str, list[str]]:

@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qlora_exp.config.choices import groups
+from qlora_exp.config.choices import choice_names, groups
 from qlora_exp.config.model_choice import model_choice_hint
 from qlora_exp.config.other_tools import counterpart, has_key, setting_text, suggestion
 from qlora_exp.config.other_values import value_here
@@ -38,6 +38,8 @@ LAUNCHER_PACKAGES = {
     "submitit_slurm": "hydra-submitit-launcher",
 }
 """Launchers that are in separate packages."""
+LAUNCHER_PRESETS = {"local": "joblib", "ray_cluster": "ray", "slurm": "submitit_slurm"}
+"""Our file in conf/hydra/launcher → the launcher that it configures."""
 
 OWN_SWEEPER_KEYS = ("_target_", "params")
 """The keys that ``hydra/sweeper=qlora_optuna`` has."""
@@ -140,11 +142,16 @@ def _problems_of_hydras_own(override: Override, text: str) -> Iterable[QloraExpE
         # Hydra alone reports a plugin that isn't installed only when a sweep starts, and never for a single run.
         Plugins.instance()  # imports the installed plugins, which register themselves
         valid = [name.removesuffix(".yaml") for name in ConfigStore.instance().list(key)]
-        for value in values_of(override):
-            if value not in valid:
-                package = LAUNCHER_PACKAGES.get(str(value))
-                hint = f"pip install {package}" if package else nearest(str(value), valid)
-                yield ConfigError(f"{key} has no choice {value!r}", text, hint)
+        presets = choice_names(CONF / key)
+        for value in map(str, values_of(override)):
+            plugin = LAUNCHER_PRESETS.get(value, value) if value in presets else value
+            package = LAUNCHER_PACKAGES.get(plugin)
+            if plugin in valid:
+                continue
+            if package:
+                yield ConfigError(f"the launcher {value!r} isn't installed", text, f"pip install {package}")
+            else:
+                yield ConfigError(f"{key} has no choice {value!r}", text, nearest(value, [*valid, *presets]))
 
 
 def _official_sweeper_problem(key: str, value: str | None, text: str) -> ConfigError | None:

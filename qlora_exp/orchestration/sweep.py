@@ -29,6 +29,7 @@ from qlora_exp.formatting import bytes_text, print_table
 from qlora_exp.orchestration.command import SweepCommand, study_spec, typed_settings
 from qlora_exp.orchestration.finalists import read_plan
 from qlora_exp.orchestration.launcher_processes import launcher_job
+from qlora_exp.orchestration.launchers import prepare_launcher
 from qlora_exp.orchestration.memory_predictions import MAX_CONSECUTIVE_SKIPS
 from qlora_exp.orchestration.orchestrator import (
     Orchestration,
@@ -90,6 +91,7 @@ def sweep_for_hydra(config: DictConfig, arguments: Sequence[str], launcher: Any)
     try:
         raise_all(official_sweeper_problems(list(config.hydra.sweeper)))
         command = study_spec([*arguments, *hydra], unresolved_texts(config.hydra.sweeper, "params"))
+        prepare_launcher(launcher, command.spec, config.hydra.launcher)
         job = config.hydra.job
         in_this_process = isinstance(launcher, BasicLauncher) and not (job.env_set or job.chdir)
         code = run_sweep(command, lambda jobs: launcher.launch(jobs, initial_job_idx=0), in_this_process)
