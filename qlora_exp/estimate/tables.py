@@ -22,7 +22,7 @@ from qlora_exp.estimate.memory_fit import BORDERLINE_NOTES, CPU_PROCESS_BYTES
 from qlora_exp.estimate.planner import PlannedMemory, PlannedRun, Planner
 from qlora_exp.estimate.throughput import Interval
 from qlora_exp.estimate.tokens import PlannedRows
-from qlora_exp.estimate.weights_and_optimizer import BITS_PER_WEIGHT, adapter_bytes, base_bytes, in_mode
+from qlora_exp.estimate.weights_and_optimizer import BITS_PER_WEIGHT, base_bytes, in_mode, trained_bytes
 from qlora_exp.formatting import UNKNOWN_CELL, bytes_text, number, print_table, print_wrapped, simple_table
 from qlora_exp.records.model_name import model_name
 from qlora_exp.records.schema import to_dict
@@ -326,8 +326,9 @@ def sizes_of(config: Config, planner: Planner) -> Sizes:
         ModelError: it can't be described, or the targets match nothing in it.
     """
     device, architecture = planner.device(config), planner.architecture(config.model)
-    adapted = planner.adapted(replace(config, method=replace(config.method, kind=Method.lora)))
-    adapters = adapter_bytes(adapted, config.lora, config.training.optimizer)
+    with_lora = replace(config, method=replace(config.method, kind=Method.lora))
+    adapted = planner.adapted(with_lora)
+    adapters = trained_bytes(architecture, adapted, with_lora, "float32")
     modes = []
     for mode, bits in BITS_PER_WEIGHT.items():
         quantization = in_mode(config.quantization, mode)

@@ -28,6 +28,7 @@ from qlora_exp.models.tuning import attach, load_tuned, merged_tuned, without_tu
 from qlora_exp.paths import OutputPaths
 from qlora_exp.records.types import Status
 from qlora_exp.runs.execute import execute
+from qlora_exp.tracking.fields import run_params
 from tests.conftest import save_tiny_model
 
 ONE_STEP = [
@@ -202,6 +203,7 @@ def test_experts_parameters_get_adapters_that_are_planned_saved_and_merged_and_t
     saved = load_file(adapter / "adapter_model.safetensors")
     of_experts = {name: value for name, value in saved.items() if "experts" in name}
     assert len(of_experts) == 2 * 2 * len(config.lora.target_parameters or ())
+    assert run_params(record)["lora.target_parameters"] == ",".join(config.lora.target_parameters or ())
     assert all(value.any() for value in of_experts.values()), "B starts at zero, and has moved"
     loaded, merged = load_tuned(base, config, adapter), merged_tuned(config, adapter)[0]
     own = load_base(compose([*EXPERTS, *local, *given, "quantization=fp32"]), "cpu").model
