@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
 import socket
+import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -53,7 +55,8 @@ def cluster_checks(overrides: Sequence[str], output_root: str | None) -> Iterato
         with FileLock(folder / "lock"):
             here = worker_view(folder)
             try:
-                there = _launch(overrides, root, command, folder)
+                with contextlib.redirect_stdout(sys.stderr):  # launchers log; --json prints JSON alone
+                    there = _launch(overrides, root, command, folder)
             except QloraExpError:
                 raise
             except Exception as error:  # every launcher raises its own exception

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import shutil
 import sqlite3
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -203,9 +204,10 @@ CHECKED = ("workers", "shared files", "file locks", "versions", "clocks", "stora
 
 
 def doctor(root: Path, *overrides: str, code: int = 0) -> dict[str, str]:
-    text = finish(verb(root, "doctor", "--cluster", "--json", "workers.jobs=1", *overrides), code=code)
-    rows = json.loads(text[text.index("[\n") :])
-    return {row["check"]: row["result"] for row in rows}
+    command = verb(root, "doctor", "--cluster", "--json", "workers.jobs=1", *overrides)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stdout + done.stderr
+    return {row["check"]: row["result"] for row in json.loads(done.stdout)}
 
 
 @needs_slurm
