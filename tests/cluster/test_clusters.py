@@ -193,7 +193,7 @@ def test_slurm_requeues_a_worker_after_its_time(
     monkeypatch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
     root = tmp_path / "outputs"
     limits = ("hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=10")
-    sweep = Sweep(multirun(root, *SPACE, *LEASE, *SLURM, *limits, "training.sleep_seconds=4", "tracking=off"))
+    sweep = Sweep(multirun(root, *SPACE, *LEASE, *SLURM, *limits, "training.sleep_seconds=8", "tracking=off"))
     code, text = sweep.wait()
     check(root, code, text, undisturbed)
     logs = [file.read_text(errors="replace") for file in root.rglob("*_log.*")]
