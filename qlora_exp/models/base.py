@@ -24,7 +24,7 @@ from qlora_exp.config.schema import Config, QuantizationConfig
 from qlora_exp.errors import ModelError
 from qlora_exp.models.causality import check_causal
 from qlora_exp.models.gguf_header import gguf_parts
-from qlora_exp.models.gguf_tensors import weights_of_parts
+from qlora_exp.models.gguf_tensors import one_name_map, weights_of_parts
 from qlora_exp.models.inspect import build_meta, check_weights, quantizable_linears
 from qlora_exp.models.integer_linear import IntegerLinear, integer_format, replace_linears
 from qlora_exp.models.layer_pruning import prune_layers
@@ -227,13 +227,14 @@ def _from_gguf(source: ModelSource, arguments: dict[str, Any]) -> PreTrainedMode
         built = build_meta(config, source)
         model_class, weights = type(built), weights_of_parts(built, parts)
     else:
-        unpacked, report = AutoModelForCausalLM.from_pretrained(
-            source.path_or_id,
-            dtype=torch.float32,
-            device_map={"": "cpu"},
-            output_loading_info=True,
-            **source.arguments,
-        )
+        with one_name_map():
+            unpacked, report = AutoModelForCausalLM.from_pretrained(
+                source.path_or_id,
+                dtype=torch.float32,
+                device_map={"": "cpu"},
+                output_loading_info=True,
+                **source.arguments,
+            )
         _check_no_missing_weights(unpacked, report, source)
         model_class, weights = type(unpacked), unpacked.state_dict()
     model, report = model_class.from_pretrained(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,20 @@ EXPERTS = re.compile(r"_exps(\.weight)?$")
 GEMMA_27B = {("gemma2", 46), ("gemma3_text", 62)}
 """Model type and layers of the two models that scale attention scores by another width than a head's."""
 NORMS = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "layer_norm_epsilon", "norm_eps")
+
+
+@contextlib.contextmanager
+def one_name_map() -> Iterator[None]:
+    """Let transformers build gguf's map of tensor names once: it builds the same one for every module of a model, which
+    takes seconds for 30 layers."""
+    import gguf
+
+    original = gguf.get_tensor_name_map
+    gguf.get_tensor_name_map = functools.cache(original)
+    try:
+        yield
+    finally:
+        gguf.get_tensor_name_map = original
 
 
 def check_gguf(model: PreTrainedModel, file: Path) -> None:
@@ -75,7 +92,8 @@ def weights_of_parts(model: PreTrainedModel, parts: list[Path]) -> dict[str, tor
     architecture = str(read_header(parts[0]).metadata["general.architecture"])
     settings = load_gguf_checkpoint(str(parts[0]), return_tensors=False)["config"]
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=settings)
-    names = get_gguf_hf_weights_map(model, processor)
+    with one_name_map():
+        names = get_gguf_hf_weights_map(model, processor)
     parsed: dict[str, dict[str, torch.Tensor]] = {"tensors": {}}
     total, done = sum(len(read_header(part).tensors) for part in parts), 0
     for part in parts:
@@ -103,7 +121,9 @@ def _load_report_by_names(model: PreTrainedModel, architecture: str, tensors: di
     names, without a suffix."""
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
     gguf_names: dict[str, list[str]] = defaultdict(list)
-    for gguf_name, name in get_gguf_hf_weights_map(model, processor).items():
+    with one_name_map():
+        names = get_gguf_hf_weights_map(model, processor)
+    for gguf_name, name in names.items():
         gguf_names[name].append(gguf_name if gguf_name in tensors else _with_suffix(gguf_name, tensors))
     report = LoadReport()
     tied: dict[str, str] = dict(model.all_tied_weights_keys)

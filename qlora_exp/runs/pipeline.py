@@ -99,6 +99,13 @@ def _run_pipeline(
         for affordable in affordable_steps(config.budget, prepared.estimate):
             observer.note(affordable.message)
 
+    consulted = None
+    if (teacher := find_teacher(config, planned.format, tokenizer)) is not None:
+        progress.enter("ask the teacher", observer)  # before the student is in memory
+        asked = (config, splits, tokenizer, planned.device, cache, _wait("teacher", observer))
+        consulted = consult(teacher, *asked, trains=_finished_training(paths) is None)
+        progress.record = _with_warning(progress.record.replace(teacher=consulted.recorded), consulted.warning)
+
     progress.enter("load", observer)
     with meter.phase("load"):
         base = bases.get(config, planned.device)
@@ -132,13 +139,6 @@ def _run_pipeline(
 
     progress.enter("train", observer)
     progress.trained = _finished_training(paths)
-    consulted = None
-    if (teacher := find_teacher(config, planned.format, tokenizer)) is not None:
-        progress.enter("ask the teacher", observer)
-        asked = (config, splits, tokenizer, planned.device, cache, _wait("teacher", observer))
-        consulted = consult(teacher, *asked, trains=progress.trained is None)
-        progress.record = _with_warning(progress.record.replace(teacher=consulted.recorded), consulted.warning)
-        progress.enter("train", observer)
     if progress.trained is not None:  # the run was interrupted after its training
         model = with_kernels(load_tuned(base, config, paths.weights), planned.kernels)
         progress.weights = weight_bytes(model)
