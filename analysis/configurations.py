@@ -48,6 +48,8 @@ MEASURES = {
 """Score → whether higher is better, the most telling first."""
 
 OF_LORA = "lora."
+PATTERNS = ("lora.rank_pattern.", "lora.alpha_pattern.")
+"""Settings by module: without one, a configuration has no such key."""
 """Keys that runs of other methods don't have."""
 PEAK_PARTS = ("weights", "quantization state", "adapters", "gradients", "optimizer", "activations")
 
@@ -179,7 +181,7 @@ def configurations(records: Sequence[RunRecord], measure: Measure) -> list[Confi
     keys = dict.fromkeys(key for flat in settings for key in flat)
     varying = [key for key in keys if len({str(flat.get(key)) for flat in settings}) > 1]
     read = {key: {str(flat[key]) for flat in settings if key in flat} for key in varying}
-    labelled = [key for key in varying if len(read[key]) > 1 or not key.startswith(OF_LORA)]
+    labelled = [key for key in varying if len(read[key]) > 1 or not key.startswith(OF_LORA) or key.startswith(PATTERNS)]
     groups: dict[tuple[str, ...], dict[int | None, RunRecord]] = defaultdict(dict)
     settings_of: dict[tuple[str, ...], dict[str, Any]] = {}
     for record, flat in zip(records, settings, strict=True):
@@ -360,5 +362,6 @@ def _label(flat: Mapping[str, Any], varying: Sequence[str]) -> str:
         if key in SAID:
             parts += [flat[key]] if key in flat else []
         elif key not in LABEL_KEYS and not key.startswith(implied) and not unread:
-            parts.append(f"{names.get(key, key.rsplit('.', 1)[-1])} {display_setting(flat.get(key))}")
+            short = key.removeprefix(OF_LORA) if key.startswith(PATTERNS) else key.rsplit(".", 1)[-1]
+            parts.append(f"{names.get(key, short)} {display_setting(flat.get(key))}")
     return " · ".join(parts)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from scipy import stats
 
+from qlora_exp.analysis.comparable import answering_scores
 from qlora_exp.analysis.configurations import Configuration, Measure, best_on_validation
 from qlora_exp.analysis.margin import Margin
 from qlora_exp.analysis.recommendation import (
@@ -83,7 +84,7 @@ def search_recommendation(
         use=best.label,
         verdict=str(verdict),
         evidence=(
-            f"of {len(candidates)} configurations it is the best on validation; on test it has {measure.words}"
+            f"of {len(candidates)} configurations it is the best on validation; {_place(best)} it has {measure.words}"
             f" {best.quality.mean:.4g} ({interval}). {shown}"
         ),
         cost=cost_words(bound, rival, lambda x: size_words(x, measure, level), why),
@@ -96,3 +97,8 @@ def search_recommendation(
         margin_text=str(margin) if margin is not None else None,
         notes=(note,) if note is not None else (),
     )
+
+
+def _place(configuration: Configuration) -> str:
+    scored = answering_scores(configuration.first)
+    return "on test" if scored is not None and scored.split == "test" else "there"

@@ -117,7 +117,7 @@ def _rank_pattern(config: Config) -> Iterator[ConfigError]:
     if pattern is None:
         return
     if not isinstance(pattern, dict) or not pattern:
-        hint = "lora.rank_pattern={down_proj: 16}, or null"
+        hint = "lora.rank_pattern='{down_proj: 16}', or null"
         yield config_error("ranks are a mapping of modules", "lora.rank_pattern", pattern, hint)
         return
     for name, rank in pattern.items():
@@ -144,7 +144,7 @@ def _alpha_pattern(config: Config) -> Iterator[ConfigError]:
     if pattern is None:
         return
     if not isinstance(pattern, dict) or not pattern:
-        hint = "lora.alpha_pattern={down_proj: 64}, or null"
+        hint = "lora.alpha_pattern='{down_proj: 64}', or null"
         yield config_error("alphas are a mapping of modules", "lora.alpha_pattern", pattern, hint)
         return
     for name, alpha in pattern.items():

@@ -94,6 +94,7 @@ def _launch(overrides: Sequence[str], root: Sequence[str], command: Any, folder:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         config = loader.load_configuration("config", [*fixed, *root], RunMode.MULTIRUN)
+        earlier = HydraConfig.instance().cfg
         HydraConfig.instance().set_config(config)
         context = HydraContext(config_loader=loader, callbacks=Callbacks(config))
         launcher = Plugins.instance().instantiate_launcher(
@@ -104,7 +105,10 @@ def _launch(overrides: Sequence[str], root: Sequence[str], command: Any, folder:
         if command.sweep.storage is not None:  # as in a sweep's jobs; the variable reaches workers by itself
             tracked.append(f"sweep.storage='{command.spec.storage}'")
         jobs = [[*root, *tracked, f"name={folder}", f"workers.job={job}"] for job in range(command.workers.jobs)]
-        return [dict(result.return_value) for result in launcher.launch(jobs, initial_job_idx=0)]
+        try:
+            return [dict(result.return_value) for result in launcher.launch(jobs, initial_job_idx=0)]
+        finally:
+            HydraConfig.instance().cfg = earlier
 
 
 def run_probe(raw: Any) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def with_precision(overrides: Sequence[str], device: PlanDevice | None = None) -
     """
     if any(override_key(text).partition(".")[0] == "quantization" for text in overrides):
         return list(overrides)
-    if not named_methods(overrides) & {kind.value for kind in TUNES_WEIGHTS}:
+    if not named_methods(overrides) <= {kind.value for kind in TUNES_WEIGHTS}:
         recipe = search_space([*overrides, f"quantization={RECIPE['quantization']}"]).points
         if any(point.config is not None for point in recipe):
             return list(overrides)

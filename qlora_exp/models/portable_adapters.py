@@ -29,7 +29,7 @@ def is_portable(settings: Mapping[str, Any]) -> bool:
     return (
         settings.get("init_lora_weights") not in SUBTRACTING
         and not settings.get("use_rslora")
-        and settings.get("alpha_pattern", {}) == _alphas_of_one_scale(settings)
+        and (settings.get("alpha_pattern") or {}) == _alphas_of_one_scale(settings)
     )
 
 
@@ -61,8 +61,9 @@ def _scale(settings: Mapping[str, Any]) -> float:
 
 def _alphas_of_one_scale(settings: Mapping[str, Any]) -> dict[str, float]:
     """Return the ``alpha_pattern`` that gives the modules of ``rank_pattern`` the scale of the others."""
-    factor = float(settings["lora_alpha"]) / settings["r"]
-    return {key: factor * rank for key, rank in (settings.get("rank_pattern") or {}).items()}
+    ranks = settings.get("rank_pattern") or {}
+    factor = float(settings["lora_alpha"]) / settings["r"] if ranks else 0.0  # other kinds than LoRA have neither
+    return {key: factor * rank for key, rank in ranks.items()}
 
 
 def _with_scale(name: str, value: torch.Tensor, settings: Mapping[str, Any], scale: float) -> torch.Tensor:

@@ -138,6 +138,9 @@ def _run(config: Config, name: str, where: str) -> Teacher:
 
 
 def _model(config: Config, name: str, where: str) -> Teacher:
+    if not name:
+        hint = "distillation.teacher=model:NAME, a family, OWNER/NAME or a folder"
+        raise ConfigError("the teacher has no name", where, hint)
     mode = config.distillation.teacher_quantization or config.quantization.mode
     variant = f"model.variant={config.model.variant.value}"
     given = [*model_overrides(name), f"quantization={mode.value}", f"training.device={config.training.device.value}"]

@@ -30,7 +30,7 @@ A_VALUE = {
     "evaluation.split": "test",
     "method": "layerwise",
     "route": "qlora",
-    "distillation.gold_weight": 0.25,
+    "distillation": "gold",
 }
 """A value that a file may give to each key that the package's sweeps search."""
 SLEEP = ["training.engine=sleep", "training.sleep_seconds=0", "tracking=off"]
