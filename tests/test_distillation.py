@@ -12,7 +12,7 @@ import torch
 from trl.experimental.gkd import GKDTrainer
 
 from qlora_exp.architecture.run_plan import trainable_parameters
-from qlora_exp.config.compose import compose
+from qlora_exp.config.compose import compose, compose_run
 from qlora_exp.config.enums import DistillationMode, Divergence
 from qlora_exp.config.shipping import DistillationConfig
 from qlora_exp.data.load import load_data
@@ -175,6 +175,10 @@ def test_what_cannot_teach_is_refused(bases: BaseCache, output: Path, teacher: R
     for given in (["model.layers=[0,0]"], ["distillation.temperature=0"], ["distillation.gold_weight=2"]):
         with pytest.raises(QloraExpError):
             compose([*QUICK, *given])
+    for given in (["distillation.mode=answers"], ["distillation=teacher"], ["distillation.divergence=reverse"]):
+        with pytest.raises(QloraExpError, match="without a teacher"):
+            compose_run([*QUICK, *given])
+    compose_run([*QUICK, "distillation.mode=offline", "distillation.teacher=null"])
     assert len(list(OutputPaths.of(output).runs.iterdir())) < 20  # refused before there was a folder
 
 

@@ -60,7 +60,8 @@ def check_patterns(lora: LoraConfig, modules: Sequence[str]) -> None:
             if not any(name == key or name.endswith(f".{key}") for name in modules):
                 known = sorted({name.rpartition(".")[2] for name in modules})
                 what = f"no target module is called {key}"
-                raise ModelError(what, f"lora.{pattern}.{key}", nearest(key, known))
+                hint = f"{nearest(key, known)} targets=all_linear adapts all linear layers"
+                raise ModelError(what, f"lora.{pattern}.{key}", hint)
 
 
 def rank_warning(architecture: Architecture, modules: Sequence[str], lora: LoraConfig) -> str | None:

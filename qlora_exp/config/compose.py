@@ -62,13 +62,18 @@ def compose(overrides: Sequence[str]) -> Config:
 
 
 def compose_run(overrides: Sequence[str]) -> Config:
-    """Return the configuration of a single run: :func:`compose`, and ``lora.*`` is refused if the run's method has no
-    LoRA. In a sweep, ``lora.r=8`` may be for one method of several.
+    """Return the configuration of a single run: :func:`compose`, and settings are refused that the run doesn't read:
+    ``lora.*`` of a method without LoRA, ``distillation.*`` without a teacher. In a sweep, ``lora.r=8`` may be for one
+    method of several.
 
     Raises:
         ConfigError, Problems: as :func:`compose`.
     """
     config = compose(overrides)
+    unread = [text for text in overrides if override_key(text).partition(".")[0] == "distillation"]
+    if unread and config.distillation.teacher is None and config.distillation != read_choice("distillation", "default"):
+        what = "without a teacher these settings have no effect"
+        raise ConfigError(what, " ".join(unread), "distillation.teacher=RUN or model:NAME, or leave them out")
     if config.method.kind is not Method.lora:
         what, hint = f"method={config.method.kind.value} has no LoRA adapters", "method=lora, or leave it out"
         defaults = read_choice("lora", "default")
