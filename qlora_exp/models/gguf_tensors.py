@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import math
 import re
 from collections import defaultdict
@@ -52,6 +53,23 @@ def one_name_map() -> Iterator[None]:
         yield
     finally:
         gguf.get_tensor_name_map = original
+
+
+@contextlib.contextmanager
+def one_reader(path: str | None) -> Iterator[None]:
+    """Read the vocabulary of the GGUF file ``path`` once: configuration and tokenizer each take a second or two for it.
+    Nothing happens for another model. The reader is dropped at the end, with what it has in memory."""
+    if not path or not path.endswith(".gguf") or importlib.util.find_spec("gguf") is None:
+        yield
+        return
+    import gguf
+
+    original = gguf.GGUFReader
+    gguf.GGUFReader = functools.cache(original)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = original
 
 
 def check_gguf(model: PreTrainedModel, file: Path) -> None:

@@ -31,6 +31,7 @@ from qlora_exp.models.activation_start import check_start_rows
 from qlora_exp.models.attention import measured_padding_reason
 from qlora_exp.models.base_cache import NoCache, model_key
 from qlora_exp.models.base_models import BaseModels
+from qlora_exp.models.gguf_tensors import one_reader
 from qlora_exp.models.inspect import describe
 from qlora_exp.models.kernels import kernels_of_run
 from qlora_exp.models.tokenizers import load_tokenizer
@@ -60,6 +61,11 @@ def prepare(
 
     ``memory``: the limit for ``gradient_checkpointing=auto``; ``None``: the budget's, or the device's memory.
     """
+    with one_reader(config.model.variant_path):
+        return _prepare(config, environment, bases or NoCache(), memory)
+
+
+def _prepare(config: Config, environment: Environment, bases: BaseModels, memory: MemoryLimit | None) -> Prepared:
     if environment.device.kind == "cpu" and (problem := int8_dora(config)):
         raise problem  # with training.device=auto the device is known only here
     if environment.device.kind == "cpu" and (problem := scaled_16_bit_weights(config)):
@@ -71,7 +77,6 @@ def prepare(
     if environment.device.kind == "cpu" and config.model.attention == "flex_attention":
         what = "FlexAttention can't be trained on a CPU: torch has no backward pass for it there"
         raise ConfigError(what, "model.attention = flex_attention", "model.attention=auto, or a GPU")
-    bases = bases or NoCache()
     task_key = (repr(config.task), state_of_files(config.task.path) if config.task.path else None)
     rows = bases.memoize("rows", task_key, lambda: load_rows(config.task))
     model_id = model_key(config.model)

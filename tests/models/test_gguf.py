@@ -15,6 +15,7 @@ from qlora_exp.config.compose import compose
 from qlora_exp.errors import ModelError
 from qlora_exp.export.gguf import _llama3_rope_factors as llama3_factors
 from qlora_exp.models.base import load_base
+from qlora_exp.models.gguf_tensors import one_name_map, one_reader
 from qlora_exp.models.inspect import describe
 from qlora_exp.models.sources import fingerprint, resolve_source
 from tests.models.gguf_files import FAMILIES, SIZES, tensors_of, write_gguf
@@ -213,3 +214,18 @@ def test_a_folder_of_a_gguf_file_and_a_configuration_names_the_file(tmp_path: Pa
     file = write_gguf(tmp_path / "m.gguf")
     AutoConfig.for_model("llama", num_hidden_layers=1).save_pretrained(tmp_path)
     assert f"model.path={file}" in refusal(tmp_path)
+
+
+def test_preparing_a_run_reads_a_vocabulary_once_and_builds_one_map_of_names(tmp_path: Path) -> None:
+    import gguf
+
+    file = write_gguf(tmp_path / "m.gguf")
+    reader, name_map = gguf.GGUFReader, gguf.get_tensor_name_map
+    with one_reader(str(file)), one_name_map():
+        assert gguf.GGUFReader(str(file)) is gguf.GGUFReader(str(file))
+        llama = gguf.MODEL_ARCH.LLAMA
+        assert gguf.get_tensor_name_map(llama, 2) is gguf.get_tensor_name_map(llama, 2)
+        assert gguf.get_tensor_name_map(llama, 3) is not gguf.get_tensor_name_map(llama, 2)
+    with one_reader("folder"):
+        assert gguf.GGUFReader is reader
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == (reader, name_map)
