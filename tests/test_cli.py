@@ -157,7 +157,8 @@ def test_show_begins_with_the_lines_that_matter(runs: Runs, capsys: pytest.Captu
     expected = {"run", "model", "LoRA", "training", "data", "accuracy", "loss", "memory", "speed"}
     assert expected | {"files", "next"} <= headings
     assert f"qlora-exp export {runs.first[-4:]} --output-root {runs.output}" in shown
-    assert bytes_text(record.memory.peak_train_bytes) in shown
+    if record.memory.peak_train_bytes is not None:  # a process that has run before may not know it
+        assert bytes_text(record.memory.peak_train_bytes) in shown
 
 
 def test_show_all_names_every_known_figure_with_its_unit(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,7 +51,8 @@ class PackedFormat(Protocol):
 @dataclass(frozen=True)
 class Gptq:
     """W[o, i] = (code − zero point) · scale of i's group, 2, 4 or 8 bits; codes are packed along the inputs.
-    ``zero_offset``: version 1 of the format stores zero points less 1."""
+    ``zero_offset``: version 1 of the format stores zero points less 1, subtracted from whole words: a zero point of 0
+    borrows from its neighbour."""
 
     bits: int
     group: int
@@ -67,7 +68,8 @@ class Gptq:
 
     def unpack(self, parts: Parts) -> Tensor:
         codes = int32_fields(parts["qweight"].T, self.bits)  # (outputs, inputs)
-        zeros = int32_fields(parts["qzeros"], self.bits) + self.zero_offset  # (groups, outputs)
+        ones = sum(1 << place for place in range(0, 32, self.bits))
+        zeros = int32_fields(parts["qzeros"] + self.zero_offset * ones, self.bits)  # (groups, outputs)
         groups = parts.get("g_idx")
         if groups is None:
             groups = torch.arange(codes.shape[1]) // (self.group if self.group > 0 else codes.shape[1])
@@ -245,7 +247,13 @@ def int32_fields(packed: Tensor, bits: int) -> Tensor:
 
 def gptq_format(settings: Mapping[str, Any]) -> PackedFormat | None:
     """Return how a GPTQ checkpoint is packed; ``None``: not in a way that is read here."""
-    bits, version = settings.get("bits"), settings.get("checkpoint_format", "gptq")
+    bits = settings.get("bits")
+    version = str(settings.get("checkpoint_format") or settings.get("format") or "gptq").lower()
+    if any(
+        isinstance(own, Mapping) and own.get("bits", bits) != bits
+        for own in dict(settings.get("dynamic") or {}).values()
+    ):
+        return None  # some modules have other bits
     if bits not in (2, 4, 8) or version not in ("gptq", "gptq_v2"):
         return None
     return Gptq(int(bits), int(settings.get("group_size", -1)), 1 if version == "gptq" else 0)
@@ -253,7 +261,10 @@ def gptq_format(settings: Mapping[str, Any]) -> PackedFormat | None:
 
 def awq_format(settings: Mapping[str, Any]) -> PackedFormat | None:
     """Return how an AWQ checkpoint is packed; ``None``: not in a way that is read here."""
-    version = str(settings.get("version", settings.get("format", "gemm"))).lower()
+    names = ("checkpoint_format", "version", "format")
+    version = str(next((settings[name] for name in names if settings.get(name)), "gemm")).lower()
+    if str(settings.get("backend", "")).lower() == "llm-awq":
+        return None
     return Awq() if settings.get("bits", settings.get("w_bit", 4)) == 4 and version == "gemm" else None
 
 

@@ -65,7 +65,7 @@ def gptq(weight: Tensor, bits: int = 4, zero_offset: int = 1, act_order: bool = 
     inverse = order.argsort()
     parts = {
         "qweight": words(codes[:, inverse], bits).T.contiguous(),
-        "qzeros": words((zeros.T - zero_offset) & (2**bits - 1), bits),
+        "qzeros": words(zeros.T, bits) - zero_offset * sum(1 << place for place in range(0, 32, bits)),
         "scales": scales.T.half().contiguous(),
         "g_idx": (torch.arange(weight.shape[1]) // GROUP)[inverse].int(),
     }
@@ -73,7 +73,7 @@ def gptq(weight: Tensor, bits: int = 4, zero_offset: int = 1, act_order: bool = 
 
 
 def gptq_without_zero_codes(weight: Tensor) -> Packed:
-    """Zero points of 0 can't be stored less 1: version 2 stores them as they are."""
+    """Version 2 stores zero points as they are; version 1 subtracts 1 from whole words, so that 0 borrows."""
     parts, back = gptq(weight, zero_offset=0, act_order=True)
     return parts, back
 
