@@ -85,7 +85,7 @@ class Subject:
 def find_subject(run: str, gguf: str | None, outputs: OutputPaths) -> Subject:
     """Return what a command names: a run, a run with one of its GGUF files, or a GGUF file.
 
-    A file in a run's export folder is of that run; the others are of the run that ``export.json`` beside them names.
+    A file in a run's export folder is of that run; the others are of the run that ``export.json`` next to them names.
 
     Raises:
         RecordError: there is no such run or file. ModelError, ConfigError: what it needs can't be read.

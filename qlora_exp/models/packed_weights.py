@@ -7,6 +7,7 @@ under the layer's name. Unpacked weights are (rows, columns), as ``nn.Linear`` h
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -299,6 +300,9 @@ def fbgemm_format(settings: Mapping[str, Any]) -> PackedFormat | None:
 
 def torchao_format(settings: Mapping[str, Any]) -> PackedFormat | None:
     """Return how a torchao checkpoint in safetensors stores integers of one to a byte, and fp8."""
+    kinds = json.dumps(settings.get("quant_type") or "", default=str)
+    if re.search(r'"_type": "Int4', kinds) or "int4_weight_only" in kinds:  # two codes in a byte, under the same names
+        return None
     return ScaledWeights("_weight_qdata", "_weight_scale", "_weight_zero_point")
 
 

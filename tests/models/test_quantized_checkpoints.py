@@ -151,6 +151,16 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any], Callable[[Tensor], Packed]]] =
         {"bits": 4, "group_size": GROUP, "checkpoint_format": "gptq_v2", "desc_act": True},
         gptq_without_zero_codes,
     ),
+    "gptq with zero points of 0": (
+        "gptq",
+        {"bits": 4, "group_size": GROUP},
+        lambda weight: gptq(torch.where(torch.arange(len(weight))[:, None] % 2 == 0, weight, weight.abs())),
+    ),
+    "gptq v2 by its newer name": (
+        "gptq",
+        {"bits": 4, "group_size": GROUP, "format": "gptq_v2"},
+        lambda weight: gptq(weight, zero_offset=0),
+    ),
     "gptq 8 bits": ("gptq", {"bits": 8, "group_size": GROUP}, lambda weight: gptq(weight, bits=8)),
     "gptq 2 bits": (
         "gptq",
@@ -318,6 +328,14 @@ UNREAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         if row.format is None
     },
     "gptq in 3 bits": ({"quant_method": "gptq", "bits": 3}, ["gptq", "2, 4 and 8 bits", "gptqmodel"]),
+    "gptq with modules of other bits": (
+        {"quant_method": "gptq", "bits": 4, "dynamic": {"+:.*down_proj.*": {"bits": 8}}},
+        ["gptq", "2, 4 and 8 bits"],
+    ),
+    "packed int4 of torchao": (
+        {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int4WeightOnlyConfig"}}},
+        ["torchao"],
+    ),
     "another version of awq": ({"quant_method": "awq", "version": "gemv"}, ["awq", "version gemm"]),
     "nvfp4 in compressed-tensors": (
         {"quant_method": "compressed-tensors", **compressed_settings(), "format": "nvfp4-pack-quantized"},

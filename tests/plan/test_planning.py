@@ -74,16 +74,16 @@ def test_on_a_cpu_the_unquantized_rest_takes_32_bit(
 def test_the_size_of_weights_is_as_published(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--sizes", "--json", "model=llama3_1_8b", "lora.r=32", "targets=attention"]) == 0
     sizes = json.loads(capsys.readouterr().out)
-    told = {size["quantization"]: size["total_bytes"] for size in sizes["modes"]}
-    assert told["fp32"] == pytest.approx(32e9, rel=0.01)
-    assert told["bf16"] == told["fp16"] == pytest.approx(16e9, rel=0.01)
-    assert told["int8"] == pytest.approx(9e9, rel=0.02)
-    assert told["nf4"] == pytest.approx(5.6e9, rel=0.02)
+    totals = {size["quantization"]: size["total_bytes"] for size in sizes["modes"]}
+    assert totals["fp32"] == pytest.approx(32e9, rel=0.01)
+    assert totals["bf16"] == totals["fp16"] == pytest.approx(16e9, rel=0.01)
+    assert totals["int8"] == pytest.approx(9e9, rel=0.02)
+    assert totals["nf4"] == pytest.approx(5.6e9, rel=0.02)
     body = (
         6_979_321_856  # weights of the linear layers without the head: 4 bits more, and 16 and 8 for each group of 64
     )
-    assert told["int8_sym"] - told["int4_sym"] == body // 2
-    assert told["int4_asym"] - told["int4_sym"] == body // 64
+    assert totals["int8_sym"] - totals["int4_sym"] == body // 2
+    assert totals["int4_asym"] - totals["int4_sym"] == body // 64
     assert sizes["trainable_parameters"] == pytest.approx(27.3e6, rel=0.01)
     assert sizes["adapter_bytes"] == pytest.approx(109e6, rel=0.01)
 
@@ -208,7 +208,7 @@ def test_what_experts_change_is_told_where_it_matters(tmp_path: Path, capsys: py
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "totals"),
     [
         (("plan.device=rtx490",), "rtx4090"),
         (("--device", "a100"), "a100_40gb"),
@@ -234,15 +234,15 @@ def test_what_experts_change_is_told_where_it_matters(tmp_path: Path, capsys: py
     ],
 )
 def test_bad_input_is_one_clear_message(
-    arguments: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]
+    arguments: tuple[str, ...], totals: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = refused(capsys, *arguments)
-    assert told in message
+    assert totals in message
     assert "Traceback" not in message
 
 
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "totals"),
     [
         ("{", "can't be read"),
         ("{}", "names no model_type"),
@@ -256,10 +256,10 @@ def test_bad_input_is_one_clear_message(
     ],
 )
 def test_a_bad_configuration_file_is_told(
-    config: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: str, totals: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "config.json").write_text(config)
-    assert told in refused(capsys, "model=local", f"model.path={tmp_path}/config.json")
+    assert totals in refused(capsys, "model=local", f"model.path={tmp_path}/config.json")
 
 
 def test_the_page_escapes_names_and_holds_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -325,12 +325,12 @@ def test_time_and_money_of_a_search_are_those_of_so_many_trials(
     searched = cost_summary([one], searched=2)
     alone = cost_summary([one, one])
     assert alone is not None
-    told, unseen = alone.split("; ")
-    assert searched == f"{told}, for 2 trials of a search between these; {unseen}"
+    totals, unseen = alone.split("; ")
+    assert searched == f"{totals}, for 2 trials of a search between these; {unseen}"
     seconds, usd = Interval(3600.0, 5400.0, 9000.0, "a guess"), Interval(8.0, 12.0, 20.0, "a guess")
-    told = cost_summary([replace(one, seconds=seconds, usd=usd)])
-    assert told is not None
-    assert told.startswith("training: 1.5 h (1–2.5), 12 usd (8–20)")
+    totals = cost_summary([replace(one, seconds=seconds, usd=usd)])
+    assert totals is not None
+    assert totals.startswith("training: 1.5 h (1–2.5), 12 usd (8–20)")
     assert cost_summary([replace(one, fits=False)]) is None
     page = tmp_path / "plan.html"
     assert main(["plan", "model=llama3_1_8b", "plan.device=rtx4090", "--html", str(page)]) == 0
@@ -363,9 +363,9 @@ def test_finished_runs_here_tell_the_seconds_before_a_calibration_does(
     assert found["other_seconds_interval"] == pytest.approx([20.0, 80.0])
     assert found["usd"] == pytest.approx((found["seconds"] + 40.0) / 3600.0)
     assert main(["plan", *asked]) == 0
-    told = capsys.readouterr().out
-    assert "loading and scoring: 40 s (20–80)" in told
-    assert "load, score" in told
+    totals = capsys.readouterr().out
+    assert "loading and scoring: 40 s (20–80)" in totals
+    assert "load, score" in totals
     [found] = planned(capsys, *asked, "evaluation=quick")
     assert found["other_seconds"] is None
     assert main(["plan", *asked, "evaluation=quick"]) == 0
