@@ -16,6 +16,7 @@ from qlora_exp.cli import main
 from qlora_exp.cli.settings_file import combined_overrides
 from qlora_exp.config.choices import groups
 from qlora_exp.config.compose import compose
+from qlora_exp.config.enums import Method
 from qlora_exp.config.imported_settings import as_yaml, converted, tool_of, tool_of_file
 from qlora_exp.config.other_tools import ARGS, BNB, COUNTERPARTS, LORA, SCRIPT, SFT, counterpart, tool_names
 from qlora_exp.config.other_values import VALUES, value_here
@@ -311,3 +312,18 @@ def test_what_axolotl_would_do_is_kept_or_named(content: str, key: str, value: A
     got = found.settings.get(key)
     assert str(got).endswith(str(value)) if value is not None else got is None
     assert says is None or any(says in f"{name} {why}" for name, why in found.without.items())
+
+
+def test_the_qat_of_axolotl_becomes_ours_where_the_format_is_an_integer(tmp_path: Path, capsys: Any) -> None:
+    file, out = tmp_path / "qat.yaml", tmp_path / "out.yaml"
+    text = "base_model: meta-llama/Llama-3.2-3B\nsequence_len: 512\nmicro_batch_size: 4\nbf16: true\nqat:\n"
+    file.write_text(f"{text}  activation_dtype: int8\n  weight_dtype: int4\n  group_size: 32\n")
+    assert main(["import", str(file), "-o", str(out)]) == 0
+    config = compose(combined_overrides(out, []))
+    qat = config.training.qat
+    assert (qat.format, qat.group, qat.symmetric) == ("int4", "32", True)
+    assert config.method.kind is Method.full
+    file.write_text(f"{text}  weight_dtype: nvfp4\n")
+    capsys.readouterr()
+    assert main(["import", str(file), "-o", str(tmp_path / "other.yaml")]) == 0
+    assert "not a value of training.qat.format" in " ".join(capsys.readouterr().out.split())

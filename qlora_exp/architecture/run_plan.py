@@ -36,10 +36,11 @@ def effective_alpha(lora: LoraConfig) -> float:
 
 def alpha_pattern(lora: LoraConfig) -> dict[str, float]:
     """Return alpha by module, as PEFT's regular expressions: ``lora.alpha_pattern``, then those that give modules of
-    ``lora.rank_pattern`` the scale of the others."""
-    factor = effective_alpha(lora) / lora.r
+    ``lora.rank_pattern`` the scale of the others. A fixed alpha is that of every rank, as in PEFT."""
+    fixed, factor = lora.alpha_policy == "fixed", effective_alpha(lora) / lora.r
     given = {key: float(alpha) for key, alpha in (lora.alpha_pattern or {}).items()}
-    of_ranks = {key: factor * rank for key, rank in (lora.rank_pattern or {}).items() if key not in given}
+    ranks = {key: rank for key, rank in (lora.rank_pattern or {}).items() if key not in given}
+    of_ranks = {key: effective_alpha(lora) if fixed else factor * rank for key, rank in ranks.items()}
     return {re.escape(key): alpha for key, alpha in (given | of_ranks).items()}
 
 

@@ -98,8 +98,7 @@ def lora_problems(config: Config) -> Iterator[ConfigError]:
     if lora.dtype is ComputeDtype.float16 and optimizer in EPSILON_IN_ADAPTER_DTYPE:
         what = f"{optimizer} can't train float16 adapters: it divides by at least 1e-8, which is 0 in float16"
         yield config_error(what, "lora.dtype", lora.dtype.value, "lora.dtype=float32, or bfloat16")
-    yield from _rank_pattern(config)
-    yield from _alpha_pattern(config)
+    yield from _patterns(config)
     yield from _modules_to_save(config)
     yield from _target_parameters(config)
     ratio = lora.loraplus_lr_ratio
@@ -112,56 +111,36 @@ def lora_problems(config: Config) -> Iterator[ConfigError]:
         yield config_error(what, "lora.init", lora.init.value, hint)
 
 
-def _rank_pattern(config: Config) -> Iterator[ConfigError]:
-    lora, pattern = config.lora, config.lora.rank_pattern
-    if pattern is None:
-        return
-    if not isinstance(pattern, dict) or not pattern:
-        hint = "lora.rank_pattern='{down_proj: 16}', or null"
-        yield config_error("ranks are a mapping of modules", "lora.rank_pattern", pattern, hint)
-        return
-    for name, rank in pattern.items():
-        if type(rank) is not int or not 1 <= rank <= MAX_RANK:
-            yield config_error(f"a rank is 1 to {MAX_RANK}", f"lora.rank_pattern.{name}", rank, f"e.g. {lora.r}")
-        if not re.fullmatch(r"\w+(\.\w+)*", str(name)):
-            hint = "a module's name or its last parts, e.g. self_attn.q_proj"
-            yield config_error(f"{name!r} can't be a module's name", "lora.rank_pattern", name, hint)
-    for key, used in (("lora.init", lora.init in FROM_WEIGHTS), ("lora.rslora", lora.rslora)):
-        if used:
-            what = "an adapter with several ranks isn't saved in the form that every tool reads with this"
-            value = lora.init.value if key == "lora.init" else lora.rslora
-            yield config_error(what, key, value, "lora.rank_pattern=null, or another start and scale")
-    if lora.alpha_policy == "fixed":
-        what = "one alpha for several ranks gives each its own scale, which not every tool reads"
-        yield config_error(what, "lora.alpha_policy", "fixed", "lora.alpha_policy=2r, which keeps the scale at 2")
-    if config.sweep is not None and config.sweep.sampler is Sampler.ladder:
-        what = "rank doubling doubles lora.r, and these modules' ranks stay"
-        yield config_error(what, "lora.rank_pattern", pattern, "lora.rank_pattern=null")
-
-
-def _alpha_pattern(config: Config) -> Iterator[ConfigError]:
-    lora, pattern = config.lora, config.lora.alpha_pattern
-    if pattern is None:
-        return
-    if not isinstance(pattern, dict) or not pattern:
-        hint = "lora.alpha_pattern='{down_proj: 64}', or null"
-        yield config_error("alphas are a mapping of modules", "lora.alpha_pattern", pattern, hint)
-        return
-    for name, alpha in pattern.items():
-        if type(alpha) not in (int, float) or not (alpha > 0 and math.isfinite(alpha)):
-            what, example = "an alpha is a positive number", f"e.g. {2 * lora.r}"
-            yield config_error(what, f"lora.alpha_pattern.{name}", alpha, example)
-        if not re.fullmatch(r"\w+(\.\w+)*", str(name)):
-            hint = "a module's name or its last parts, e.g. self_attn.q_proj"
-            yield config_error(f"{name!r} can't be a module's name", "lora.alpha_pattern", name, hint)
-    for key, used in (("lora.init", lora.init in FROM_WEIGHTS), ("lora.rslora", lora.rslora)):
-        if used:
-            what = "an adapter with several alphas isn't saved in the form that every tool reads with this"
-            value = lora.init.value if key == "lora.init" else lora.rslora
-            yield config_error(what, key, value, "lora.alpha_pattern=null, or another start and scale")
-    if config.sweep is not None and config.sweep.sampler is Sampler.ladder:
-        what = "rank doubling changes alpha with lora.r, and these modules' alphas stay"
-        yield config_error(what, "lora.alpha_pattern", pattern, "lora.alpha_pattern=null")
+def _patterns(config: Config) -> Iterator[ConfigError]:
+    """Yield every problem of ranks and alphas by module."""
+    lora = config.lora
+    for name, pattern, example, kind in (
+        ("rank_pattern", lora.rank_pattern, f"{{down_proj: {2 * lora.r}}}", f"a rank is 1 to {MAX_RANK}"),
+        ("alpha_pattern", lora.alpha_pattern, f"{{down_proj: {4 * lora.r}}}", "an alpha is a positive number"),
+    ):
+        key = f"lora.{name}"
+        if pattern is None:
+            continue
+        if not isinstance(pattern, dict) or not pattern:
+            yield config_error("this is a mapping of modules", key, pattern, f"{key}='{example}', or null")
+            continue
+        for module, value in pattern.items():
+            is_rank = type(value) is int and 1 <= value <= MAX_RANK
+            is_alpha = type(value) in (int, float) and value > 0 and math.isfinite(value)
+            if not (is_rank if name == "rank_pattern" else is_alpha):
+                yield config_error(kind, f"{key}.{module}", value, f"e.g. {key}='{example}'")
+            if not re.fullmatch(r"\w+(\.\w+)*", str(module)):
+                hint = "a module's name or its last parts, e.g. self_attn.q_proj"
+                yield config_error(f"{module!r} can't be a module's name", key, module, hint)
+        if lora.init in FROM_WEIGHTS:
+            what = f"{INIT_NAMES[lora.init]} can't be combined with {key}: its saved adapter has one scale"
+            yield config_error(what, "lora.init", lora.init.value, f"lora.init=kaiming, or {key}=null")
+        if lora.rslora:
+            what = f"rsLoRA can't be combined with {key}: its saved adapter has one scale"
+            yield config_error(what, "lora.rslora", True, f"lora.rslora=false, or {key}=null")
+        if config.sweep is not None and config.sweep.sampler is Sampler.ladder:
+            what = f"rank doubling doubles lora.r, and what {key} names stays"
+            yield config_error(what, key, pattern, f"{key}=null")
 
 
 def _modules_to_save(config: Config) -> Iterator[ConfigError]:

@@ -66,3 +66,20 @@ def module_pattern(key: str) -> Callable[[Any, Mapping[str, Any]], Converted]:
 def chosen_layers_of(value: Any, _: Mapping[str, Any]) -> Converted:
     """Return the layers of PEFT's ``layers_to_transform``: a number or a list of numbers."""
     return {"method.layers": [value] if isinstance(value, int) else [int(number) for number in value]}
+
+
+def rounding_of_qat(value: Any, _: Mapping[str, Any]) -> Converted:
+    """Return the settings of Axolotl's ``qat``: torchao's symmetric integers of the weights.
+
+    Raises:
+        ValueError: another format (nvfp4, fp8).
+    """
+    if not value:
+        return {}
+    format = str(value.get("weight_dtype")).rpartition(".")[2]
+    if not re.fullmatch(r"int[2-8]", format):
+        raise ValueError(format)
+    found = {"training.qat.format": format, "training.qat.symmetric": True}
+    if value.get("group_size"):
+        found["training.qat.group"] = str(value["group_size"])
+    return found | ({"training.qat.start_step": int(steps)} if (steps := value.get("fake_quant_after_n_steps")) else {})

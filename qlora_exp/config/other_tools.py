@@ -283,6 +283,7 @@ COUNTERPARTS: dict[str, Counterpart] = {
     "target_parameters": Counterpart(
         (LORA,), "lora.target_parameters", other_methods.list_of_names("lora.target_parameters")
     ),
+    "qat": Counterpart((AXOLOTL,), "training.qat.format", other_methods.rounding_of_qat),
     "layers_to_transform": Counterpart((LORA,), "method.layers", other_methods.chosen_layers_of),
     "peft_layers_to_transform": Counterpart((AXOLOTL,), "method.layers", other_methods.chosen_layers_of),
     "task_type": Counterpart((LORA,), note="always a causal language model"),

@@ -41,35 +41,30 @@ GEMMA_27B = {("gemma2", 46), ("gemma3_text", 62)}
 NORMS = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "layer_norm_epsilon", "norm_eps")
 
 
-@contextlib.contextmanager
-def one_name_map() -> Iterator[None]:
+def one_name_map() -> contextlib.AbstractContextManager[None]:
     """Let transformers build gguf's map of tensor names once: it builds the same one for every module of a model, which
     takes seconds for 30 layers."""
-    import gguf
+    return _computed_once("get_tensor_name_map")
 
-    original = gguf.get_tensor_name_map
-    gguf.get_tensor_name_map = functools.cache(original)
-    try:
-        yield
-    finally:
-        gguf.get_tensor_name_map = original
+
+def one_reader(path: str | None) -> contextlib.AbstractContextManager[None]:
+    """Read the vocabulary of the GGUF file ``path`` once: configuration and tokenizer each take a second or two for it.
+    Nothing happens for another model. The reader is dropped at the end, with what it has in memory."""
+    is_gguf = bool(path) and str(path).endswith(".gguf") and importlib.util.find_spec("gguf") is not None
+    return _computed_once("GGUFReader") if is_gguf else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
-def one_reader(path: str | None) -> Iterator[None]:
-    """Read the vocabulary of the GGUF file ``path`` once: configuration and tokenizer each take a second or two for it.
-    Nothing happens for another model. The reader is dropped at the end, with what it has in memory."""
-    if not path or not path.endswith(".gguf") or importlib.util.find_spec("gguf") is None:
-        yield
-        return
+def _computed_once(name: str) -> Iterator[None]:
+    """Keep the results of ``gguf.NAME`` as long as the context lasts."""
     import gguf
 
-    original = gguf.GGUFReader
-    gguf.GGUFReader = functools.cache(original)
+    original = getattr(gguf, name)
+    setattr(gguf, name, functools.cache(original))
     try:
         yield
     finally:
-        gguf.GGUFReader = original
+        setattr(gguf, name, original)
 
 
 def check_gguf(model: PreTrainedModel, file: Path) -> None:

@@ -79,7 +79,6 @@ def test_olora_on_transposed_layers_is_refused_by_the_plan(tmp_path: Path, capsy
         (["lora.rank_pattern={w_proj: 4}"], "no target module is called w_proj"),
         (["lora.rank_pattern={q_proj: 0}"], "1 to 65536"),
         (["lora.rank_pattern={q_proj: 4}", "lora.rslora=true"], "lora.rank_pattern=null"),
-        (["lora.rank_pattern={q_proj: 4}", "lora.alpha=16"], "lora.alpha_policy=2r"),
         (["lora.rank_pattern={q_proj: 4}", "method=full", "quantization=fp32"], "no LoRA adapters"),
         (["lora.alpha_pattern={w_proj: 4}"], "no target module is called w_proj"),
         (["lora.alpha_pattern={q_proj: 0}"], "a positive number"),

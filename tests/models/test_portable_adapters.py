@@ -31,6 +31,7 @@ VARIANTS = [
     ["lora.rank_pattern={q_proj: 2, c_attn: 2, qkv_proj: 2, layers.0.mlp.down_proj: 16}"],
     ["lora.alpha_pattern={q_proj: 5, c_attn: 5, layers.0.mlp.down_proj: 40}"],
     ["lora.alpha_pattern={q_proj: 5, c_attn: 5}", "lora.rank_pattern={q_proj: 2, c_attn: 2}", "lora.dora=true"],
+    ["lora.rank_pattern={q_proj: 2, c_attn: 2, layers.0.mlp.down_proj: 16}", "lora.alpha=12"],
     ["lora.init=pissa", "lora.rslora=true"],
     ["lora.init=pissa", "lora.dora=true"],
     ["lora.alpha_policy=fixed", "lora.alpha=5", "lora.rslora=true"],
