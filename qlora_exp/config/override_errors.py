@@ -280,9 +280,8 @@ def _choice_hint(key: str, name: str, valid: Sequence[str]) -> str:
     """Return what to write instead of a choice that doesn't exist. Another tool's name for it comes first: by its
     letters alone, ``4bit`` would be nearest to ``int8``."""
     known = value_here(key, name)
-    integers = [f"{key}={mode}" for mode in valid if key == "quantization" and mode.startswith(f"{name}_")]
     if known is not None and known in valid:
-        return f"did you mean {key}={known}?" + (f" Integers: {', '.join(integers)}" if integers else "")
+        return f"did you mean {key}={known}?"
     if key == "sweeps" and Path(name).is_file():
         return f"a sweep has a name in sweeps/ (qlora-exp ls sweeps); a file of settings goes behind --from {name}"
     if key == "sweeps":
