@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -167,6 +168,8 @@ def _norm_modules(architecture: Architecture, config: Config) -> list[str]:
 @contextmanager
 def _quiet_refusals(where: str = "method.peft_type, method.options, targets") -> Iterator[None]:
     """Turn PEFT's refusals into one line. Its warnings of options that don't fit are checked before."""
+    # BOFT tries to compile a CUDA extension, and leaves these set where that fails.
+    compilers = {name: os.environ.get(name) for name in ("CC", "CXX")}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -177,3 +180,8 @@ def _quiet_refusals(where: str = "method.peft_type, method.options, targets") ->
         line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         hint = "other options or targets, or method=lora"
         raise ModelError(f"PEFT can't adapt this model so: {line}", where, hint) from None
+    finally:
+        for name, value in compilers.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,19 @@ def test_a_refused_kind_fails_in_peft_or_is_another_model(
     except (RuntimeError, QloraExpError):
         return
     assert not same
+
+
+def test_no_kind_leaves_variables_in_the_environment(
+    tiny: Path, bases: BaseCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial process would start other processes with them, and no forked one."""
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("CXX", "clang++")
+    before = dict(os.environ)
+    for name in (name for name, column in CELLS if column == "fp32"):
+        config = compose(settings(tiny, name, "fp32"))
+        attached(config, bases.get(config, "cpu"))
+        assert dict(os.environ) == before, name
 
 
 @pytest.mark.parametrize("name", ["fourierft", "randlora", "vera", "boft", "ia3", "shira"])
